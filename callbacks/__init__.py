@@ -1,0 +1,1 @@
+"""Lightning callbacks: one step of a run each."""

@@ -1,0 +1,1 @@
+"""Lightning datamodules: calibration batches and evaluation sets."""

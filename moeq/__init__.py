@@ -1,0 +1,1 @@
+"""moeq: post-training quantization of Mixture-of-Experts language models."""

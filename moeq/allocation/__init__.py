@@ -1,0 +1,1 @@
+"""Which weight gets how many bits."""

@@ -1,0 +1,1 @@
+"""Checkpoints: packing, writing, loading, verifying."""

@@ -1,0 +1,1 @@
+"""The mathematics of weight quantization: grids, Hessians, solvers; plain torch functions."""

@@ -1,0 +1,1 @@
+"""Evaluation: what is computed from logits, and the metrics that reduce it."""
