@@ -1,0 +1,1 @@
+"""Tests of moeq; the folders follow the tree of the project."""

@@ -1,0 +1,43 @@
+"""What every test shares: no network, one thread, fixed seeds."""
+
+import os
+
+# Read by huggingface_hub, datasets and transformers when they are imported, so they are set before anything else.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="agg",
+)
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One torch thread: results do not depend on the machine, and tiny tensors run faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The same global random state at the start of every test, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A torch generator seeded with 0; the preferred source of random numbers in a test."""
+    return torch.Generator().manual_seed(0)
