@@ -63,10 +63,9 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # The initialisation of the library (0.02) gives nearly uniform routers and logits; this one does not.
-        for tensor in [*model.parameters(), *_correction_biases(model)]:
-            std = 0.15 if tensor.ndim >= 2 else 0.05
-            noise = torch.randn(tensor.shape, generator=generator) * std
-            tensor.copy_(tensor + noise if tensor.ndim < 2 else noise)
+        for name, tensor in [*model.named_parameters(), *_correction_biases(model)]:
+            noise = torch.randn(tensor.shape, generator=generator) * (0.15 if tensor.ndim >= 2 else 0.05)
+            tensor.copy_(1 + noise if "norm" in name else noise)
     return model.eval().requires_grad_(False)
 
 
@@ -90,6 +89,6 @@ def save_tiny(
     return folder
 
 
-def _correction_biases(model: nn.Module) -> list[torch.Tensor]:
+def _correction_biases(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The buffers that DeepSeek's router adds before the choice; zero (so: untested) unless filled."""
-    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
