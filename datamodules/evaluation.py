@@ -113,7 +113,7 @@ class EvaluationDataModule(L.LightningDataModule):
         return loaders
 
     @property
-    def _tokenizer(self) -> Any:  # noqa: ANN401
+    def _tokenizer(self) -> Any:
         assert self.trainer is not None, "the loaders are built by a Trainer"
         return self.trainer.lightning_module.tokenizer
 
@@ -145,7 +145,7 @@ class EvaluationDataModule(L.LightningDataModule):
         answers = [problem.answer for problem in problems]
         return {"prompt_ids": prompt_ids_BP, "attention_mask": attention_mask_BP, "answers": answers}
 
-    def _loader(self, dataset: list[Any], collate: Any = None) -> DataLoader[Any]:  # noqa: ANN401
+    def _loader(self, dataset: list[Any], collate: Any = None) -> DataLoader[Any]:
         assert self.trainer is not None, "the loaders are built by a Trainer"
         sampler = RankSampler(dataset, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(dataset, batch_size=self.evaluation.batch_size, sampler=sampler, collate_fn=collate)

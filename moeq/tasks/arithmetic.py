@@ -1,11 +1,11 @@
-r"""Exact match on integer arithmetic: lines such as ``37 + 58 = 95``, answered by greedy decoding.
+"""Exact match on integer arithmetic: lines such as ``37 + 58 = 95``, answered by greedy decoding.
 
 A problem's prompt is a few other full lines of the file (the shots) and the line up to and including ``=``; its
 answer is the integer after it.  The model continues greedily, and its answer is what stands before the next newline,
 right only where that is the same integer and nothing else.  Text in, text out below; the model is touched in
 ``greedy_continuations`` alone.
 
-Shapes: B problems, P tokens of the longest prompt (left-padded), N new tokens.
+Shapes: B problems, P tokens of the longest prompt (left-padded), N new tokens, V vocabulary.
 """
 
 import re
@@ -75,20 +75,26 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
 
 @torch.no_grad()
 def greedy_continuations(
-    model: Any,  # noqa: ANN401
+    model: Any,
     prompt_ids_BP: Tensor,
     attention_mask_BP: Tensor,
     *,
     max_new_tokens: int,
     pad_token_id: int,
-) -> Tensor:
-    """Greedy new_ids_BN after left-padded prompts; ``generate`` takes the positions from the attention mask."""
-    ids_BS = model.generate(
+) -> tuple[Tensor, Tensor]:
+    """Greedy (new_ids_BN, logits_BNV) after left-padded prompts.
+
+    ``generate`` takes the position ids from the attention mask, so that padding changes no answer; new ids after the
+    end of a sequence are ``pad_token_id``.
+    """
+    generated = model.generate(
         input_ids=prompt_ids_BP,
         attention_mask=attention_mask_BP,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    return ids_BS[:, prompt_ids_BP.shape[1] :]
+    return generated.sequences[:, prompt_ids_BP.shape[1] :], torch.stack(generated.logits, dim=1)

@@ -58,7 +58,7 @@ def _row_document(line: str, where: str) -> str:
     raise ValueError(f"{where} has {given}; it should contain {CONTENTS['.jsonl']}")
 
 
-def token_stream(documents: Sequence[str], tokenizer: Any) -> Tensor:  # noqa: ANN401
+def token_stream(documents: Sequence[str], tokenizer: Any) -> Tensor:
     """int64 ids_T of all documents, each followed by the end-of-text token; no other special tokens are added."""
     ids: list[int] = []
     for document in documents:
@@ -76,7 +76,10 @@ def spread_windows(ids_T: Tensor, window_length: int, num_windows: int | None) -
     """
     available = ids_T.numel() // window_length
     if available == 0:
-        raise ValueError(f"the text has {ids_T.numel()} tokens, fewer than one window of {window_length}; shorten it")
+        raise ValueError(
+            f"the text has {ids_T.numel()} tokens, fewer than one window of {window_length}; "
+            f"choose a window_length of at most {max(ids_T.numel(), 2)}, or a longer text"
+        )
     windows_NL = ids_T[: available * window_length].view(available, window_length)
     if num_windows is None:
         return windows_NL
