@@ -1,0 +1,115 @@
+"""All metrics of one evaluation set: forward passes and bookkeeping around the functions of this package."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.tasks.arithmetic import greedy_continuations, parse_answer
+from moeq.tasks.divergence import kl_sum_and_agreement
+from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, Perplexity, RouterAgreement
+from moeq.tasks.perplexity import nll_sum_and_count
+from moeq.tasks.routing import count_same_routing, record_routing
+
+
+class SetMetrics(nn.Module):
+    """Metrics of one evaluation set.
+
+    A batch with ``input_ids`` [B, L] is windows of text: perplexity and, against a reference model, KL divergence,
+    top-1 agreement and router agreement.  A batch with ``prompt_ids`` [B, P], ``attention_mask`` [B, P] and ``answers``
+    is arithmetic: exact match by greedy generation.
+
+    Args:
+        name: Name of the set, for messages.
+        tokenizer: Decodes generated answers; only generation batches need it.
+    """
+
+    def __init__(self, name: str, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.name = name
+        self.tokenizer = tokenizer
+        self.num_batches = 0
+        self.metrics = nn.ModuleDict(
+            {
+                "perplexity": Perplexity(),
+                "kl": MeanKL(),
+                "top1_agreement": Agreement(),
+                "router_agreement": RouterAgreement(),
+                "exact_match": ExactMatch(),
+            }
+        )
+
+    @torch.no_grad()
+    def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
+        """Run the model (and the reference, where one is given) on a batch and add to the metrics.
+
+        Args:
+            model: The causal LM under evaluation.
+            reference: The original model, or None: then only perplexity and exact match are measured.
+            batch: See the class.
+
+        Raises:
+            ValueError: Logits are not finite, or the two models do not fit together.
+        """
+        if "prompt_ids" in batch:
+            self._update_exact_match(model, batch)
+        else:
+            self._update_windows(model, reference, batch["input_ids"])
+        self.num_batches += 1
+
+    def compute(self) -> dict[str, float]:
+        """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
+        values = {}
+        for name, metric in self.metrics.items():
+            # Adding nothing marks the metric as updated: ranks without data still take part in the reduction.
+            metric.update(0, 0)
+            values[name] = float(metric.compute())
+        return {name: value for name, value in values.items() if value == value}  # NaN: no data anywhere
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.num_batches = 0
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def _update_windows(self, model: Any, reference: Any, input_ids_BL: Tensor) -> None:
+        with record_routing(model) as routing:
+            logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
+        self._check_finite(logits_BLV, "the model")
+        self.metrics["perplexity"].update(*nll_sum_and_count(logits_BLV, input_ids_BL))
+        if reference is None:
+            return
+        with record_routing(reference) as reference_routing:
+            reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
+        self._check_finite(reference_logits_BLV, "the reference model")
+        kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
+        self.metrics["kl"].update(kl_sum, num_positions)
+        self.metrics["top1_agreement"].update(num_same, num_positions)
+        self.metrics["router_agreement"].update(*count_same_routing(routing, reference_routing))
+
+    def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
+        if self.tokenizer is None:
+            raise ValueError(f"set {self.name} has generation batches but no tokenizer; give SetMetrics one")
+        answers: list[str] = batch["answers"]
+        pad = self.tokenizer.pad_token_id
+        new_ids_BN, logits_BNV = greedy_continuations(
+            model,
+            batch["prompt_ids"],
+            batch["attention_mask"],
+            # A space, the digits at one token each, and one more token to see that the number has ended.
+            max_new_tokens=max(map(len, answers)) + 2,
+            pad_token_id=0 if pad is None else pad,
+        )
+        self._check_finite(logits_BNV, "the model")
+        texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
+        right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
+        self.metrics["exact_match"].update(right, len(answers))
+
+    def _check_finite(self, logits: Tensor, whose: str) -> None:
+        if not logits.isfinite().all():
+            bad = int((~logits.isfinite()).sum())
+            raise ValueError(
+                f"{whose} gave {bad} non-finite logits of {logits.numel()} on set {self.name}, "
+                f"batch {self.num_batches}; check its weights, or load it in bfloat16 or float32 instead of float16"
+            )
