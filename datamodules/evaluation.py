@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moeq.tasks.arithmetic import Problem, build_problems, left_pad
 from moeq.tasks.text import read_documents, spread_windows, token_stream
@@ -35,7 +35,7 @@ class EvaluationSpec:
         window_length: Tokens per window; windows do not overlap, the first token of each is not scored.
         num_windows: Windows per domain, evenly spread over its text; None is all of them.
         batch_size: Windows, or arithmetic problems, per forward pass.
-        arithmetic_file: Lines such as ``37 + 58 = 95`` for the exact-match set.
+        arithmetic_file: Lines such as ``37 + 58 = 95`` for the exact-match set; the bundled file has sums only.
         num_arithmetic: Problems in the exact-match set, evenly spread over the file; 0 leaves the set out.
         num_shots: Other lines shown before each problem.
     """
@@ -45,7 +45,7 @@ class EvaluationSpec:
     window_length: int = 256
     num_windows: int | None = 32
     batch_size: int = 8
-    arithmetic_file: str = "arithmetic.txt"
+    arithmetic_file: str = "arithmetic_sums.txt"
     num_arithmetic: int = 200
     num_shots: int = 4
 
@@ -148,4 +148,6 @@ class EvaluationDataModule(L.LightningDataModule):
     def _loader(self, dataset: list[Any], collate: Any = None) -> DataLoader[Any]:
         assert self.trainer is not None, "the loaders are built by a Trainer"
         sampler = RankSampler(dataset, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(dataset, batch_size=self.evaluation.batch_size, sampler=sampler, collate_fn=collate)
+        return DataLoader(
+            cast(Dataset[Any], dataset), batch_size=self.evaluation.batch_size, sampler=sampler, collate_fn=collate
+        )

@@ -11,6 +11,7 @@ Shapes: B problems, P tokens of the longest prompt (left-padded), N new tokens, 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def build_problems(lines: Sequence[str], num_problems: int, num_shots: int) -> l
     for index in (i * len(lines) // num_problems for i in range(num_problems)):
         question, answer = parse_line(lines[index])
         before = (lines[(index - back) % len(lines)].strip() for back in range(1, len(lines)))
-        shots = [line for line, _ in zip((s for s in before if parse_line(s)[0] != question), range(num_shots))]
+        shots = list(islice((line for line in before if parse_line(line)[0] != question), num_shots))
         problems.append(Problem("".join(f"{line}\n" for line in reversed(shots)) + question, answer))
     return problems
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeq.tasks.arithmetic import greedy_continuations, parse_answer
 from moeq.tasks.divergence import kl_sum_and_agreement
-from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, Perplexity, RouterAgreement
+from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, MeanMetric, Perplexity, RouterAgreement
 from moeq.tasks.perplexity import nll_sum_and_count
 from moeq.tasks.routing import count_same_routing, record_routing
 
@@ -30,15 +30,11 @@ class SetMetrics(nn.Module):
         self.name = name
         self.tokenizer = tokenizer
         self.num_batches = 0
-        self.metrics = nn.ModuleDict(
-            {
-                "perplexity": Perplexity(),
-                "kl": MeanKL(),
-                "top1_agreement": Agreement(),
-                "router_agreement": RouterAgreement(),
-                "exact_match": ExactMatch(),
-            }
-        )
+        self.perplexity = Perplexity()
+        self.kl = MeanKL()
+        self.top1_agreement = Agreement()
+        self.router_agreement = RouterAgreement()
+        self.exact_match = ExactMatch()
 
     @torch.no_grad()
     def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
@@ -61,7 +57,7 @@ class SetMetrics(nn.Module):
     def compute(self) -> dict[str, float]:
         """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
         values = {}
-        for name, metric in self.metrics.items():
+        for name, metric in self._metrics().items():
             # Adding nothing marks the metric as updated: ranks without data still take part in the reduction.
             metric.update(0, 0)
             values[name] = float(metric.compute())
@@ -70,23 +66,26 @@ class SetMetrics(nn.Module):
     def reset(self) -> None:
         """Forget all batches."""
         self.num_batches = 0
-        for metric in self.metrics.values():
+        for metric in self._metrics().values():
             metric.reset()
+
+    def _metrics(self) -> dict[str, MeanMetric]:
+        return {name: metric for name, metric in self.named_children() if isinstance(metric, MeanMetric)}
 
     def _update_windows(self, model: Any, reference: Any, input_ids_BL: Tensor) -> None:
         with record_routing(model) as routing:
             logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(logits_BLV, "the model")
-        self.metrics["perplexity"].update(*nll_sum_and_count(logits_BLV, input_ids_BL))
+        self.perplexity.update(*nll_sum_and_count(logits_BLV, input_ids_BL))
         if reference is None:
             return
         with record_routing(reference) as reference_routing:
             reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(reference_logits_BLV, "the reference model")
         kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
-        self.metrics["kl"].update(kl_sum, num_positions)
-        self.metrics["top1_agreement"].update(num_same, num_positions)
-        self.metrics["router_agreement"].update(*count_same_routing(routing, reference_routing))
+        self.kl.update(kl_sum, num_positions)
+        self.top1_agreement.update(num_same, num_positions)
+        self.router_agreement.update(*count_same_routing(routing, reference_routing))
 
     def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
         if self.tokenizer is None:
@@ -104,7 +103,7 @@ class SetMetrics(nn.Module):
         self._check_finite(logits_BNV, "the model")
         texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
         right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
-        self.metrics["exact_match"].update(right, len(answers))
+        self.exact_match.update(right, len(answers))
 
     def _check_finite(self, logits: Tensor, whose: str) -> None:
         if not logits.isfinite().all():
