@@ -1,0 +1,47 @@
+"""Quantize the sites of each pass with GPTQ on the Hessians of that pass."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from moeq.module import MoEQuantModule
+from moeq.quant.coverage import CoveragePolicy, CoverageSpec, regularize
+from moeq.quant.gptq import Solution, gptq_solve
+from moeq.solve import Unit, quantize_sites
+
+
+class GPTQ(Callback):
+    """GPTQ (AGQ where the Hessians are affinity-weighted); needs HessianCalibration before it in the list.
+
+    Args:
+        coverage: What an expert with few tokens gets: "shrink" pulls its Hessian toward the pooled one of its block,
+            "rtn" rounds it to nearest, "fail" stops.
+        min_tokens: Experts with fewer tokens are reported (and fall back under "rtn" and "fail").
+        kappa: Strength of the shrinkage, in tokens.
+    """
+
+    def __init__(self, coverage: CoveragePolicy = "shrink", min_tokens: int = 128, kappa: float = 256.0) -> None:
+        self.coverage = CoverageSpec(coverage, min_tokens, kappa)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Solve the sites of this pass."""
+        assert isinstance(pl_module, MoEQuantModule)
+        current, run = pl_module.current_pass, pl_module.run
+        if current.kind != "calibrate":
+            return
+        hessians: dict[str, Tensor] = {}
+        for site in current.sites:
+            if site.name not in run.hessians:
+                raise ValueError("GPTQ found no Hessian; put callbacks.HessianCalibration before callbacks.GPTQ")
+            names = [site.weight_name(expert, "+".join(site.leaves)) for expert in range(site.num_experts)]
+            hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], self.coverage, names)
+            run.fallbacks += fallbacks
+            # GPTQ with an identity Hessian is round-to-nearest.
+            identity = torch.eye(site.in_features, device=hessian_EII.device)
+            hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
+
+        def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
+            hessian_EII = hessians[unit.site.name][list(unit.experts)]
+            return gptq_solve(weight_EOI, hessian_EII, unit.grid, pl_module.solve_spec, pl_module.model.dtype)
+
+        quantize_sites(pl_module.adapter, run, current.sites, solver)

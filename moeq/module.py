@@ -1,0 +1,217 @@
+"""The LightningModule: loads a model, turns a run into passes, runs one block on one batch per training step."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from typing_extensions import override
+
+from moeq.activations import ActivationStore, capture_calls, run_block
+from moeq.allocation.plan import WeightShape, uniform_plan
+from moeq.models.adapter import Adapter
+from moeq.models.loading import DType, load_model, load_tokenizer
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.resume import Resume
+from moeq.run import Run
+from moeq.schedule import Pass, Sequential, build_schedule
+from moeq.tasks.evaluate import SetMetrics
+
+import moeq.strategy  # noqa: F401, I001  registers --trainer.strategy moeq_ddp
+
+
+class MoEQuantModule(L.LightningModule):
+    """A model under quantization (fit) or evaluation (validate).
+
+    The Hugging Face model is kept out of the module tree: Lightning neither moves it, nor puts it in train mode, nor
+    writes it into checkpoints.
+
+    Args:
+        name: Hub id or folder of a Mixture-of-Experts causal LM, original or exported by moeq.
+        dtype: Dtype to load the model in; auto is the one of its files.
+        reference: Hub id or folder of the original, to compare with in validate.
+        bits: Bits per weight, 2 to 8.
+        group_size: In-features that share a scale; null is one scale per output channel.
+        symmetric: Symmetric grids, without zero points.
+        clip_search: Search the clipping range of each group (2.4-norm).
+        damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal.
+        act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
+        affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
+        sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
+        restart: Start over in a run folder that holds finished blocks.
+        label: Name of this run in result tables; null is the name of the model.
+    """
+
+    def __init__(
+        self,
+        name: str = "assets/reference-moe",
+        dtype: DType = "auto",
+        reference: str | None = None,
+        bits: int = 4,
+        group_size: int | None = 64,
+        symmetric: bool = False,
+        clip_search: bool = True,
+        damping: float = 0.01,
+        act_order: bool = True,
+        affinity_power: float = 1.0,
+        sequential: Sequential = "stage",
+        restart: bool = False,
+        label: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.grid = GridSpec(bits, group_size, symmetric, clip_search)
+        self.solve_spec = SolveSpec(damping, act_order)
+        if affinity_power < 0:
+            raise ValueError(f"affinity_power ({affinity_power}) must not be negative; 1 is AGQ, 0 is plain GPTQ")
+        self.run = Run()
+        self.survey_requested = False
+        self.schedule: tuple[Pass, ...] = ()
+        self.set_metrics = torch.nn.ModuleList()
+        self._models: dict[str, Any] = {}
+        self._activations = ActivationStore()
+        self._pass_start = 0.0
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_model(self) -> None:
+        if self._models:
+            return
+        self._models["model"] = load_model(self.hparams["name"], self.hparams["dtype"])
+        self._models["tokenizer"] = load_tokenizer(self.hparams["name"])
+        if self.hparams["reference"] is not None:
+            self._models["reference"] = load_model(self.hparams["reference"], self.hparams["dtype"])
+
+    @property
+    def model(self) -> Any:  # noqa: ANN401  a PreTrainedModel; transformers is imported only when one is loaded
+        """The model that is quantized or evaluated."""
+        return self._models["model"]
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401
+        """Its tokenizer."""
+        return self._models["tokenizer"]
+
+    @property
+    def reference(self) -> Any:  # noqa: ANN401
+        """The original to compare with, or None."""
+        return self._models.get("reference")
+
+    @property
+    def adapter(self) -> Adapter:
+        """Where the weights of the model are (made in fit)."""
+        adapter: Adapter = self._models["adapter"]
+        return adapter
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run: everything it writes is below."""
+        return Path(self.trainer.default_root_dir)
+
+    @override
+    def configure_optimizers(self) -> None:
+        """Nothing is trained."""
+
+    # -- fit: one pass per epoch, one block on one batch per step -------------------------------------------------------
+
+    @override
+    def on_fit_start(self) -> None:
+        """Runs after the callbacks' hooks of the same name: the plan exists, a survey may have been asked for."""
+        # An evaluation inside fit would measure a half-quantized model; validate is its own command.
+        self.trainer.limit_val_batches = 0
+        self.prepare()
+        self.model.to(self.device)
+        if not self.run.plan:
+            self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
+        sites = [self.adapter.sites(block) for block in range(len(self.adapter.blocks))]
+        self.resume = Resume(self, sites)
+        first_block = self.resume.load()
+        if first_block:
+            rank_zero_info(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {self.run_dir}")
+        self.schedule = build_schedule(
+            sites, survey=self.survey_requested and first_block == 0,
+            sequential=self.hparams["sequential"], first_block=first_block,
+        )  # fmt: skip
+        self.trainer.fit_loop.max_epochs = len(self.schedule)
+
+    def prepare(self) -> None:
+        """Find the weights of the model; callbacks that need them in ``on_fit_start`` call it first."""
+        if "adapter" not in self._models:
+            self._models["adapter"] = Adapter(self.model)
+
+    def weight_shapes(self) -> list[WeightShape]:
+        """Every quantizable weight with its shape and the share of tokens that use it."""
+        shapes = []
+        for site in self.adapter.all_sites():
+            share = self.num_experts_per_token / site.num_experts if site.kind == "routed" else 1.0
+            for name in site.weight_names():
+                rows = site.rows[site.leaves.index(name.rpartition(".")[2])]
+                shapes.append(WeightShape(name, site.kind, rows, site.in_features, share))
+        return shapes
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """Routed experts that a token uses, from the config (its name varies over families)."""
+        config = self.model.config.get_text_config()
+        names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+        return int(next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1))
+
+    @property
+    def current_pass(self) -> Pass:
+        """What the current epoch sweeps."""
+        return self.schedule[self.current_epoch]
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._pass_start = time.perf_counter()
+        if self.current_epoch and self.schedule[self.current_epoch - 1].kind == "survey" != self.current_pass.kind:
+            self._activations.clear()
+
+    @override
+    @torch.no_grad()
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
+        calls = capture_calls(self.model, self.adapter.blocks, batch)
+        block = self.current_pass.block
+        hidden = self._activations.advance(batch_idx, block, calls, self.adapter.blocks)
+        run_block(self.adapter.blocks[block], hidden, calls[block])
+        return None
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Runs after the callbacks' hooks: the sites of this pass are quantized."""
+        self.run.hessians.clear()
+        seconds = time.perf_counter() - self._pass_start
+        self.run.seconds[self.current_pass.label] = seconds
+        self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)
+        if self.current_pass.ends_block and self.current_pass.kind == "calibrate":
+            self.resume.save(self.current_pass.block)
+
+    # -- validate --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_validation_start(self) -> None:
+        self.model.to(self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
+        names: list[str] = self.trainer.datamodule.set_names  # type: ignore[attr-defined]
+        self.set_metrics = torch.nn.ModuleList(SetMetrics(name) for name in names).to(self.device)
+
+    @override
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        metrics = self.set_metrics[dataloader_idx]
+        assert isinstance(metrics, SetMetrics)
+        metrics.update(self.model, self.reference, batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        for metrics in self.set_metrics:
+            assert isinstance(metrics, SetMetrics)
+            for key, value in metrics.compute().items():
+                self.log(f"{metrics.name}/{key}", value, sync_dist=False)

@@ -1,0 +1,68 @@
+"""A killed ``fit`` continues after its last finished block.
+
+Each finished block is one file in the run folder, with a fingerprint of what it depends on: the configuration, the
+model and the calibration data.  A restarted run with the same fingerprint loads those blocks and starts behind them.
+"""
+
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeq.models.adapter import Site
+from moeq.models.digest import model_digest, tensor_digest
+from moeq.run import block_path, digest, load_block, save_block
+from moeq.solve import commit
+
+if TYPE_CHECKING:
+    from moeq.module import MoEQuantModule
+
+# Settings that do not change what a block becomes.
+NEUTRAL_SETTINGS = frozenset({"reference", "restart", "label"})
+
+
+class Resume:
+    """Writes finished blocks of a run and finds them again.
+
+    Args:
+        module: The module whose run it is; its model, trainer and datamodule exist.
+        sites: Sites of every block.
+    """
+
+    def __init__(self, module: "MoEQuantModule", sites: Sequence[tuple[Site, ...]]) -> None:
+        self.module, self.sites = module, sites
+        self.fingerprint = fingerprint(module)
+
+    def load(self) -> int:
+        """Read the finished blocks into the model and the run; returns the first block that is not finished."""
+        folder, blocks = self.module.run_dir, self.module.run_dir / "blocks"
+        if self.module.hparams["restart"] and blocks.exists() and self.module.global_rank == 0:
+            shutil.rmtree(blocks)
+        self.module.trainer.strategy.barrier("moeq_restart")
+        block = 0
+        while block < len(self.sites) and block_path(folder, block).exists():
+            load_block(folder, block, self.module.run, self.fingerprint)
+            commit(self.module.adapter, self.sites[block], self.module.run.quantized)
+            block += 1
+        return block
+
+    def save(self, block: int) -> None:
+        """Write a finished block (by the first rank), where its weights were quantized at all."""
+        names = [name for site in self.sites[block] for name in site.weight_names()]
+        if self.module.global_rank == 0 and all(name in self.module.run.quantized for name in names):
+            save_block(self.module.run_dir, block, self.module.run, names, self.fingerprint)
+
+
+def fingerprint(module: "MoEQuantModule") -> dict[str, str]:
+    """Digests of the configuration, the model and the calibration data of a run."""
+    settings: dict[str, Any] = {k: v for k, v in module.hparams.items() if k not in NEUTRAL_SETTINGS}
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__module__.startswith("callbacks"):
+            settings[type(callback).__name__] = {k: v for k, v in vars(callback).items() if not k.startswith("_")}
+    return {"configuration": digest(settings), "model": model_digest(module.model), "data": _data_digest(module)}
+
+
+def _data_digest(module: "MoEQuantModule") -> str:
+    datamodule = module.trainer.datamodule  # type: ignore[attr-defined]
+    # A datamodule of the user's own may have no fixed set of ids; its configuration then stands for its data.
+    ids = getattr(datamodule, "calibration_ids", None)
+    return digest(type(datamodule).__name__) if ids is None else tensor_digest(ids())

@@ -1,0 +1,135 @@
+"""What the steps of a run share: one dataclass, and the files of the run folder.
+
+Callbacks never read each other; they read and write a ``Run``.  Every file is written under a temporary name and
+renamed, so that a killed run leaves no half-written file.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeq.quant.hessian import HessianState
+from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
+
+
+@dataclass
+class Run:
+    """State of one quantization run.
+
+    Attributes:
+        plan: Grid of every weight, by canonical name.
+        hessians: Hessian statistics of the current pass, by site name.
+        usage: Tokens routed to each expert, int64 [E], by path of the experts module.
+        quantized: Quantized weights so far, on the CPU, by canonical name.
+        errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
+        fallbacks: Everything that was not done as asked.
+        seconds: Wall time by step.
+    """
+
+    plan: dict[str, GridSpec] = field(default_factory=dict)
+    hessians: dict[str, HessianState] = field(default_factory=dict)
+    usage: dict[str, Tensor] = field(default_factory=dict)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def write_json(path: Path, data: Any) -> None:  # noqa: ANN401  anything that json takes
+    """Write JSON atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf8")
+    os.replace(temporary, path)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows that share their keys as CSV, atomically; nothing where there are no rows."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def digest(data: Any) -> str:  # noqa: ANN401  anything that json takes
+    """Short SHA-256 of a JSON-like value; keys in any order, everything else by its ``str``."""
+    text = json.dumps(data, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def block_path(folder: Path, block: int) -> Path:
+    """File of one finished block in a run folder."""
+    return folder / "blocks" / f"block_{block:03d}.safetensors"
+
+
+def save_block(folder: Path, block: int, run: Run, names: list[str], fingerprint: dict[str, str]) -> None:
+    """Write a finished block: its quantized weights, errors, fallbacks and usage, with what they depend on."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        weight = run.quantized[name]
+        tensors |= {f"{name}.codes": weight.codes_OI, f"{name}.scale": weight.scale_OG}
+        if weight.zero_point_OG is not None:
+            tensors[f"{name}.zero_point"] = weight.zero_point_OG
+    chosen = set(names)
+    prefix = f".{block}."
+    tensors |= {f"usage:{path}": counts for path, counts in run.usage.items() if prefix in f"{path}."}
+    metadata = {
+        "fingerprint": fingerprint,
+        "grids": {n: [run.quantized[n].bits, run.quantized[n].group_size] for n in names},
+        "errors": [row for row in run.errors if row["weight"] in chosen],
+        "fallbacks": [asdict(fallback) for fallback in run.fallbacks if fallback.weight in chosen],
+    }
+    path = block_path(folder, block)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"moeq": json.dumps(metadata)})
+    os.replace(temporary, path)
+
+
+def load_block(folder: Path, block: int, run: Run, fingerprint: dict[str, str]) -> list[str]:
+    """Read a finished block into the run; returns the names of its weights.
+
+    Raises:
+        ValueError: The block was made with another configuration, model or data.
+    """
+    path = block_path(folder, block)
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["moeq"])
+        changed = [key for key, value in fingerprint.items() if metadata["fingerprint"].get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{folder} holds blocks of a run with another {' and '.join(changed)}; "
+                "set --trainer.default_root_dir to a new folder, or --model.restart true to start over in this one"
+            )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    for name, (bits, group_size) in metadata["grids"].items():
+        run.quantized[name] = QuantizedWeight(
+            tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.zero_point"), bits, group_size
+        )
+    run.usage |= {key.removeprefix("usage:"): counts for key, counts in tensors.items() if key.startswith("usage:")}
+    run.errors += metadata["errors"]
+    run.fallbacks += [Fallback(**fallback) for fallback in metadata["fallbacks"]]
+    return list(metadata["grids"])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the accelerator where the model is on one, else resident memory of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,132 @@
+"""From sites and a plan to quantized weights: what is solved together, by which rank, and how results come together.
+
+A *unit* is a stack of weights [E', O', I] that share one grid: experts of a site in which the same linears have the
+same bits.  Units are divided over ranks by their position, and the result of a unit does not depend on which other
+units there are, so one rank and many give the same codes.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeq.distributed import gather_lists, rank_and_world
+from moeq.models.adapter import Adapter, Site
+from moeq.quant.gptq import Solution
+from moeq.quant.grid import dequantize_weight
+from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
+from moeq.run import Run
+
+# Solve a stack: (unit, weight_EOI float32) -> Solution.
+Solver = Callable[["Unit", Tensor], Solution]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Experts of a site, and the linears of them that are solved together on one grid."""
+
+    site: Site
+    experts: tuple[int, ...]
+    leaves: tuple[int, ...]
+    grid: GridSpec
+
+
+@dataclass(frozen=True)
+class SolvedWeight:
+    """One quantized weight with its relative output error in the norm of its Hessian and what went wrong, if any."""
+
+    name: str
+    weight: QuantizedWeight
+    relative_error: float
+    fallbacks: tuple[Fallback, ...]
+
+
+def quantize_sites(adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver) -> None:
+    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model."""
+    rank, world = rank_and_world()
+    largest = max(site.num_experts for site in sites)
+    units = make_units(sites, run.plan, max_experts=-(-largest // world))
+    solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver)]
+    by_name = {weight.name: weight for weight in gather_lists(solved)}
+    for site in sites:
+        for expert in range(site.num_experts):
+            for leaf in site.leaves:
+                weight = by_name[site.weight_name(expert, leaf)]
+                run.quantized[weight.name] = weight.weight
+                run.fallbacks += weight.fallbacks
+                run.errors.append(
+                    {
+                        "weight": weight.name, "block": site.block, "kind": site.kind, "linear": leaf, "expert": expert,
+                        "bits": weight.weight.bits, "relative_error": weight.relative_error,
+                    }
+                )  # fmt: skip
+    commit(adapter, sites, run.quantized)
+
+
+def make_units(sites: Sequence[Site], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
+    """Units of the sites in a fixed order, at most ``max_experts`` experts each."""
+    units = []
+    for site in sites:
+        groups: dict[tuple[tuple[int, ...], GridSpec], list[int]] = defaultdict(list)
+        for expert in range(site.num_experts):
+            by_grid: dict[GridSpec, list[int]] = defaultdict(list)
+            for index, leaf in enumerate(site.leaves):
+                by_grid[plan[site.weight_name(expert, leaf)]].append(index)
+            for grid, leaves in by_grid.items():
+                groups[tuple(leaves), grid].append(expert)
+        for (leaves_of_unit, grid), experts in groups.items():
+            for start in range(0, len(experts), max_experts):
+                units.append(Unit(site, tuple(experts[start : start + max_experts]), leaves_of_unit, grid))
+    return units
+
+
+def unit_rows(unit: Unit) -> list[slice]:
+    """Rows of the stacked site weight that belong to each leaf of a unit."""
+    ends = torch.tensor(unit.site.rows).cumsum(0).tolist()
+    return [slice(ends[leaf] - unit.site.rows[leaf], ends[leaf]) for leaf in unit.leaves]
+
+
+@torch.no_grad()
+def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeight]:
+    """Quantize the weights of one unit; results are on the CPU."""
+    weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
+    stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
+    solution = solver(unit, stacked)
+    sizes = [unit.site.rows[leaf] for leaf in unit.leaves]
+    codes, scales = solution.codes_EOI.split(sizes, 1), solution.scale_EOG.split(sizes, 1)
+    zeros = None if solution.zero_point_EOG is None else solution.zero_point_EOG.split(sizes, 1)
+    solved = []
+    for position, expert in enumerate(unit.experts):
+        for index, leaf in enumerate(unit.leaves):
+            name = unit.site.weight_name(expert, unit.site.leaves[leaf])
+            weight = QuantizedWeight(
+                codes[index][position].cpu().contiguous(),
+                scales[index][position].cpu().contiguous(),
+                None if zeros is None else zeros[index][position].cpu().contiguous(),
+                unit.grid.bits,
+                unit.grid.group_size,
+            )
+            error = float(solution.relative_error_E[position])
+            solved.append(SolvedWeight(name, weight, error, _solver_fallbacks(name, solution, position)))
+    return solved
+
+
+def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
+    if bool(solution.failed_E[position]):
+        return (Fallback(name, "factorisation failed", "rounded to nearest"),)
+    if retries := int(solution.num_retries_E[position]):
+        return (Fallback(name, "factorisation retried", f"{retries} times, in float64 or with stronger damping"),)
+    return ()
+
+
+def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Write the dequantized weights of the sites into the model, in the model's dtype."""
+    for site in sites:
+        current = adapter.get_weight(site)
+        experts = [
+            torch.cat([dequantize_weight(quantized[site.weight_name(e, leaf)], current.dtype) for leaf in site.leaves])
+            for e in range(site.num_experts)
+        ]
+        adapter.set_weight(site, torch.stack(experts).to(current.device))

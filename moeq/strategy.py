@@ -1,0 +1,23 @@
+"""DDP for a module that trains nothing: process groups and launcher of Lightning, no wrapper around the module.
+
+Lightning's own strategy wraps the module in ``DistributedDataParallel``, which refuses one without trainable
+parameters.  ``--trainer.strategy moeq_ddp`` selects this one.
+"""
+
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from typing_extensions import override
+
+STRATEGY = "moeq_ddp"
+
+
+class UnwrappedDDPStrategy(DDPStrategy):
+    """``ddp`` without ``DistributedDataParallel``: nothing is synchronised that a step did not ask for."""
+
+    @override
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
+
+
+StrategyRegistry.register(
+    STRATEGY, UnwrappedDDPStrategy, description="DDP without a wrapper, for calibration and evaluation"
+)
