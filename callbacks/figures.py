@@ -1,0 +1,44 @@
+"""Pictures of a run: expert usage, error by block and the bits map, in TensorBoard and in the run folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from moeq.figures import bits_map, error_by_block, usage_heatmap
+from moeq.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Figures(L.Callback):
+    """Draws what the run recorded, once, at the end of ``fit``; a figure without data is left out.
+
+    Reads ``pl_module.run.usage`` and ``pl_module.run.errors``; writes ``figures/*.png`` in the run folder and images
+    to every logger that takes them (TensorBoard).
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(pl_module.run_dir) / "figures"
+        for name, draw in _drawings(pl_module.run).items():
+            figure = draw()
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}.png")
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_figure"):
+                    logger.experiment.add_figure(f"figures/{name}", figure, global_step=trainer.current_epoch)
+
+
+def _drawings(run: Run) -> "dict[str, Callable[[], Figure]]":
+    """Functions that draw the figures for which the run has data, by name."""
+    drawings: dict[str, Callable[[], Figure]] = {}
+    if run.usage:
+        drawings["expert_usage"] = lambda: usage_heatmap(run.usage)
+    if run.errors:
+        drawings["error_by_block"] = lambda: error_by_block(run.errors)
+        drawings["bits_map"] = lambda: bits_map(run.errors)
+    return drawings
