@@ -6,7 +6,8 @@ from torch import Tensor
 
 from moeq.module import MoEQuantModule
 from moeq.quant.coverage import CoveragePolicy, CoverageSpec, regularize
-from moeq.quant.gptq import Solution, gptq_solve
+from moeq.quant.gptq import gptq_solve
+from moeq.quant.solution import Solution
 from moeq.solve import Unit, quantize_sites
 
 
@@ -33,7 +34,8 @@ class GPTQ(Callback):
         for site in current.sites:
             if site.name not in run.hessians:
                 raise ValueError("GPTQ found no Hessian; put callbacks.HessianCalibration before callbacks.GPTQ")
-            names = [site.weight_name(expert, "+".join(site.leaves)) for expert in range(site.num_experts)]
+            # Stacked linears share a Hessian: the first stands for all of them in the report.
+            names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
             hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], self.coverage, names)
             run.fallbacks += fallbacks
             # GPTQ with an identity Hessian is round-to-nearest.

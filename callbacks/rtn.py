@@ -4,7 +4,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moeq.module import MoEQuantModule
-from moeq.quant.gptq import Solution
+from moeq.quant.solution import Solution
 from moeq.quant.rtn import round_to_nearest
 from moeq.solve import Unit, quantize_sites
 

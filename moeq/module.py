@@ -200,7 +200,7 @@ class MoEQuantModule(L.LightningModule):
         if self.reference is not None:
             self.reference.to(self.device)
         names: list[str] = self.trainer.datamodule.set_names  # type: ignore[attr-defined]
-        self.set_metrics = torch.nn.ModuleList(SetMetrics(name) for name in names).to(self.device)
+        self.set_metrics = torch.nn.ModuleList(SetMetrics(name, self.tokenizer) for name in names).to(self.device)
 
     @override
     @torch.no_grad()

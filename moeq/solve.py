@@ -7,14 +7,14 @@ units there are, so one rank and many give the same codes.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
-from moeq.quant.gptq import Solution
+from moeq.quant.solution import Solution
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 from moeq.run import Run
@@ -94,23 +94,25 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeigh
     weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
     stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
     solution = solver(unit, stacked)
-    sizes = [unit.site.rows[leaf] for leaf in unit.leaves]
-    codes, scales = solution.codes_EOI.split(sizes, 1), solution.scale_EOG.split(sizes, 1)
-    zeros = None if solution.zero_point_EOG is None else solution.zero_point_EOG.split(sizes, 1)
-    solved = []
-    for position, expert in enumerate(unit.experts):
-        for index, leaf in enumerate(unit.leaves):
+    solved, end = [], 0
+    for leaf in unit.leaves:
+        start, end = end, end + unit.site.rows[leaf]
+        for position, expert in enumerate(unit.experts):
             name = unit.site.weight_name(expert, unit.site.leaves[leaf])
-            weight = QuantizedWeight(
-                codes[index][position].cpu().contiguous(),
-                scales[index][position].cpu().contiguous(),
-                None if zeros is None else zeros[index][position].cpu().contiguous(),
-                unit.grid.bits,
-                unit.grid.group_size,
-            )
+            weight = _on_cpu(solution.expert(position, unit.grid, slice(start, end)))
             error = float(solution.relative_error_E[position])
             solved.append(SolvedWeight(name, weight, error, _solver_fallbacks(name, solution, position)))
     return solved
+
+
+def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+    zero_point = weight.zero_point_OG
+    return replace(
+        weight,
+        codes_OI=weight.codes_OI.cpu().contiguous(),
+        scale_OG=weight.scale_OG.cpu().contiguous(),
+        zero_point_OG=None if zero_point is None else zero_point.cpu().contiguous(),
+    )
 
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:

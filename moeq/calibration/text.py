@@ -1,7 +1,7 @@
 """Calibration windows of any text, and the files such text comes from.
 
-Windows are drawn over the whole text by a seed.  They do not overlap where the text is long enough: with T tokens and
-N windows of L, the i-th start is i * L plus the i-th of N sorted random numbers in [0, T - N * L].  A shorter text gives
+Windows are drawn over the whole text by a seed.  They do not overlap where the text is long enough: of T tokens, N
+windows of L take the starts i * L plus the i-th of N sorted random numbers in [0, T - N * L].  A shorter text gives
 distinct windows that overlap.  (QuantMoE-Bench cuts 512 overlapping windows out of about 1000 lines, unseeded.)
 
 Legend: T tokens of the text, N windows, L tokens per window.
@@ -10,7 +10,6 @@ Legend: T tokens of the text, N windows, L tokens per window.
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +75,3 @@ def _document(line: str, field: str, where: str) -> str:
         given = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where} has no field {field!r}, only {given}; set the field argument to one of its fields")
     return str(row[field])
-
-
-def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
-    """int64 ids_T of all documents, joined by an empty line as WikiText is in the GPTQ papers; no special tokens."""
-    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)

@@ -1,0 +1,69 @@
+"""Write the quantized model, reload what was written and compare it."""
+
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from moeq.allocation.plan import plan_cost
+from moeq.module import MoEQuantModule
+from moeq.run import write_json
+
+
+class Export(Callback):
+    """Packed checkpoint in ``export/`` of the run folder, dense copy in ``dense/``, both verified.
+
+    Args:
+        dense: Also write a plain Hugging Face folder with dequantized weights.
+        overwrite: Replace folders that exist already and are not empty.
+    """
+
+    def __init__(self, dense: bool = True, overwrite: bool = False) -> None:
+        self.dense, self.overwrite = dense, overwrite
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse before any work what would be refused at the end."""
+        assert isinstance(pl_module, MoEQuantModule)
+        for folder in self._folders(pl_module.run_dir):
+            if folder.exists() and any(folder.iterdir()) and not self.overwrite:
+                raise ValueError(
+                    f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
+                    "or overwrite: true for callbacks.Export"
+                )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and verify, on the first rank; the others wait, as the exported folder is one."""
+        assert isinstance(pl_module, MoEQuantModule)
+        if trainer.is_global_zero:
+            self._export(pl_module)
+        trainer.strategy.barrier("moeq_export")
+
+    def _folders(self, run_dir: Path) -> list[Path]:
+        return [run_dir / "export", *([run_dir / "dense"] if self.dense else [])]
+
+    def _export(self, module: MoEQuantModule) -> None:
+        from moeq.export.checkpoint import write_checkpoint
+        from moeq.export.dense import write_dense
+        from moeq.export.verify import verify_checkpoint, verify_dense
+
+        start = time.perf_counter()
+        packed, dense = module.run_dir / "export", module.run_dir / "dense"
+        model, run = module.model.to("cpu"), module.run
+        cost = plan_cost(run.plan, module.weight_shapes())
+        metadata = {
+            "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
+            "average_bits": cost.average_bits, "seconds": sum(run.seconds.values()),
+        }  # fmt: skip
+        report = write_checkpoint(
+            model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=self.overwrite
+        )
+        probe = torch.arange(64).remainder(model.config.get_text_config().vocab_size).reshape(2, 32)
+        verification = {"checkpoint": vars(verify_checkpoint(packed, model, run.quantized, probe)), "written": vars(report)}
+        if self.dense:
+            write_dense(model, module.tokenizer, dense, overwrite=self.overwrite)
+            verification["dense"] = vars(verify_dense(dense, model, probe))
+        write_json(module.run_dir / "verification.json", verification)
+        run.seconds["export"] = time.perf_counter() - start
+        rank_zero_info(f"Export: {packed} written, reloaded and equal")

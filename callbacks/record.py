@@ -1,0 +1,76 @@
+"""Write what happened in a run: manifest, errors by weight, fallbacks, time and memory by step, and a summary."""
+
+import importlib.metadata
+import platform
+import time
+from collections import Counter, defaultdict
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from moeq.allocation.plan import plan_cost
+from moeq.module import MoEQuantModule
+from moeq.run import peak_memory_bytes, write_csv, write_json
+
+PACKAGES = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "safetensors")
+
+
+class Record(Callback):
+    """Writes manifest.json, errors.csv, fallbacks.json and summary.md into the run folder, and prints the summary."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the mean relative error of what this pass quantized, as a curve over passes."""
+        assert isinstance(pl_module, MoEQuantModule)
+        names = {name for site in pl_module.current_pass.sites for name in site.weight_names()}
+        errors = [row["relative_error"] for row in pl_module.run.errors if row["weight"] in names]
+        if errors:
+            pl_module.log("fit/relative_error", sum(errors) / len(errors), rank_zero_only=True)
+        pl_module.log("fit/peak_memory_gb", peak_memory_bytes(pl_module.device) / 1e9, rank_zero_only=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files."""
+        assert isinstance(pl_module, MoEQuantModule)
+        if not trainer.is_global_zero:
+            return
+        folder, run = pl_module.run_dir, pl_module.run
+        manifest = {
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "device": str(pl_module.device),
+            "seed": torch.initial_seed(),
+            "model": dict(pl_module.hparams),
+            "fingerprint": pl_module.resume.fingerprint,
+            "seconds_total": time.perf_counter() - self._start,
+            "seconds": run.seconds,
+            "peak_memory_bytes": peak_memory_bytes(pl_module.device),
+        }
+        write_json(folder / "manifest.json", manifest)
+        write_csv(folder / "errors.csv", run.errors)
+        write_json(folder / "fallbacks.json", [vars(fallback) for fallback in run.fallbacks])
+        summary = summary_table(pl_module)
+        (folder / "summary.md").write_text(summary, encoding="utf8")
+        rank_zero_info(summary)
+
+
+def summary_table(module: MoEQuantModule) -> str:
+    """Markdown: mean relative error and bits by structure, then the cost of the plan and the fallbacks by reason."""
+    rows = defaultdict(list)
+    for row in module.run.errors:
+        rows[row["kind"], row["linear"]].append(row)
+    lines = ["", "| structure | linear | weights | mean bits | mean relative error |", "|---|---|---|---|---|"]
+    for (kind, linear), group in rows.items():
+        bits = sum(row["bits"] for row in group) / len(group)
+        error = sum(row["relative_error"] for row in group) / len(group)
+        lines.append(f"| {kind} | {linear} | {len(group)} | {bits:.2f} | {error:.5f} |")
+    cost = plan_cost(module.run.plan, module.weight_shapes())
+    reasons = Counter(fallback.reason for fallback in module.run.fallbacks)
+    listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
+    lines += ["", f"Average bits {cost.average_bits:.3f} ({cost.bytes / 1e6:.2f} MB). Fallbacks: {listed}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+
+from moeq.models.adapter import STAGES, Adapter, find_blocks
+from tests.tiny import tiny_model
+
+PLAIN_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_sites_cover_every_matrix_of_the_blocks_but_routers_gates_and_norms(family: str) -> None:
+    model = tiny_model(family)
+    adapter = Adapter(model)
+    covered = sum(adapter.get_weight(site).numel() for site in adapter.all_sites())
+    skipped = ("mlp.gate.", "shared_expert_gate", "norm", "bias")
+    expected = sum(
+        p.numel() for name, p in adapter.blocks.named_parameters() if not any(part in name for part in skipped)
+    )
+    assert covered == expected
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_weight_names_are_unique_and_expert_names_carry_the_expert(family: str) -> None:
+    names = [name for site in Adapter(tiny_model(family)).all_sites() for name in site.weight_names()]
+    assert len(names) == len(set(names))
+    assert "model.layers.1.mlp.experts.3.gate_proj" in names
+    assert not any("gate_up" in name or name.endswith(("mlp.gate", "shared_expert_gate")) for name in names)
+
+
+def test_stacked_weight_of_an_expert_is_gate_above_up() -> None:
+    model = tiny_model("mixtral")
+    adapter = Adapter(model)
+    site = next(s for s in adapter.sites(1) if s.kind == "routed" and s.stage == "mlp_in")
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    x = torch.randn(3, 64)
+    gate, up = (adapter.get_weight(site)[5] @ x.T).split(site.rows)
+    expected = experts.act_fn(gate.T) * up.T
+    torch.testing.assert_close(experts._apply_gate(x @ experts.gate_up_proj[5].T), expected)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_written_weights_are_read_back_and_touch_nothing_else(family: str) -> None:
+    model = tiny_model(family)
+    adapter = Adapter(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for site in adapter.sites(1):
+        adapter.set_weight(site, adapter.get_weight(site) + 1)
+    for site in adapter.sites(1):
+        adapter.set_weight(site, adapter.get_weight(site) - 1)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], atol=1e-5, rtol=0)
+        assert torch.equal(parameter, before[name]) or "layers.1." in name
+
+
+def test_sites_come_in_the_order_of_the_data_flow() -> None:
+    stages = [STAGES.index(site.stage) for site in Adapter(tiny_model("deepseek_v3")).sites(1)]
+    assert stages == sorted(stages)
+    assert set(stages) == set(range(5))
+
+
+def test_shared_experts_are_told_from_dense_blocks() -> None:
+    kinds = [{site.kind for site in Adapter(tiny_model("deepseek_v3")).sites(block)} for block in (0, 1)]
+    assert kinds == [{"attention", "dense"}, {"attention", "shared", "routed"}]
+
+
+def test_only_qwen2_gates_its_shared_expert() -> None:
+    for family, gated in (("qwen2_moe", True), ("deepseek_v3", False)):
+        adapter = Adapter(tiny_model(family))
+        site = next(s for s in adapter.sites(1) if s.kind == "shared")
+        assert (adapter.shared_affinity_gate(site) is not None) == gated
+
+
+def test_a_dense_model_is_refused_with_its_family_and_the_ones_that_work() -> None:
+    with pytest.raises(ValueError, match=r"llama has no routed experts.*qwen2_moe"):
+        Adapter(tiny_model("llama"))
+
+
+def test_gpt_oss_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="gpt_oss cannot be quantized by moeq: .*transposed expert weights"):
+        Adapter(tiny_model("gpt_oss"))
+
+
+def test_a_module_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no list of decoder blocks"):
+        find_blocks(nn.Linear(2, 2))
