@@ -1,0 +1,97 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moeq.allocation.plan import (
+    WeightShape,
+    check_plan,
+    plan_cost,
+    plan_from_json,
+    plan_to_json,
+    storage_bits,
+    uniform_plan,
+)
+from moeq.quant.spec import GridSpec
+
+WEIGHTS = [
+    WeightShape("a.q_proj", "attention", 64, 128),
+    WeightShape("a.experts.0.up_proj", "routed", 32, 128, active_share=0.25),
+    WeightShape("a.experts.1.up_proj", "routed", 32, 128, active_share=0.25),
+]
+GRID = GridSpec(bits=3, group_size=64, symmetric=False)
+
+
+def test_cost_equals_counting_every_code_scale_and_zero_point() -> None:
+    plan = uniform_plan(WEIGHTS, GRID, {"attention": 8})
+    bits = active_bits = numel = active_numel = codes = 0.0
+    for weight in WEIGHTS:
+        for _ in range(weight.out_features):
+            row = 0
+            for column in range(weight.in_features):
+                row += plan[weight.name].bits
+                codes += plan[weight.name].bits
+                if column % 64 == 0:
+                    row += 16 + plan[weight.name].bits
+            bits += row
+            active_bits += weight.active_share * row
+        numel += weight.out_features * weight.in_features
+        active_numel += weight.active_share * weight.out_features * weight.in_features
+    cost = plan_cost(plan, WEIGHTS)
+    assert cost.code_bits == pytest.approx(codes / numel)
+    assert cost.average_bits == pytest.approx(bits / numel)
+    assert cost.active_average_bits == pytest.approx(active_bits / active_numel)
+    assert cost.bytes == -(-bits // 8)
+
+
+def test_symmetric_grids_store_no_zero_points() -> None:
+    weight = WEIGHTS[0]
+    with_zero, without = (storage_bits(weight, replace(GRID, symmetric=s))[1] for s in (False, True))
+    assert with_zero - without == weight.out_features * 2 * GRID.bits
+
+
+def test_bits_by_kind_reach_only_their_kind() -> None:
+    plan = uniform_plan(WEIGHTS, GRID, {"routed": 2})
+    assert [plan[w.name].bits for w in WEIGHTS] == [3, 2, 2]
+
+
+def test_plan_survives_json(tmp_path: Path) -> None:
+    plan = uniform_plan(WEIGHTS, GRID, {"attention": 8})
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(plan_to_json(plan, plan_cost(plan, WEIGHTS))))
+    assert plan_from_json(path) == plan
+
+
+def test_group_size_that_does_not_fit_names_the_weight_and_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"a\.q_proj: group_size \(48\) must divide in_features \(128\); choose one of"):
+        uniform_plan(WEIGHTS, replace(GRID, group_size=48))
+
+
+def test_unknown_and_missing_weights_are_named() -> None:
+    plan = uniform_plan(WEIGHTS, GRID)
+    with pytest.raises(ValueError, match=r"names 1 weights the model lacks, first 'b'"):
+        check_plan({**plan, "b": GRID}, WEIGHTS)
+    with pytest.raises(ValueError, match=r"lacks 2 weights of the model, first 'a.experts.0.up_proj'"):
+        check_plan({"a.q_proj": GRID}, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not an allocation"),
+        ('{"version": 99, "weights": {}}', r"version \(99\) must be 1"),
+        ('{"version": 1, "weights": {"a": {"bits": 1}}}', r"bits \(1\) must be between 2 and 8"),
+        ('{"version": 1, "weights": {"a": {"bit": 4}}}', "unexpected keyword"),
+    ],
+)
+def test_damaged_plans_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        plan_from_json(path)
+
+
+def test_missing_plan_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no allocation file at"):
+        plan_from_json(tmp_path / "none.json")

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from moeq.activations import ActivationStore, capture_calls, run_block
+from moeq.models.adapter import Adapter
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(family: str, padded: bool) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(1, 257, (2, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask} if padded else {"input_ids": ids}
+    blocks = Adapter(model).blocks
+    calls = capture_calls(model, blocks, inputs)
+    hidden = calls[0].hidden
+    for block, call in zip(blocks, calls, strict=True):
+        hidden = run_block(block, hidden, call)
+    expected = model.model(**inputs, output_hidden_states=False).last_hidden_state
+    kept = mask.bool()
+    torch.testing.assert_close(model.model.norm(hidden)[kept], expected[kept])
+
+
+def test_stubs_come_off() -> None:
+    model = tiny_model("mixtral")
+    ids = torch.ones(1, 4, dtype=torch.long)
+    before = model(ids).logits
+    capture_calls(model, Adapter(model).blocks, {"input_ids": ids})
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_store_advances_by_running_the_blocks_between() -> None:
+    model = tiny_model("qwen2_moe")
+    blocks = Adapter(model).blocks
+    calls = capture_calls(model, blocks, {"input_ids": torch.randint(1, 257, (1, 5))})
+    store = ActivationStore()
+    assert torch.equal(store.advance(0, 0, calls, blocks), calls[0].hidden)
+    expected = run_block(blocks[0], calls[0].hidden, calls[0])
+    assert torch.equal(store.advance(0, 1, calls, blocks), expected)
+    # Stored now: a change of the finished block no longer matters.
+    torch.nn.init.zeros_(blocks[0].mlp.experts.down_proj)
+    assert torch.equal(store.advance(0, 1, calls, blocks), expected)
+
+
+def test_store_refuses_to_go_back_until_it_is_cleared() -> None:
+    model = tiny_model("qwen2_moe")
+    blocks = Adapter(model).blocks
+    calls = capture_calls(model, blocks, {"input_ids": torch.randint(1, 257, (1, 5))})
+    store = ActivationStore()
+    store.advance(3, 1, calls, blocks)
+    with pytest.raises(ValueError, match="batch 3 are at block 1, behind is block 0"):
+        store.advance(3, 0, calls, blocks)
+    store.clear()
+    assert torch.equal(store.advance(3, 0, calls, blocks), calls[0].hidden)
