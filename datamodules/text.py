@@ -1,0 +1,88 @@
+"""Calibration on windows of text: of a local file, or of a data set of the hub."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from datamodules.calibration import CalibrationDataModule
+from datamodules.evaluation import EvaluationSpec
+from moeq.calibration.text import read_documents, text_windows
+from moeq.tasks.text import token_stream
+
+
+class TextDataModule(CalibrationDataModule):
+    """Windows of any text for comparison with self-sampled sequences, and the validation sets.
+
+    Args:
+        path: A local .txt or .jsonl file, gzipped or not; documents are separated by the end-of-text token.
+        dataset: Or a data set of the hub, such as wikitext; its rows are joined by empty lines, as in the GPTQ papers.
+        dataset_config: Configuration of the data set, such as wikitext-2-raw-v1.
+        split: Split of the data set.
+        field: Field of a .jsonl file, or column of the data set, that holds the text.
+        num_windows: Windows to calibrate on.
+        length: Tokens per window.
+        seed: Of the choice of windows.
+        batch_size: Windows per step.
+        evaluation: Evaluation sets of validate; null is those of the bundled model.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        split: str = "train",
+        field: str = "text",
+        num_windows: int = 128,
+        length: int = 512,
+        seed: int = 0,
+        batch_size: int = 8,
+        evaluation: EvaluationSpec | None = None,
+    ) -> None:
+        super().__init__(batch_size, evaluation)
+        if (path is None) == (dataset is None):
+            raise ValueError(f"give either path or dataset, not both and not neither (path {path}, dataset {dataset})")
+        for name, value in {"num_windows": num_windows, "length": length}.items():
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be positive; the usual values are 128 windows of 512 tokens")
+        self.path, self.dataset, self.dataset_config = path, dataset, dataset_config
+        self.split, self.field = split, field
+        self.num_windows, self.length, self.seed = num_windows, length, seed
+
+    @override
+    def make_ids(self) -> Tensor:
+        source = self.path or self.dataset
+        try:
+            return text_windows(self._stream(), self.length, self.num_windows, self.seed)
+        except ValueError as error:
+            raise ValueError(f"calibration text {source}: {error}") from error
+
+    def _stream(self) -> Tensor:
+        if self.path is not None:
+            return token_stream(read_documents(Path(self.path), self.field), self._tokenizer)
+        assert self.dataset is not None
+        rows = load_rows(self.dataset, self.dataset_config, self.split, self.field)
+        ids = self._tokenizer.encode("\n\n".join(rows), add_special_tokens=False)
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def load_rows(dataset: str, config: str | None, split: str, field: str) -> list[str]:
+    """One column of a data set of the hub (or of its local copy).
+
+    Raises:
+        ValueError: There is no such data set, configuration, split or column, or the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(dataset, config, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dataset {dataset!r} (config {config}, split {split}) could not be loaded: {error}; "
+            "check its name, or give path to a local file"
+        ) from error
+    if field not in rows.column_names:
+        raise ValueError(f"field {field!r} is not one of the columns {rows.column_names} of {dataset}; choose one")
+    return [str(row) for row in rows[field]]
