@@ -1,0 +1,176 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import datamodules.ebss
+from datamodules.ebss import EBSSDataModule, first_token_candidates
+from moeq.calibration.next_token import score_sequences
+from moeq.calibration.store import load_sampled
+from tests.datamodules.stub import StubTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SMALL = {"num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_model("qwen2_moe")
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sequences of every search that is run."""
+    calls: list[int] = []
+    search = datamodules.ebss.search
+
+    def counting(next_token: Any, spec: Any, first_N: Tensor, generator: torch.Generator) -> Any:
+        calls.append(len(first_N))
+        return search(next_token, spec, first_N, generator)
+
+    monkeypatch.setattr(datamodules.ebss, "search", counting)
+    return calls
+
+
+def attached(run_dir: Path, model: nn.Module, rank: int = 0, world_size: int = 1, **settings: Any) -> EBSSDataModule:
+    datamodule = EBSSDataModule(**{**SMALL, **settings})
+    datamodule.trainer = StubTrainer(run_dir, model, rank, world_size)
+    return datamodule
+
+
+def ids_file(run_dir: Path) -> Path:
+    (path,) = (run_dir / "calibration").glob("ebss-*.safetensors")
+    return path
+
+
+def test_defaults_are_those_of_the_paper_with_the_stochastic_mode() -> None:
+    spec = EBSSDataModule().spec
+    assert (spec.num_sequences, spec.length, spec.branches, spec.tau, spec.mode) == (128, 512, 4, 1.2, "stochastic")
+
+
+def test_first_tokens_are_distinct_and_never_special(tmp_path: Path, model: nn.Module) -> None:
+    ids_NL = attached(tmp_path, model, num_sequences=200, length=6).calibration_ids()
+    first = ids_NL[:, 0].tolist()
+    assert len(set(first)) == 200
+    assert 0 not in first
+    assert max(first) < len(tiny_tokenizer())
+    assert first_token_candidates(model, tiny_tokenizer()).tolist() == list(range(1, 257))
+    with pytest.raises(ValueError, match=r"num_sequences \(300\) must not exceed the 256 tokens"):
+        attached(tmp_path, model, num_sequences=300).calibration_ids()
+
+
+def test_ids_and_report_are_in_the_run_folder(tmp_path: Path, model: nn.Module) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    ids_NL = attached(tmp_path, model, compare_text=str(text)).calibration_ids()
+    sampled = load_sampled(ids_file(tmp_path))
+    nll_N, counts_NLE = score_sequences(model, ids_NL)
+    assert torch.equal(sampled.ids_NT, ids_NL)
+    assert torch.equal(sampled.counts_NLE, counts_NLE)
+    report = json.loads((tmp_path / "calibration" / "report.json").read_text())
+    assert report["sampled"]["nll_mean"] == pytest.approx(float(nll_N.mean()) / 15, rel=1e-4)
+    assert report["sampled"]["tokens"] == report["text"]["tokens"] == 96
+    assert report["sampled"].keys() == report["text"].keys()
+    assert report["settings"]["mode"] == "stochastic"
+    assert report["samples"] == tiny_tokenizer().batch_decode(ids_NL[:3])
+
+
+def test_a_restart_reads_the_ids_back(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
+    first = attached(tmp_path, model).calibration_ids()
+    assert searches == [4, 2]
+    assert torch.equal(attached(tmp_path, model).calibration_ids(), first)
+    assert searches == [4, 2]
+
+
+def test_runs_share_a_cache_folder(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    first = attached(tmp_path / "a", model, **settings).calibration_ids()
+    second = attached(tmp_path / "b", model, **settings).calibration_ids()
+    assert searches == [4, 2]
+    assert torch.equal(first, second)
+    assert ids_file(tmp_path / "a").read_bytes() == ids_file(tmp_path / "b").read_bytes()
+    assert (tmp_path / "b" / "calibration" / "report.json").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_other_settings_or_weights_make_other_ids(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
+    attached(tmp_path, model).calibration_ids()
+    attached(tmp_path, model, seed=1).calibration_ids()
+    attached(tmp_path, model, tau=0.5).calibration_ids()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    attached(tmp_path, model).calibration_ids()
+    assert len(searches) == 8
+    assert len(list((tmp_path / "calibration").glob("ebss-*.safetensors"))) == 4
+
+
+def test_ids_are_made_before_quantization_and_kept(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
+    datamodule = attached(tmp_path, model)
+    before = [batch["input_ids"] for batch in datamodule.train_dataloader()]
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    after = [batch["input_ids"] for batch in datamodule.train_dataloader()]
+    assert torch.equal(torch.cat(before), torch.cat(after))
+    assert len(searches) == 2
+
+
+def test_only_the_first_rank_samples_and_every_sequence_is_served_once(
+    tmp_path: Path, model: nn.Module, searches: list[int]
+) -> None:
+    ranks = [attached(tmp_path, model, rank, 2) for rank in (0, 1)]
+    shares = [torch.cat([batch["input_ids"] for batch in rank.train_dataloader()]) for rank in ranks]
+    assert searches == [4, 2]
+    assert [rank.trainer.barriers for rank in ranks] == [["moeq_ebss"], ["moeq_ebss"]]
+    everything = ranks[0].calibration_ids().tolist()
+    assert sorted(torch.cat(shares).tolist()) == sorted(everything)
+    assert len(set(map(tuple, everything))) == 6
+
+
+def test_damaged_ids_are_refused(tmp_path: Path, model: nn.Module) -> None:
+    attached(tmp_path, model).calibration_ids()
+    path = ids_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"not a complete file of sampled sequences .* delete it"):
+        attached(tmp_path, model).calibration_ids()
+
+
+def test_bad_settings_are_named(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"branches \(0\) must be at least 1"):
+        EBSSDataModule(branches=0)
+    with pytest.raises(ValueError, match=r"sequences_at_once \(0\) must be positive"):
+        EBSSDataModule(sequences_at_once=0)
+    with pytest.raises(ValueError, match=r"length \(513\) must not exceed the 512 positions of the model"):
+        attached(tmp_path, model, length=513).calibration_ids()
+    with pytest.raises(ValueError, match="no routed experts, whose balance is not defined"):
+        attached(tmp_path, tiny_model("llama")).calibration_ids()
+
+
+def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    class Recorder(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.__dict__["model"] = model
+            self.tokenizer, self.run_dir, self.seen = tiny_tokenizer(), tmp_path, []
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.seen.append(batch["input_ids"])
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            raise AssertionError("validation inside fit is off")
+
+        def configure_optimizers(self) -> None:
+            pass
+
+    recorder, datamodule = Recorder(), EBSSDataModule(**SMALL)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        limit_val_batches=0, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(recorder, datamodule=datamodule)
+    assert torch.equal(torch.cat(recorder.seen), datamodule.calibration_ids().repeat(2, 1))
+    assert "EBSS (stochastic): 100%" in capsys.readouterr().err

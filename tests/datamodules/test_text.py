@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from datamodules.calibration import BatchShare
+from datamodules.text import TextDataModule
+from tests.datamodules.stub import StubTrainer
+from tests.tiny import tiny_tokenizer
+
+
+def attached(tmp_path: Path, rank: int = 0, world_size: int = 1, **settings: object) -> TextDataModule:
+    datamodule = TextDataModule(**settings)
+    datamodule.trainer = StubTrainer(tmp_path, global_rank=rank, world_size=world_size)
+    return datamodule
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + i * i % 26) for i in range(2000)))
+    return str(path)
+
+
+def test_batches_are_windows_of_the_text(tmp_path: Path, text: str) -> None:
+    batches = list(attached(tmp_path, path=text, num_windows=7, length=16, batch_size=3).train_dataloader())
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 16), (3, 16), (1, 16)]
+    whole = Path(text).read_text()
+    for window in torch.cat([batch["input_ids"] for batch in batches]):
+        assert tiny_tokenizer().decode(window) in whole
+
+
+@pytest.mark.parametrize(("num_windows", "batch_size"), [(10, 3), (8, 2), (5, 2)])
+def test_two_ranks_share_the_batches_of_one_without_duplicates(
+    tmp_path: Path, text: str, num_windows: int, batch_size: int
+) -> None:
+    settings = {"path": text, "num_windows": num_windows, "length": 16, "batch_size": batch_size}
+    alone = [batch["input_ids"] for batch in attached(tmp_path, **settings).train_dataloader()]
+    shares = [[b["input_ids"] for b in attached(tmp_path, rank, 2, **settings).train_dataloader()] for rank in (0, 1)]
+    assert len(shares[0]) + len(shares[1]) == len(alone)
+    for i, batch in enumerate(alone):
+        assert torch.equal(batch, shares[i % 2][i // 2])
+
+
+def test_fewer_batches_than_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"6 sequences in batches of 4 are 2 batches, fewer than the 3 ranks.*most 2"):
+        BatchShare(6, 4, 0, 3)
+
+
+def test_documents_of_json_lines_are_separated_by_the_end_of_text_token(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"body": body}) for body in ("ab", "cd")))
+    datamodule = attached(tmp_path, path=str(path), field="body", num_windows=1, length=6)
+    assert tiny_tokenizer().decode(datamodule.calibration_ids()[0]) == "ab<|endoftext|>cd<|endoftext|>"
+
+
+def test_a_data_set_is_loaded_by_its_name(tmp_path: Path) -> None:
+    """Through the loading code that opens data sets of the hub, from a folder in the same layout."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"line": line}) for line in ("ab", "cd", "ef")))
+    datasets.disable_progress_bars()
+    datamodule = attached(tmp_path, dataset=str(folder), field="line", num_windows=1, length=10)
+    assert tiny_tokenizer().decode(datamodule.calibration_ids()[0]) == "ab\n\ncd\n\nef"
+
+
+def test_configuration_and_split_reach_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": ["some text"] * 9})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = {"dataset": "wikitext", "dataset_config": "wikitext-2-raw-v1", "split": "test"}
+    assert attached(tmp_path, **settings, num_windows=2, length=20).calibration_ids().shape == (2, 20)
+    assert asked == [("wikitext", "wikitext-2-raw-v1", "test")]
+    with pytest.raises(ValueError, match=r"field 'body' is not one of the columns \['text'\]"):
+        attached(tmp_path, **settings, field="body").calibration_ids()
+
+
+def test_bad_input_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="give either path or dataset"):
+        TextDataModule()
+    with pytest.raises(ValueError, match="give either path or dataset"):
+        TextDataModule(path="a.txt", dataset="wikitext")
+    with pytest.raises(ValueError, match=r"batch_size \(0\) must be positive"):
+        TextDataModule(path="a.txt", batch_size=0)
+    with pytest.raises(ValueError, match=r"length \(0\) must be positive"):
+        TextDataModule(path="a.txt", length=0)
+    with pytest.raises(ValueError, match=r"text.txt: the text has 2001 tokens, fewer than one window of length 4000"):
+        attached(tmp_path, path=text, length=4000).calibration_ids()
+    with pytest.raises(ValueError, match=r"dataset 'no/such' .* could not be loaded"):
+        attached(tmp_path, dataset="no/such").calibration_ids()
