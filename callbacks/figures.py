@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import lightning as L
 
 from moeq.figures import bits_map, error_by_block, usage_heatmap
-from moeq.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from moeq.run import Run
 
 
 class Figures(L.Callback):
@@ -33,7 +34,7 @@ class Figures(L.Callback):
                     logger.experiment.add_figure(f"figures/{name}", figure, global_step=trainer.current_epoch)
 
 
-def _drawings(run: Run) -> "dict[str, Callable[[], Figure]]":
+def _drawings(run: "Run") -> "dict[str, Callable[[], Figure]]":
     """Functions that draw the figures for which the run has data, by name."""
     drawings: dict[str, Callable[[], Figure]] = {}
     if run.usage:

@@ -27,8 +27,9 @@ class MeanMetric(Metric):
 
     def update(self, total: Tensor | float, count: Tensor | int) -> None:
         """Add the total and the count of one batch."""
-        self.total += total
-        self.count += count
+        # A cast of the parent module (to bfloat16, say) reaches the states before the first batch; undo it.
+        self.total = self.total.to(self.total_dtype) + total
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """Float64 total / count; NaN where nothing was counted."""
