@@ -163,8 +163,8 @@ def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: p
         def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
             raise AssertionError("validation inside fit is off")
 
-        def configure_optimizers(self) -> None:
-            pass
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return []
 
     recorder, datamodule = Recorder(), EBSSDataModule(**SMALL)
     trainer = L.Trainer(
