@@ -11,7 +11,7 @@ RECIPE := benchmarks/reference_model
 .PHONY: help quickstart test lint types reference-model data-dir clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
 
 quickstart: .venv/.installed ## quantize the bundled MoE at 3 and 4 bits and print the comparison (minutes)
 	@.venv/bin/python benchmarks/quickstart.py

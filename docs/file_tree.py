@@ -1,6 +1,7 @@
 """Keep the file tree of README.md true: ``python docs/file_tree.py`` rewrites it from the tracked files.
 
-A Python file is described by the first sentence of its docstring, any other by ``NOTES``; folders in ``COLLAPSED`` are one line.
+A Python file is described by the first sentence of its docstring, a YAML file by its first comment, any other file by
+``NOTES``; folders in ``COLLAPSED`` are one line.
 """
 
 import ast
@@ -38,6 +39,7 @@ NOTES = {
     "constraints.txt": "exact tested versions",
     "docs/examples/absmax.yaml": "a run with the example callback",
     "docs/methods.md": "EBSS, AGQ and GPTQ: equations, and where each is in the code",
+    "main.py": "the command line: fit and validate",
     "pyproject.toml": "packages, dependencies, settings of ruff, mypy and pytest",
 }
 
@@ -60,13 +62,21 @@ def describe(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf8")
     if path.endswith(".py"):
         docstring = ast.get_docstring(ast.parse(text)) or ""
-        paragraph = " ".join(docstring.split("\n\n")[0].split())
-        sentence = re.split(r"(?<=[^.])[.;:](?: |$)", paragraph)[0].replace("``", "")
-        if sentence:
-            return sentence
+        if docstring:
+            return _short(" ".join(docstring.split("\n\n")[0].split()))
     if path.endswith(".yaml") and text.startswith("# "):
-        return re.split(r"[.:](?: |$)", text.split("\n")[0][2:])[0]
+        return _short(text.split("\n")[0][2:])
     raise ValueError(f"{path} has no description; add a docstring, a first comment line (YAML) or a line in NOTES")
+
+
+def _short(text: str, limit: int = 92) -> str:
+    """First sentence; a longer one than ``limit`` is cut at its colon, else at its last comma or bracket."""
+    sentence = re.split(r"[.;](?: |$)", text.replace("``", ""))[0].rstrip(":")
+    if len(sentence) > limit:
+        sentence = sentence.split(": ")[0]
+    while len(sentence) > limit and re.search(r", | [(]", sentence):
+        sentence = sentence[: max(sentence.rfind(", "), sentence.rfind(" ("))]
+    return sentence
 
 
 def tree(paths: list[str]) -> str:

@@ -50,7 +50,8 @@ def test_the_example_config_quantizes_exports_and_reloads(tmp_path: Path) -> Non
     model = save_tiny("qwen2_moe", tmp_path / "model")
     main(
         [
-            "fit", "--config", str(ROOT / "docs/examples/absmax.yaml"), f"--model.name={model}", "--model.group_size=16",
+            "fit", "--config", str(ROOT / "docs/examples/absmax.yaml"), f"--model.name={model}",
+            "--model.group_size=16",
             f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]

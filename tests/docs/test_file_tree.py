@@ -27,7 +27,9 @@ def test_a_file_without_description_is_an_error(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "bare.py").write_text("x = 1\n")
     (tmp_path / "good.py").write_text('"""One idea: in one line.\n\nMore.\n"""\n')
     (tmp_path / "run.yaml").write_text("# Round to nearest: no data.\nmodel: {}\n")
-    assert file_tree.describe("good.py") == "One idea"
-    assert file_tree.describe("run.yaml") == "Round to nearest"
+    assert file_tree.describe("good.py") == "One idea: in one line"
+    assert file_tree.describe("run.yaml") == "Round to nearest: no data"
+    assert file_tree._short("Windows of text: " + "a" * 90) == "Windows of text"
+    assert file_tree._short("Windows, " + "a" * 70 + ", and " + "b" * 20) == "Windows, " + "a" * 70
     with pytest.raises(ValueError, match=r"bare\.py has no description"):
         file_tree.describe("bare.py")
