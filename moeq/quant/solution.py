@@ -1,0 +1,71 @@
+"""What a solver returns, and the error by which solvers are compared.
+
+    relative error of an expert = tr(dW H dW^T) / tr(W H W^T),   dW = W - dequantized W
+
+that is, the share of the output's energy (mean squared output over the calibration tokens) that the quantization turned
+into noise.  With the identity for H it is the plain squared error of the weight.
+
+Shapes: E experts, O out features, I in features, G groups per row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeq.quant.spec import GridSpec, QuantizedWeight
+
+_COLUMNS = 256  # columns of the Hessian per matrix product
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Quantized weights of a stack of experts, and how the solve went.
+
+    Attributes:
+        codes_EOI: uint8, each in [0, 2^bits).
+        scale_EOG: Scales in their storage dtype.
+        zero_point_EOG: uint8, or None for a symmetric grid.
+        relative_error_E: float64; tr(dW H dW^T) / tr(W H W^T), 0 where the expert has no output.
+        num_retries_E: int64; factorisations of the Hessian that failed before one succeeded.
+        failed_E: bool; no factorisation succeeded and the expert was rounded to nearest.
+    """
+
+    codes_EOI: Tensor
+    scale_EOG: Tensor
+    zero_point_EOG: Tensor | None
+    relative_error_E: Tensor
+    num_retries_E: Tensor
+    failed_E: Tensor
+
+    def expert(self, expert_idx: int, grid: GridSpec, rows: slice = slice(None)) -> QuantizedWeight:
+        """One expert, or some of its rows (the gate or the up part of a stacked weight), as a quantized weight."""
+        zero_point_EOG = self.zero_point_EOG
+        return QuantizedWeight(
+            codes_OI=self.codes_EOI[expert_idx, rows],
+            scale_OG=self.scale_EOG[expert_idx, rows],
+            zero_point_OG=None if zero_point_EOG is None else zero_point_EOG[expert_idx, rows],
+            bits=grid.bits,
+            group_size=grid.group_size,
+        )
+
+
+def output_energy(weight_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """``tr(W H W^T)`` for a symmetric H, as a float64 scalar; O * I^2 operations, half of the full product.
+
+    Only the blocks on and below the diagonal of H are used: the ones above contribute the same amount again.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+    for start in range(0, weight_OI.shape[1], _COLUMNS):
+        stop = min(start + _COLUMNS, weight_OI.shape[1])
+        # Twice the blocks left of the diagonal and once the one on it, in a single product.
+        panel_II = hessian_II[start:stop, :stop].mT.clone()
+        panel_II[:start] *= 2.0
+        product_OI = weight_OI[:, :stop] @ panel_II
+        total += product_OI.mul_(weight_OI[:, start:stop]).sum(dtype=torch.float64)
+    return total
+
+
+def relative_error(error_E: Tensor, energy_E: Tensor) -> Tensor:
+    """``error / energy``, not below 0 (rounding), and 0 where there is neither."""
+    return torch.where(energy_E > 0, error_E.clamp_min(0.0) / energy_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
