@@ -8,12 +8,29 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+HELP = """\
+commands (each has its own --help):
+  fit         quantize a model; writes a run folder (--trainer.default_root_dir) with the export and a report
+  validate    evaluate a model: perplexity, divergence from --model.reference, exact match
+
+most used options (after --config FILE):
+  --model.name NAME         hub id or folder; --model.reference NAME: the original, for validate
+  --model.bits N            2 to 8; --model.group_size N; --model.affinity_power 0|1|2
+  --trainer.devices N       with --trainer.strategy moeq_ddp: several ranks
+  --print_config            show the whole configuration and stop
+"""
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
 
 def main(args: "ArgsType" = None) -> None:
     """Run one command; a mistake of the user's ends with one line, without a traceback (MOEQ_DEBUG=1 shows it)."""
+    given = sys.argv[1:] if args is None else args
+    if not given or given in (["-h"], ["--help"]):
+        # Answered here, as importing torch and lightning takes seconds.
+        sys.stdout.write(f"{__doc__}\n{HELP}")
+        return
     from moeq.cli import MoEQuantCLI
 
     try:

@@ -1,13 +1,26 @@
 """The command line: ``fit`` and ``validate`` over one module class and any datamodule."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from moeq.module import MoEQuantModule
+from moeq.progress import PassProgressBar
+
+
+class RunFolderConfig(SaveConfigCallback):
+    """The resolved configuration as config.yaml (validate: config_validate.yaml) at the top of the run folder."""
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
 class MoEQuantCLI(LightningCLI):
@@ -16,7 +29,15 @@ class MoEQuantCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}, "validate": {"model", "dataloaders", "datamodule"}}
+        both = LightningCLI.subcommands()
+        return {"fit": both["fit"], "validate": both["validate"]}
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add moeq's progress bar, unless progress bars are off."""
+        settings = self._get(self.config_init, "trainer", default={})
+        bars = [PassProgressBar()] if settings.get("enable_progress_bar") is not False else []
+        return super().instantiate_trainer(callbacks=[*(settings.get("callbacks") or []), *bars], **kwargs)
 
     @classmethod
     def run(cls, args: ArgsType = None) -> "MoEQuantCLI":
@@ -28,7 +49,8 @@ class MoEQuantCLI(LightningCLI):
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             return cls(
                 MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
-                seed_everything_default=0, args=args, save_config_kwargs={"overwrite": True},
+                seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,
+                save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                 trainer_defaults=_trainer_defaults(), parser_kwargs={"description": "moeq"},
             )  # fmt: skip
 

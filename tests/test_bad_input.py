@@ -1,0 +1,149 @@
+"""Every mistake of a user ends with one line that says what was given, what is allowed and what to do."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from main import main
+from tests.test_main import EVALUATION, QUIET, fit
+from tests.tiny import save_tiny
+
+RTN = Path("configs/rtn_w3.yaml")
+TEXT = Path("configs/gptq_text_w3.yaml")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2_moe", tmp_path_factory.mktemp("bad") / "model")
+
+
+def refused(message: str) -> "pytest.RaisesContext[SystemExit]":
+    return pytest.raises(SystemExit, match=message)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names of exports and blocks in a run folder."""
+    return [p.name for p in folder.glob("*") if p.name in ("export", "dense", "blocks", "allocation.json")]
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    dense = save_tiny("llama", tmp_path / "llama")
+    with refused("moeq: llama has no routed experts"):
+        fit(RTN, dense, tmp_path / "run")
+    assert left_behind(tmp_path / "run") == []
+
+
+def test_a_family_whose_experts_cannot_be_expressed(tmp_path: Path) -> None:
+    model = save_tiny("gpt_oss", tmp_path / "gpt_oss")
+    with refused("moeq: gpt_oss cannot be quantized by moeq"):
+        fit(RTN, model, tmp_path / "run")
+
+
+def test_an_unknown_model_path(tmp_path: Path) -> None:
+    with refused("no model found at .*nowhere.*check --model.name"):
+        fit(RTN, tmp_path / "nowhere", tmp_path / "run")
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with refused(r"empty holds no config.json"):
+        fit(RTN, tmp_path / "empty", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.group_size=24", r"group_size \(24\) must divide in_features \(64\); choose one of"),
+        ("--model.bits=9", r"bits \(9\) must be between 2 and 8"),
+        ("--model.damping=0", r"damping \(0.0\) must lie between 0 and 1"),
+        ("--model.affinity_power=-1", r"affinity_power \(-1.0\) must not be negative"),
+    ],
+)
+def test_bits_and_sizes_that_do_not_fit(
+    option: str, message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit(RTN, tiny, tmp_path / "run", option)
+    assert stop.value.code != 0
+    import re
+
+    assert re.search(message, f"{stop.value.code} {capsys.readouterr().err}")
+    assert left_behind(tmp_path / "run") == []
+
+
+def test_a_calibration_text_shorter_than_a_window(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    with refused(r"calibration text .*short.txt"):
+        fit(TEXT, tiny, tmp_path / "run", f"--data.path={text}")
+    assert "export" not in left_behind(tmp_path / "run")
+
+
+def test_a_missing_calibration_text(tiny: Path, tmp_path: Path) -> None:
+    with refused("none.txt"):
+        fit(TEXT, tiny, tmp_path / "run", f"--data.path={tmp_path / 'none.txt'}")
+
+
+def test_an_export_that_exists_already(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/precious.txt").write_text("keep me")
+    with refused("export exists and is not empty; set --trainer.default_root_dir"):
+        fit(RTN, tiny, tmp_path)
+    assert [p.name for p in (tmp_path / "export").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
+def test_a_damaged_export(damage: str, tiny: Path, tmp_path: Path) -> None:
+    fit(RTN, tiny, tmp_path)
+    path = tmp_path / "export/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "alter" else content[: len(content) // 2])
+    with refused("model.safetensors"):
+        main(["validate", "--config", "configs/eval.yaml", "--model.name", str(tmp_path / "export"), *EVALUATION, *QUIET])
+
+
+def test_a_truncated_original(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with refused("model.safetensors is missing, truncated or damaged"):
+        fit(RTN, copy, tmp_path / "run")
+
+
+def test_nan_weights(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = torch.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with refused("model.layers.1.mlp.experts.gate_up_proj has 1 of 32768 values that are NaN"):
+        fit(RTN, copy, tmp_path / "run")
+
+
+def test_an_export_is_not_quantized_again(tiny: Path, tmp_path: Path) -> None:
+    fit(RTN, tiny, tmp_path / "first")
+    with refused("quantized export already"):
+        fit(RTN, tmp_path / "first/export", tmp_path / "second")
+
+
+def test_a_typo_in_the_configuration(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit(RTN, tiny, tmp_path, "--model.bit=3")
+    assert stop.value.code == 2
+    assert "model.bit" in capsys.readouterr().err
+
+
+def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "main.py", "fit", "--config", str(RTN), "--model.name", str(tmp_path / "none"), *QUIET]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("moeq: no model found at")

@@ -1,0 +1,121 @@
+"""A run that is killed continues, and two ranks give the codes of one; each in processes of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from main import main
+from moeq.export.checkpoint import read_quantized
+from tests.test_main import QUIET, fit, small_data
+from tests.tiny import save_tiny
+
+CONFIG = Path("configs/moequant_w3.yaml")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2_moe", tmp_path_factory.mktemp("resume") / "model", num_hidden_layers=4)
+
+
+def arguments(config: Path, model: Path, folder: Path) -> list[str]:
+    options = ["--model.name", str(model), "--model.group_size=16", "--trainer.default_root_dir", str(folder)]
+    return ["fit", "--config", str(config), *options, *small_data(CONFIG), *QUIET]
+
+
+def run(args: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run([sys.executable, "main.py", *args], capture_output=True, text=True, env=environment, check=False)
+
+
+def killing_config(folder: Path, block: int) -> Path:
+    """The configuration with a killer added to its callbacks."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["trainer"]["callbacks"].append({"class_path": "tests.killer.KillAtBlock", "init_args": {"block": block}})
+    path = folder / "killing.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    fit(CONFIG, model, tmp_path / "whole")
+    killed = run(arguments(killing_config(tmp_path, block=2), model, tmp_path / "killed"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(p.name for p in (tmp_path / "killed/blocks").iterdir()) == [
+        "block_000.safetensors", "block_001.safetensors"
+    ]  # fmt: skip
+    assert not (tmp_path / "killed/export").exists()
+    resumed = run(arguments(CONFIG, model, tmp_path / "killed"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming: blocks 0 to 1 of 4 are finished" in resumed.stdout + resumed.stderr
+    for name in ("export/model.safetensors", "dense/model.safetensors", "allocation.json", "fallbacks.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    whole, killed_errors = ((tmp_path / name / "errors.csv").read_text() for name in ("whole", "killed"))
+    assert whole == killed_errors
+
+
+def test_a_run_killed_before_its_export_only_exports(model: Path, tmp_path: Path) -> None:
+    fit(CONFIG, model, tmp_path)
+    exported = (tmp_path / "export/model.safetensors").read_bytes()
+    for name in ("export", "dense"):
+        (tmp_path / name).rename(tmp_path / f"old_{name}")
+    fit(CONFIG, model, tmp_path)
+    assert (tmp_path / "export/model.safetensors").read_bytes() == exported
+
+
+@pytest.mark.parametrize(
+    ("option", "changed"),
+    [("--model.bits=4", "configuration"), ("--data.seed=1", "data"), ("--model.name", "model")],
+)
+def test_blocks_of_another_run_are_refused(
+    option: str, changed: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(CONFIG, model, tmp_path / "run")
+    for name in ("export", "dense"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    if option == "--model.name":
+        other = save_tiny("qwen2_moe", tmp_path / "other", num_hidden_layers=4, seed=1)
+        option = f"--model.name={other}"
+    with pytest.raises(SystemExit, match=f"blocks of a run with another .*{changed}.*--model.restart true"):
+        fit(CONFIG, model, tmp_path / "run", option)
+    assert not (tmp_path / "run/export").exists()
+    fit(CONFIG, model, tmp_path / "run", option, "--model.restart=true")
+    assert (tmp_path / "run/export").is_dir()
+
+
+def test_two_ranks_give_the_codes_of_one(model: Path, tmp_path: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1"]
+    done = run([*arguments(CONFIG, model, tmp_path / "two"), *two])
+    assert done.returncode == 0, done.stderr
+    fit(CONFIG, model, tmp_path / "one", "--data.batch_size=1")
+    one, both = (read_quantized(tmp_path / name / "export") for name in ("one", "two"))
+    assert one.keys() == both.keys()
+    different = sum(int((one[name].codes_OI != both[name].codes_OI).sum()) for name in one)
+    total = sum(weight.codes_OI.numel() for weight in one.values())
+    assert different <= 0.001 * total
+    for name in one:
+        assert torch.equal(one[name].scale_OG, both[name].scale_OG)
+    usage = [(tmp_path / name / "expert_usage.json").read_text() for name in ("one", "two")]
+    assert usage[0] == usage[1]
+
+
+def test_two_ranks_evaluate_as_one(model: Path, tmp_path: Path) -> None:
+    from moeq.report import read_results
+    from tests.test_main import EVALUATION
+
+    names = ["--config", "configs/eval.yaml", "--model.name", str(model), "--model.reference", str(model)]
+    for label, options in (("one", []), ("two", ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"])):
+        root = ["--trainer.default_root_dir", str(tmp_path / label)]
+        if options:
+            done = run(["validate", *names, *root, *EVALUATION, *QUIET, *options])
+            assert done.returncode == 0, done.stderr
+        else:
+            main(["validate", *names, *root, *EVALUATION, *QUIET])
+    one, two = (read_results(tmp_path / label / "results.json")[0] for label in ("one", "two"))
+    assert one.perplexity == pytest.approx(two.perplexity)
+    assert two.kl_mean == pytest.approx(0, abs=1e-6)
