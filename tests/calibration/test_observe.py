@@ -137,7 +137,9 @@ def test_linears_with_different_inputs_may_not_share_a_hessian() -> None:
 def test_routing_is_reported_by_path() -> None:
     model = tiny_model("mixtral")
     seen = {}
-    with observe_routing(Adapter(model).expert_modules(), lambda path, ids, weights: seen.update({path: (ids, weights)})):
+    with observe_routing(
+        Adapter(model).expert_modules(), lambda path, ids, weights: seen.update({path: (ids, weights)})
+    ):
         model(torch.ones(1, 5, dtype=torch.long))
     assert list(seen) == [f"model.layers.{block}.mlp.experts" for block in (0, 1)]
     assert all(ids.shape == weights.shape == (5, 2) for ids, weights in seen.values())
