@@ -148,7 +148,7 @@ def _write_cells(axes: "Axes", values_RC: Tensor) -> None:
     for row, column in (values_RC > 0).nonzero().tolist():
         value = float(values_RC[row, column])
         color = "black" if value > middle else "white"
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=color, fontsize=7)
+        axes.text(column, row, f"{float(f'{value:.2g}'):g}", ha="center", va="center", color=color, fontsize=7)
 
 
 def _block_of(path: str) -> int:

@@ -62,7 +62,8 @@ def token_stream(documents: Sequence[str], tokenizer: Any) -> Tensor:
     """int64 ids_T of all documents, each followed by the end-of-text token; no other special tokens are added."""
     ids: list[int] = []
     for document in documents:
-        ids.extend(tokenizer.encode(document, add_special_tokens=False))
+        # verbose=False: no warning that a text is longer than the model's window, since it is cut into windows next.
+        ids.extend(tokenizer.encode(document, add_special_tokens=False, verbose=False))
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids, dtype=torch.int64)

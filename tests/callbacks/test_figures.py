@@ -54,6 +54,12 @@ def test_blocks_are_in_their_order_and_may_differ_in_experts() -> None:
     assert axes.images[0].get_array().mask[1, 2]
 
 
+def test_small_grids_are_written_out_and_large_ones_are_not() -> None:
+    counts = {"model.layers.0.mlp.experts": torch.tensor([0, 1000]), "model.layers.1.mlp.experts": torch.tensor([1, 2])}
+    assert [text.get_text() for text in usage_heatmap(counts).axes[0].texts] == ["100", "33", "67"]
+    assert not usage_heatmap(usage(16, 17)).axes[0].texts
+
+
 def test_a_large_model_has_no_more_ticks_than_can_be_read() -> None:
     axes = usage_heatmap(usage(48, 128)).axes[0]
     assert len(axes.get_xticks()) == 32
