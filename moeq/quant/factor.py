@@ -16,7 +16,13 @@ from torch import Tensor
 
 BLOCK = 128  # columns per step of the factorisation
 # dtype and multiple of the damping of each attempt; damping relative to the mean diagonal, so 1000 x 0.01 dominates H.
-ATTEMPTS = ((torch.float32, 1.0), (torch.float64, 1.0), (torch.float64, 10.0), (torch.float64, 100.0), (torch.float64, 1e3))
+ATTEMPTS = (
+    (torch.float32, 1.0),
+    (torch.float64, 1.0),
+    (torch.float64, 10.0),
+    (torch.float64, 100.0),
+    (torch.float64, 1e3),
+)
 
 
 @dataclass(frozen=True)

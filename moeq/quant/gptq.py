@@ -73,7 +73,9 @@ def gptq_solve(
         size = max(1, GPU_WORKSPACE_BYTES // (4 * in_features * (3 * in_features + 6 * out_features)))
     if energy_E is None:
         pairs = zip(weight_EOI, hessian_EII, strict=True)
-        energy_E = torch.stack([output_energy(weight_OI.float(), hessian_II.float()) for weight_OI, hessian_II in pairs])
+        energy_E = torch.stack(
+            [output_energy(weight_OI.float(), hessian_II.float()) for weight_OI, hessian_II in pairs]
+        )
     parts = [
         _solve_together(weight, hessian, energy, grid, solve, scale_dtype)
         for weight, hessian, energy in zip(
@@ -257,9 +259,7 @@ def _choose_group(
     The weights that the columns before it have left are W - D*, with D* the best unrounded correction: row by row
     D*_j = -(target_j - W_j) - sum_{k<j in the group} D*_k F_kj, a triangular system.
     """
-    correction_SO = torch.linalg.solve_triangular(
-        feedback_SS, target_SO - weight_SO, upper=False, unitriangular=True
-    )
+    correction_SO = torch.linalg.solve_triangular(feedback_SS, target_SO - weight_SO, upper=False, unitriangular=True)
     grid = replace(columns.grid, group_size=None)
     qparams = choose_qparams(_unstack(weight_SO + correction_SO).mT, grid, columns.scale_dtype)
     _unstack(scale_SO)[:] = qparams.scale_EOG.float().mT

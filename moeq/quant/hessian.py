@@ -1,0 +1,76 @@
+"""Hessians of a stack of linears, accumulated from their inputs, each token weighed by a power of its affinity.
+
+    S_e = sum over the tokens t of expert e of c_t^p x_t x_t^T,        H_e = S_e / n_e
+
+c is the number that multiplies the expert's output.  p = 1 is MoEQuant's affinity-guided quantization (AGQ, Hu et al.,
+2025, Eq. 18-19), p = 0 plain GPTQ, p = 2 the exact weight for a linear whose output is scaled by c, norm(c dW x)^2.
+GPTQ does not depend on the scale of H, so the factor 2 of a true second derivative is left out.
+
+Shapes: E experts, I in features, T tokens of one expert.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HessianState:
+    """Running sums over the tokens seen; the tensors are updated in place, and add up over batches and over ranks.
+
+    Attributes:
+        sum_EII: float32, sum of c^p x x^T.
+        num_tokens_E: float64, tokens.
+        affinity_sum_E: float64, sum of c.
+        affinity_square_sum_E: float64, sum of c^2.
+    """
+
+    sum_EII: Tensor
+    num_tokens_E: Tensor
+    affinity_sum_E: Tensor
+    affinity_square_sum_E: Tensor
+
+
+def empty_state(num_experts: int, in_features: int, device: torch.device | str) -> HessianState:
+    """Sums over no token."""
+    counts = [torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(3)]
+    shape = (num_experts, in_features, in_features)
+    return HessianState(torch.zeros(shape, dtype=torch.float32, device=device), *counts)
+
+
+def accumulate(
+    state: HessianState, expert_idx: int, x_TI: Tensor, affinity_T: Tensor | None = None, power: float = 1.0
+) -> None:
+    """Add the tokens of one expert, in place; float32 whatever the dtype of the inputs.
+
+    Args:
+        state: Sums to add to.
+        expert_idx: Which expert (0 for a linear that is not an expert).
+        x_TI: Inputs of the linear, one row per token; no row is a valid input.
+        affinity_T: Not negative, in the order of the rows; None is 1 for every token.
+        power: p.
+    """
+    rows_TI = x_TI.float()
+    if affinity_T is None:
+        sums = [len(x_TI)] * 2
+    else:
+        affinity_T = affinity_T.to(x_TI.device)
+        sums = [affinity_T.double().sum(), affinity_T.double().square().sum()]
+        if power:
+            rows_TI = rows_TI * affinity_T.float().pow(power / 2).unsqueeze(1)
+    state.sum_EII[expert_idx].addmm_(rows_TI.mT, rows_TI)
+    state.num_tokens_E[expert_idx] += len(x_TI)
+    state.affinity_sum_E[expert_idx] += sums[0]
+    state.affinity_square_sum_E[expert_idx] += sums[1]
+
+
+def effective_samples(state: HessianState) -> Tensor:
+    """Kish's effective sample size ``(sum c)^2 / sum c^2`` of each expert, float64; 0 where no token was seen."""
+    square_E = state.affinity_square_sum_E
+    return torch.where(square_E > 0, state.affinity_sum_E.square() / square_E, 0.0)
+
+
+def mean_hessian(state: HessianState) -> Tensor:
+    """Mean over the tokens of each expert, float32 [E, I, I]; zero where no token was seen."""
+    return state.sum_EII / state.num_tokens_E.clamp_min(1.0).float().view(-1, 1, 1)
