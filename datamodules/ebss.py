@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from moeq.calibration.balance import balance_columns
 from moeq.calibration.ebss import EBSSSpec, Mode, NextToken, Sampled, draw_first_tokens, search
 from moeq.calibration.text import read_documents, text_windows
 from moeq.tasks.text import token_stream
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 NUM_SHOWN = 3
 
@@ -94,7 +91,7 @@ class EBSSDataModule(CalibrationDataModule):
             temporary.replace(path)
 
     def _sample(self) -> Sampled:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         from moeq.calibration.next_token import ModelNextToken
 
@@ -158,7 +155,7 @@ def _check_positions(model: Any, length: int) -> None:
 class _Shown:
     """A ``NextToken`` that moves a progress bar: every call adds one token to each sequence."""
 
-    def __init__(self, inner: NextToken, bar: "tqdm[Any]") -> None:
+    def __init__(self, inner: NextToken, bar: Any) -> None:
         self._inner, self._bar, self._num_sequences = inner, bar, 0
 
     def prefill(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:

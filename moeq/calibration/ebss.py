@@ -16,7 +16,9 @@ least cost of equation 9, -R_S / l + sigma(M, S) / tau, is returned.
 stochastic beam search (Kool, van Hoof and Welling 2019): R_S + log P is replaced by the perturbed log-probability G of
 the branch, a Gumbel variable whose maximum over children is the G of their parent.  Without the balance term the best
 branch is then one exact ancestral sample at the temperature, and the w branches are w samples without replacement;
-with it, balance chooses among them.
+with it, balance chooses among them.  The branches part in their first steps and hardly ever exchange afterwards (G of a
+second child lies near log P of its whole branch, far below that of a first one), so this is a choice of the best of w
+samples, at the cost of w; in paper mode branches replace each other at most steps.
 
 Sequences go on past end-of-text tokens: documents flow into each other, as in the windows of a text.  Every sequence
 has a random stream of its own, so results do not depend on which sequences share a batch, up to the arithmetic of the
