@@ -18,6 +18,7 @@ from moeq.export.names import (
     expert_leaves,
     expert_modules,
     expert_weight,
+    num_experts,
     packed_conversions,
     weight_names,
 )
@@ -111,7 +112,7 @@ def _tensors(
     replaced |= {f"{path}.{parameter}" for path in apart for parameter in ("gate_up_proj", "down_proj")}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced}
     for path, module in apart.items():
-        for name in (f"{path}.{e}.{leaf}" for e in range(int(module.num_experts)) for leaf in PROJECTIONS):
+        for name in (f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in PROJECTIONS):
             if name not in quantized:
                 # A copy: safetensors does not write several views of one tensor.
                 expert, leaf = name.rsplit(".", 2)[1:]

@@ -57,7 +57,7 @@ def weight_names(model: nn.Module) -> list[str]:
     """Canonical names of everything a packed checkpoint can hold packed: plain linears and expert projections."""
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for path, module in expert_modules(model).items():
-        names += [f"{path}.{e}.{leaf}" for e in range(int(module.num_experts)) for leaf in PROJECTIONS]
+        names += [f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in PROJECTIONS]
     return names
 
 
@@ -67,6 +67,11 @@ def split_expert_name(name: str, experts: dict[str, nn.Module]) -> tuple[str, in
     if match is None or match["path"] not in experts:
         return None
     return match["path"], int(match["expert"]), match["leaf"]
+
+
+def num_experts(module: nn.Module) -> int:
+    """E of an experts module."""
+    return int(module.num_experts)  # type: ignore[arg-type]
 
 
 def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
@@ -80,7 +85,7 @@ def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
 def dense_weight(model: nn.Module, name: str, experts: dict[str, nn.Module]) -> Tensor:
     """Weight of a canonical name in a dense model, [O, I] (a view); raises ValueError for an unknown name."""
     parts = split_expert_name(name, experts)
-    if parts is not None and parts[1] < int(experts[parts[0]].num_experts):
+    if parts is not None and parts[1] < num_experts(experts[parts[0]]):
         return expert_weight(experts[parts[0]], parts[1], parts[2]).detach()
     try:
         module = model.get_submodule(name)
@@ -100,10 +105,10 @@ def expert_leaves(model: PreTrainedModel) -> dict[str, str]:
     leaves = {leaf: leaf for leaf in PROJECTIONS}
     for path, module in expert_modules(model).items():
         into_label, down_label = torch.tensor([[0], [1]]), torch.tensor([[2]])
-        num_experts = int(module.num_experts)
+        count = num_experts(module)
         labels = {
-            f"{path}.gate_up_proj": into_label.expand(num_experts, 2, 1).clone(),
-            f"{path}.down_proj": down_label.expand(num_experts, 1, 1).clone(),
+            f"{path}.gate_up_proj": into_label.expand(count, 2, 1).clone(),
+            f"{path}.down_proj": down_label.expand(count, 1, 1).clone(),
         }
         for key, label in revert_weight_conversion(model, labels).items():
             match = _EXPERT_KEY.fullmatch(key)

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq.export.names import expert_modules, expert_weight, packed_conversions, weight_names
+from moeq.export.names import expert_modules, expert_weight, num_experts, packed_conversions, weight_names
 from moeq.kernels.packed import PROJECTIONS, PackedExpert, PackedExperts, PackedFormat, PackedLinear
 
 METHOD = "moeq"
@@ -129,6 +129,11 @@ class MoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.requires_grad_(False)  # loading makes floating-point parameters trainable
+
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Conversions for the packed names; newer versions of transformers pass the model, 5.17 does not."""
         return packed_conversions(weight_conversions, self.quantization_config.expert_leaves)
@@ -175,8 +180,7 @@ def _packed_experts(
             return nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
         return PackedLinear(columns, rows, grid, scale_dtype)
 
-    count = int(source.num_experts)
-    experts = [PackedExpert(*(projection(e, leaf) for leaf in PROJECTIONS)) for e in range(count)]
+    experts = [PackedExpert(*(projection(e, leaf) for leaf in PROJECTIONS)) for e in range(num_experts(source))]
     return PackedExperts(source, experts)
 
 

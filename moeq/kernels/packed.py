@@ -4,7 +4,8 @@
 had in the evaluated model: the same numbers whatever dtype the checkpoint is opened in.  ``PackedExperts`` repeats the
 operations of transformers' eager experts loop in their order, so that its output equals the dense model's bit for bit.
 
-Shape suffixes: O out, I in, G groups, W words, N tokens, D hidden, F expert width, K top-k.
+Shape suffixes: O out, I in, G groups, W words, N tokens, P tokens of one expert,
+D hidden, F expert width, K top-k.
 """
 
 from collections.abc import Sequence
@@ -162,11 +163,11 @@ class PackedExperts(nn.ModuleList):
             expert = self[index]
             # Position-major order of the pairs, as the eager loop has it.
             position, token = torch.where(index == top_k_index.T)
-            hidden = nn.functional.linear(hidden_states[token], expert.into_weight(hidden_states.dtype))
-            hidden = self._apply_gate(hidden)
-            hidden = nn.functional.linear(hidden, expert.down_proj.weight.to(hidden.dtype))
-            hidden = hidden * top_k_weights[token, position, None]
-            output_ND.index_add_(0, token, hidden.to(output_ND.dtype))
+            chosen_PD = hidden_states[token]
+            inner_PF = self._apply_gate(nn.functional.linear(chosen_PD, expert.into_weight(chosen_PD.dtype)))
+            out_PD = nn.functional.linear(inner_PF, expert.down_proj.weight.to(inner_PF.dtype))
+            out_PD = out_PD * top_k_weights[token, position, None]
+            output_ND.index_add_(0, token, out_PD.to(output_ND.dtype))
         return output_ND
 
 
