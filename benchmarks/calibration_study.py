@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main import main as moeq  # noqa: E402
-from moeq.report import read_results  # noqa: E402
+from main import main as moeq
+from moeq.report import read_results
 
 EBSS, PROSE = "configs/moequant_w3.yaml", "configs/gptq_text_w3.yaml"
 UNBALANCED, PAPER = "--data.balance=false", "--data.mode=paper"
@@ -73,8 +73,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the arms, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration seeds")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="options of every fit, as --model.bits=4")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
+    parser.add_argument(
+        "--fit", nargs="*", default=[], metavar="OPTION", help="options of every fit, as --model.bits=4"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, two arms: about a minute")
     parser.add_argument("--json", type=Path, help="write rows here, and the table beside it as .md")
     parser.add_argument("--folder", type=Path, default=Path("runs/calibration_study"), help="scratch folder")
@@ -94,7 +98,11 @@ def write(path: Path, rows: list[dict[str, Any]], args: Sequence[str] | None) ->
     """Results as JSON and Markdown, with what produced them."""
     command = "python benchmarks/calibration_study.py " + " ".join(sys.argv[1:] if args is None else args)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    origin = {"command": command, "commit": commit.strip(), "hardware": f"{platform.machine()}, {os.cpu_count()} cores, CPU"}
+    origin = {
+        "command": command,
+        "commit": commit.strip(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**origin, "rows": rows}, indent=1) + "\n")
     path.with_suffix(".md").write_text(

@@ -1,4 +1,6 @@
-"""Quantize the bundled Mixture-of-Experts model in several ways and print one table: ``python benchmarks/quickstart.py``.
+"""Quantize the bundled Mixture-of-Experts model in several ways and print one table.
+
+``python benchmarks/quickstart.py``
 
 Rows: the original, and at each bit width round-to-nearest (RTN), GPTQ calibrated on prose, and MoEQuant (EBSS
 calibration data, AGQ); at the lowest width also MoEQuant with the deterministic search of the paper.  Every row is a
@@ -16,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main import main as moeq  # noqa: E402
-from moeq.report import ResultRow, markdown_table, read_results, write_results  # noqa: E402
+from main import main as moeq
+from moeq.report import ResultRow, markdown_table, read_results, write_results
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def main(args: Sequence[str] | None = None) -> None:
         recipes = [RTN, GPTQ_PROSE, MOEQUANT, *([MOEQUANT_PAPER] if bits == min(options.bits) else [])]
         rows += [fit_and_validate(recipe, bits, options.folder, options.fit) for recipe in recipes]
         write_results(rows, options.folder)
-    print(f"\n{markdown_table(rows)}\nWritten to {options.folder / 'results.json'} in {time.perf_counter() - start:.0f} s")
+    print(
+        f"\n{markdown_table(rows)}\nWritten to {options.folder / 'results.json'} in {time.perf_counter() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class ExpertUsage(Callback):
 
         self._stack.enter_context(observe_routing(modules, count))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Padding is routed like tokens, but does not count."""
         mask = batch.get("attention_mask")
         self._keep = None if mask is None else mask.flatten().bool()

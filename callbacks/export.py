@@ -60,7 +60,10 @@ class Export(Callback):
             model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=self.overwrite
         )
         probe = torch.arange(64).remainder(model.config.get_text_config().vocab_size).reshape(2, 32)
-        verification = {"checkpoint": vars(verify_checkpoint(packed, model, run.quantized, probe)), "written": vars(report)}
+        verification = {
+            "checkpoint": vars(verify_checkpoint(packed, model, run.quantized, probe)),
+            "written": vars(report),
+        }
         if self.dense:
             write_dense(model, module.tokenizer, dense, overwrite=self.overwrite)
             verification["dense"] = vars(verify_dense(dense, model, probe))

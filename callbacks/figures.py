@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
@@ -21,17 +21,19 @@ class Figures(L.Callback):
     to every logger that takes them (TensorBoard).
     """
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        folder = Path(pl_module.run_dir) / "figures"
-        for name, draw in _drawings(pl_module.run).items():
+        module: Any = pl_module
+        folder = Path(module.run_dir) / "figures"
+        for name, draw in _drawings(module.run).items():
             figure = draw()
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{name}.png")
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_figure"):
-                    logger.experiment.add_figure(f"figures/{name}", figure, global_step=trainer.current_epoch)
+                experiment: Any = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_figure"):
+                    experiment.add_figure(f"figures/{name}", figure, global_step=trainer.current_epoch)
 
 
 def _drawings(run: "Run") -> "dict[str, Callable[[], Figure]]":

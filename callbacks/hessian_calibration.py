@@ -36,7 +36,7 @@ class HessianCalibration(Callback):
 
         self._mask = self._stack.enter_context(observe(pl_module.adapter, sites, on_rows))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Padding tokens enter no Hessian."""
         mask = batch.get("attention_mask")
         self._mask.keep = None if mask is None else mask.flatten().bool()

@@ -42,7 +42,8 @@ class Record(Callback):
             return
         folder, run = pl_module.run_dir, pl_module.run
         manifest = {
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
             "device": str(pl_module.device),
             "seed": torch.initial_seed(),
             "model": dict(pl_module.hparams),

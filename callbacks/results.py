@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,12 +32,17 @@ class Results(Callback):
         rank_zero_info(f"\n{markdown_table([row])}")
 
 
-def describe_model(module: MoEQuantModule) -> dict[str, object]:
+def describe_model(module: MoEQuantModule) -> dict[str, Any]:
     """Method, bits and size of the evaluated model: from the manifest of an export, else of the dtype it has."""
     name = module.hparams["name"]
     manifest = Path(name) / MANIFEST
     bits = BITS_OF_DTYPE.get(str(module.model.dtype), 16.0)
-    known = {"method": module.hparams["label"] or name, "bits": bits, "average_bits": bits, "seconds": 0.0}
+    known: dict[str, Any] = {
+        "method": module.hparams["label"] or name,
+        "bits": bits,
+        "average_bits": bits,
+        "seconds": 0.0,
+    }
     if manifest.is_file():
         metadata = json.loads(manifest.read_text(encoding="utf8"))["metadata"]
         known |= {key: metadata[key] for key in known if metadata.get(key) is not None}

@@ -53,7 +53,9 @@ class ActivationStore:
         """Input of ``block`` for a batch, made by running the blocks between it and the last one stored."""
         reached, hidden = self._states.get(batch, (0, calls[0].hidden))
         if reached > block:
-            raise ValueError(f"activations of batch {batch} are at block {reached}, behind is block {block}: clear first")
+            raise ValueError(
+                f"activations of batch {batch} are at block {reached}, behind is block {block}: clear first"
+            )
         hidden = hidden.to(calls[0].hidden.device)
         for index in range(reached, block):
             hidden = run_block(blocks[index], hidden, calls[index])
@@ -67,7 +69,7 @@ class ActivationStore:
 
 @contextmanager
 def _stubs(blocks: nn.ModuleList, calls: list[BlockCall]) -> Iterator[None]:
-    def stub(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def stub(*args: Any, **kwargs: Any) -> Tensor:
         positional = list(args)
         hidden = positional.pop(0) if positional else kwargs.pop("hidden_states")
         calls.append(BlockCall(hidden, tuple(positional), kwargs))

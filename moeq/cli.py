@@ -1,11 +1,12 @@
 """The command line: ``fit`` and ``validate`` over one module class and any datamodule."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from moeq.module import MoEQuantModule
@@ -19,7 +20,7 @@ class RunFolderConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+        path = folder / ("config.yaml" if stage == "fit" else "config_validate.yaml")
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
@@ -33,6 +34,12 @@ class MoEQuantCLI(LightningCLI):
         return {"fit": both["fit"], "validate": both["validate"]}
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's own table of validation metrics is left out: callbacks.Results prints a better one."""
+        if "verbose" in parser.get_defaults():
+            parser.set_defaults({"verbose": False})
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add moeq's progress bar, unless progress bars are off."""
         settings = self._get(self.config_init, "trainer", default={})
@@ -42,6 +49,10 @@ class MoEQuantCLI(LightningCLI):
     @classmethod
     def run(cls, args: ArgsType = None) -> "MoEQuantCLI":
         """Parse and run one command."""
+        # An advertisement for another product, in the first lines of every run.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda r: "litlogger" not in r.getMessage()
+        )
         with warnings.catch_warnings():
             # Lightning advises on data-loader workers and optimizers; nothing here has either.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
+import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.activations import ActivationStore, capture_calls, run_block
 from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.models.adapter import Adapter
@@ -20,8 +21,6 @@ from moeq.resume import Resume
 from moeq.run import Run
 from moeq.schedule import Pass, Sequential, build_schedule
 from moeq.tasks.evaluate import SetMetrics
-
-import moeq.strategy  # noqa: F401, I001  registers --trainer.strategy moeq_ddp
 
 
 class MoEQuantModule(L.LightningModule):
@@ -89,17 +88,17 @@ class MoEQuantModule(L.LightningModule):
             self._models["reference"] = load_model(self.hparams["reference"], self.hparams["dtype"])
 
     @property
-    def model(self) -> Any:  # noqa: ANN401  a PreTrainedModel; transformers is imported only when one is loaded
+    def model(self) -> Any:
         """The model that is quantized or evaluated."""
         return self._models["model"]
 
     @property
-    def tokenizer(self) -> Any:  # noqa: ANN401
+    def tokenizer(self) -> Any:
         """Its tokenizer."""
         return self._models["tokenizer"]
 
     @property
-    def reference(self) -> Any:  # noqa: ANN401
+    def reference(self) -> Any:
         """The original to compare with, or None."""
         return self._models.get("reference")
 

@@ -44,7 +44,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def write_json(path: Path, data: Any) -> None:  # noqa: ANN401  anything that json takes
+def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -65,7 +65,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
-def digest(data: Any) -> str:  # noqa: ANN401  anything that json takes
+def digest(data: Any) -> str:
     """Short SHA-256 of a JSON-like value; keys in any order, everything else by its ``str``."""
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -108,7 +108,9 @@ def test_a_damaged_export(damage: str, tiny: Path, tmp_path: Path) -> None:
     else:
         path.write_bytes(content if damage == "alter" else content[: len(content) // 2])
     with refused("model.safetensors"):
-        main(["validate", "--config", "configs/eval.yaml", "--model.name", str(tmp_path / "export"), *EVALUATION, *QUIET])
+        main(
+            ["validate", "--config", "configs/eval.yaml", "--model.name", str(tmp_path / "export"), *EVALUATION, *QUIET]
+        )
 
 
 def test_a_truncated_original(tiny: Path, tmp_path: Path) -> None:

@@ -59,7 +59,14 @@ def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_
 
 def test_eval_config_compares_an_export_with_its_original(tiny: Path, tmp_path: Path) -> None:
     fit(Path("configs/rtn_w3.yaml"), tiny, tmp_path)
-    options = ["--model.reference", str(tiny), "--trainer.default_root_dir", str(tmp_path / "eval"), *EVALUATION, *QUIET]
+    options = [
+        "--model.reference",
+        str(tiny),
+        "--trainer.default_root_dir",
+        str(tmp_path / "eval"),
+        *EVALUATION,
+        *QUIET,
+    ]
     main(["validate", "--config", "configs/eval.yaml", "--model.name", str(tmp_path / "export"), *options])
     (row,) = read_results(tmp_path / "eval" / "results.json")
     assert row.method == "RTN"

@@ -30,7 +30,9 @@ def arguments(config: Path, model: Path, folder: Path) -> list[str]:
 
 def run(args: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run([sys.executable, "main.py", *args], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "main.py", *args], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 def killing_config(folder: Path, block: int) -> Path:

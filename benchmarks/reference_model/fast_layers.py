@@ -2,7 +2,7 @@
 
 ``routed_swiglu`` runs the routed experts: tokens are sorted by expert into segments padded to a multiple of
 ``SEGMENT`` rows, because the CPU matrix library compiles and caches one kernel per shape and the number of tokens of
-an expert changes at every step.  ``linear_cross_entropy`` computes the loss of the vocabulary head 512 tokens at a time,
+an expert changes at every step.  ``linear_cross_entropy`` computes the loss of the head 512 tokens at a time,
 so that the [tokens, vocabulary] float32 logits never leave the cache.
 """
 
@@ -17,7 +17,7 @@ CHUNK = 512
 
 
 class _RoutedSwiGLU(torch.autograd.Function):
-    """Legend: T tokens, K experts per token, E experts, D model width, F expert width, P rows of the padded segments."""
+    """Legend: T tokens, K experts per token, E experts, D model width, F expert width, P rows of padded segments."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

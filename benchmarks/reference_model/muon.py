@@ -27,7 +27,8 @@ def orthogonalize(momentum: Tensor, num_steps: int = 5) -> Tensor:
 
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with ``num_splits`` > 0 are stepped by Muon (their rows split in that many equal matrices:
-    2 for a fused gate and up), the others by AdamW.  Every group has its own ``lr`` and ``weight_decay``."""
+    2 for a fused gate and up), the others by AdamW.  Every group has its own ``lr`` and ``weight_decay``.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "num_splits": 0})

@@ -1,5 +1,7 @@
-"""Train the reference MoE: ``python benchmarks/reference_model/train.py fit --config benchmarks/reference_model/config.yaml
---data.data_dir DIR`` (resume with ``--ckpt_path last``).  ``card.py`` turns the last checkpoint into the asset."""
+"""Train the reference MoE (``make reference-model DATA_DIR=...``, which also continues a stopped run).
+
+``card.py`` turns the last checkpoint into the asset.
+"""
 
 import random
 from pathlib import Path
@@ -49,7 +51,13 @@ class Mixture(pl.LightningDataModule):
     """The training mixture: tokenizer and token streams are made once and kept in ``cache_dir``."""
 
     def __init__(
-        self, data_dir: str, cache_dir: str, length: int = 512, batch_size: int = 8, vocab_size: int = 4096, seed: int = 0
+        self,
+        data_dir: str,
+        cache_dir: str,
+        length: int = 512,
+        batch_size: int = 8,
+        vocab_size: int = 4096,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -108,7 +116,8 @@ class ReferenceMoE(pl.LightningModule):
     def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             out = self.model.model(ids[:, :-1], output_router_logits=True)
-        loss = linear_cross_entropy(out.last_hidden_state.flatten(0, 1), self.model.lm_head.weight, ids[:, 1:].flatten())
+        hidden_TD = out.last_hidden_state.flatten(0, 1)
+        loss = linear_cross_entropy(hidden_TD, self.model.lm_head.weight, ids[:, 1:].flatten())
         balance = torch.stack([balance_loss(x, self.hparams["num_experts_per_tok"]) for x in out.router_logits]).mean()
         self.log_dict({"train/loss": loss, "train/balance": balance}, prog_bar=True)
         return loss + self.hparams["balance"] * balance

@@ -126,7 +126,7 @@ def _observing_experts(adapter: Adapter, site: Site, on_rows: OnRows, mask: Toke
         del module.moeq_observer
 
 
-def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:  # noqa: ANN401
+def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     site, on_rows, mask = module.moeq_observer
     into = module.gate_up_proj if module.has_gate else module.up_proj
     out = torch.zeros_like(hidden_TD)

@@ -15,13 +15,15 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Short SHA-256 over names, dtypes, shapes and values of all parameters.
+    """Short SHA-256 over names, dtypes, shapes and values of all parameters and persistent buffers.
+
+    Buffers count because some change the routing (DeepSeek's ``e_score_correction_bias``).
 
     Of a tensor larger than 1 MiB an evenly strided sample of about 1 MiB is read, so that a large model is told apart
     in seconds; a change that touches only values between the samples is not seen.
     """
     state = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         stride = max(1, parameter.numel() * parameter.element_size() // BYTES_PER_TENSOR)
         sample = parameter.detach().reshape(-1)[::stride].cpu()
         state.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())

@@ -35,7 +35,7 @@ def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
     return model
 
 
-def load_tokenizer(name: str) -> Any:  # noqa: ANN401  transformers has no common tokenizer type
+def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model; raises ValueError where there is none."""
     from transformers import AutoTokenizer
 

@@ -94,7 +94,7 @@ def test_callback_writes_pictures_and_events(tmp_path: Path, recorded: dict[str,
     loggers = [TensorBoardLogger(tmp_path / "tensorboard"), CSVLogger(tmp_path / "csv")]
     trainer = SimpleNamespace(is_global_zero=True, loggers=loggers, current_epoch=3)
     module = SimpleNamespace(run=SimpleNamespace(**recorded), run_dir=tmp_path)
-    Figures().on_train_end(trainer, module)
+    Figures().on_fit_end(trainer, module)
     loggers[0].experiment.close()
     names = ["bits_map", "error_by_block", "expert_usage"] if recorded["usage"] else []
     assert sorted(path.stem for path in tmp_path.glob("figures/*.png")) == names
@@ -104,7 +104,7 @@ def test_callback_writes_pictures_and_events(tmp_path: Path, recorded: dict[str,
 
 def test_other_ranks_draw_nothing(tmp_path: Path) -> None:
     module = SimpleNamespace(run=SimpleNamespace(usage=usage(2, 4), errors=[]), run_dir=tmp_path)
-    Figures().on_train_end(SimpleNamespace(is_global_zero=False), module)
+    Figures().on_fit_end(SimpleNamespace(is_global_zero=False), module)
     assert not list(tmp_path.iterdir())
 
 
