@@ -91,7 +91,7 @@ class EBSSDataModule(CalibrationDataModule):
             temporary.replace(path)
 
     def _sample(self) -> Sampled:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         from moeq.calibration.next_token import ModelNextToken
 

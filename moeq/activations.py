@@ -53,9 +53,7 @@ class ActivationStore:
         """Input of ``block`` for a batch, made by running the blocks between it and the last one stored."""
         reached, hidden = self._states.get(batch, (0, calls[0].hidden))
         if reached > block:
-            raise ValueError(
-                f"activations of batch {batch} are at block {reached}, behind is block {block}: clear first"
-            )
+            raise ValueError(f"activations of batch {batch} are at block {reached}, past block {block}: clear first")
         hidden = hidden.to(calls[0].hidden.device)
         for index in range(reached, block):
             hidden = run_block(blocks[index], hidden, calls[index])

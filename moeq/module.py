@@ -76,7 +76,7 @@ class MoEQuantModule(L.LightningModule):
         self._activations = ActivationStore()
         self._pass_start = 0.0
 
-    # -- the model ---------------------------------------------------------------------------------------------------
+    # -- the model
 
     @override
     def configure_model(self) -> None:
@@ -117,7 +117,7 @@ class MoEQuantModule(L.LightningModule):
     def configure_optimizers(self) -> None:
         """Nothing is trained."""
 
-    # -- fit: one pass per epoch, one block on one batch per step -------------------------------------------------------
+    # -- fit: one pass per epoch, one block on one batch per step
 
     @override
     def on_fit_start(self) -> None:
@@ -191,7 +191,7 @@ class MoEQuantModule(L.LightningModule):
         if self.current_pass.ends_block and self.current_pass.kind == "calibrate":
             self.resume.save(self.current_pass.block)
 
-    # -- validate --------------------------------------------------------------------------------------------------------
+    # -- validate
 
     @override
     def on_validation_start(self) -> None:

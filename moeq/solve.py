@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
-from moeq.quant.solution import Solution
 from moeq.quant.grid import dequantize_weight
+from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 from moeq.run import Run
 

@@ -52,7 +52,7 @@ def test_store_refuses_to_go_back_until_it_is_cleared() -> None:
     calls = capture_calls(model, blocks, {"input_ids": torch.randint(1, 257, (1, 5))})
     store = ActivationStore()
     store.advance(3, 1, calls, blocks)
-    with pytest.raises(ValueError, match="batch 3 are at block 1, behind is block 0"):
+    with pytest.raises(ValueError, match="batch 3 are at block 1, past block 0"):
         store.advance(3, 0, calls, blocks)
     store.clear()
     assert torch.equal(store.advance(3, 0, calls, blocks), calls[0].hidden)

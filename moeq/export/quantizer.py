@@ -128,11 +128,17 @@ class MoEQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)
+        self._declared = {name: p.dtype for name, p in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # loading makes floating-point parameters trainable
+        # 5.17 leaves renamed tensors of a quantized checkpoint in the dtype of the file, whatever dtype was asked for.
+        float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            if not float32.intersection(name.split(".")):
+                parameter.data = parameter.data.to(self._declared.get(name, parameter.dtype))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Conversions for the packed names; newer versions of transformers pass the model, 5.17 does not."""

@@ -124,6 +124,6 @@ def _require_finite(state: HessianState, names: Sequence[str]) -> None:
     if bool(bad_E.any()):
         name = names[int(bad_E.nonzero()[0])]
         raise ValueError(
-            f"the calibration inputs of {name} have NaN or infinite values ({int(bad_E.sum())} of {len(names)} experts); "
-            "check the model's weights, or load it in bfloat16 or float32 rather than float16"
+            f"the calibration inputs of {name} have NaN or infinite values ({int(bad_E.sum())} of {len(names)} "
+            "experts); check the model's weights, or load it in bfloat16 or float32 rather than float16"
         )

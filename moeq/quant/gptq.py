@@ -82,6 +82,8 @@ def gptq_solve(
             weight_EOI.split(size), hessian_EII.split(size), energy_E.split(size), strict=True
         )
     ]
+    if len(parts) == 1:
+        return parts[0]
     zero_points = [part.zero_point_EOG for part in parts if part.zero_point_EOG is not None]
     return Solution(
         codes_EOI=torch.cat([part.codes_EOI for part in parts]),
@@ -122,8 +124,10 @@ def _solve_together(
 ) -> Solution:
     """Solve some experts in one sweep."""
     factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
-    pairs = zip(weight_EOI, factors, strict=True)
-    weight_IO = _stack([weight_OI.float().index_select(1, f.order_I).mT.contiguous() for weight_OI, f in pairs])
+    visited = weight_EOI.float().unbind(0)
+    if solve.act_order:
+        visited = [weight_OI.index_select(1, f.order_I) for weight_OI, f in zip(visited, factors, strict=True)]
+    weight_IO = _stack([weight_OI.mT.contiguous() for weight_OI in visited])
     if grid.group_size is None or solve.act_order:
         qparams = choose_qparams(weight_EOI, grid, scale_dtype)
         columns = _static_columns(qparams, factors, grid)
@@ -181,7 +185,7 @@ def _moved_qparams(columns: _Columns, group_size: int) -> QParams:
 def _sweep(
     weight_IO: Tensor, factors: Sequence[Feedback], columns: _Columns, column_block: int
 ) -> tuple[Tensor, Tensor]:
-    """Visit all columns; returns codes_EOI, columns in their original order, and tr(D H D^T) of each expert, float64."""
+    """Visit all columns; returns codes_EOI, in the original order of columns, and tr(D H D^T) of each expert."""
     feedback_II = _stack([factor.feedback_II for factor in factors])
     gain_I = _stack([factor.gain_I for factor in factors])
     shift_I = _stack([factor.shift_I for factor in factors])
@@ -228,8 +232,8 @@ def _round_block(
     for start in range(0, num_columns, step):
         if columns.moving and start % columns.moving == 0:
             group = slice(start, start + columns.moving)
-            parts = (part[..., group, :] for part in (target_BO, weight_BO, scale_BO, low_BO, high_BO))
-            _choose_group(*parts, feedback_BB[..., group, group], columns)
+            parts = [part[..., group, :] for part in (target_BO, weight_BO, scale_BO, low_BO, high_BO)]
+            _choose_group(parts, feedback_BB[..., group, group], columns)
         stop = min(start + step, num_columns)
         delta_SO = delta_BO[..., start:stop, :]
         for column in range(start, stop):
@@ -245,20 +249,15 @@ def _round_block(
     return level_BO
 
 
-def _choose_group(
-    target_SO: Tensor,
-    weight_SO: Tensor,
-    scale_SO: Tensor,
-    low_SO: Tensor,
-    high_SO: Tensor,
-    feedback_SS: Tensor,
-    columns: _Columns,
-) -> None:
-    """Choose the grid of the group that the sweep has reached, into ``scale_SO``, ``low_SO`` and ``high_SO``.
+def _choose_group(parts: Sequence[Tensor], feedback_SS: Tensor, columns: _Columns) -> None:
+    """Choose the grid of the group that the sweep has reached; ``parts`` are target, weight, scale, low, high [S, O].
+
+    The last three are written.
 
     The weights that the columns before it have left are W - D*, with D* the best unrounded correction: row by row
     D*_j = -(target_j - W_j) - sum_{k<j in the group} D*_k F_kj, a triangular system.
     """
+    target_SO, weight_SO, scale_SO, low_SO, high_SO = parts
     correction_SO = torch.linalg.solve_triangular(feedback_SS, target_SO - weight_SO, upper=False, unitriangular=True)
     grid = replace(columns.grid, group_size=None)
     qparams = choose_qparams(_unstack(weight_SO + correction_SO).mT, grid, columns.scale_dtype)

@@ -53,16 +53,16 @@ def accumulate(
     """
     rows_TI = x_TI.float()
     if affinity_T is None:
-        sums = [len(x_TI)] * 2
+        affinity_sum = affinity_square_sum = torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)
     else:
         affinity_T = affinity_T.to(x_TI.device)
-        sums = [affinity_T.double().sum(), affinity_T.double().square().sum()]
+        affinity_sum, affinity_square_sum = affinity_T.double().sum(), affinity_T.double().square().sum()
         if power:
             rows_TI = rows_TI * affinity_T.float().pow(power / 2).unsqueeze(1)
     state.sum_EII[expert_idx].addmm_(rows_TI.mT, rows_TI)
     state.num_tokens_E[expert_idx] += len(x_TI)
-    state.affinity_sum_E[expert_idx] += sums[0]
-    state.affinity_square_sum_E[expert_idx] += sums[1]
+    state.affinity_sum_E[expert_idx] += affinity_sum
+    state.affinity_square_sum_E[expert_idx] += affinity_square_sum
 
 
 def effective_samples(state: HessianState) -> Tensor:

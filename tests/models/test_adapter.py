@@ -77,7 +77,7 @@ def test_a_dense_model_is_refused_with_its_family_and_the_ones_that_work() -> No
 
 
 def test_gpt_oss_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="gpt_oss cannot be quantized by moeq: .*transposed expert weights"):
+    with pytest.raises(ValueError, match=r"gpt_oss cannot be quantized by moeq: .*transposed expert weights"):
         Adapter(tiny_model("gpt_oss"))
 
 
