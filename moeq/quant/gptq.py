@@ -204,8 +204,9 @@ def _sweep(
         codes_IO[..., block, :] = (level_BO - low_BO).to(torch.uint8)
         # target - rounded is the residual; the damping's share of the error is taken out again.
         residual_BO = target_BO.addcmul_(level_BO, scale_BO, value=-1)
-        square_B = residual_BO.square_().sum(-1) * gain_I[..., block].square()
-        error += (square_B - shift_I[..., block] * delta_BO.square().sum(-1)).sum(-1, dtype=torch.float64)
+        square_B = (torch.linalg.vector_norm(residual_BO, dim=-1) * gain_I[..., block]).square()
+        damped_B = torch.linalg.vector_norm(delta_BO, dim=-1).square() * shift_I[..., block]
+        error += (square_B - damped_B).sum(-1, dtype=torch.float64)
     codes = [
         visited_IO.index_select(0, torch.argsort(factor.order_I)).mT.contiguous()
         for visited_IO, factor in zip(_unstack(codes_IO), factors, strict=True)
