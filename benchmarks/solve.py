@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams, dequantize
-from moeq.quant.solution import output_energy
+from moeq.quant.solution import Solution, output_energy
 from moeq.quant.spec import GridSpec, SolveSpec
 
 GRID = GridSpec(bits=4, group_size=None, symmetric=True, clip_search=False)
@@ -97,12 +97,11 @@ def measure(width: int, expert_width: int, seed: int) -> dict[str, float]:
     linears = make_linears(width, expert_width, seed)
     energies = [output_energy(weight[0], hessian[0]).view(1) for weight, hessian in linears]
 
-    def solve(known: bool) -> list[Tensor]:
-        solutions = [
+    def solve(known: bool) -> list[Solution]:
+        return [
             gptq_solve(weight, hessian, GRID, SOLVE, torch.float32, energy if known else None)
             for (weight, hessian), energy in zip(linears, energies, strict=True)
         ]
-        return [dequantize(s.codes_EOI, s.scale_EOG, s.zero_point_EOG, GRID.bits)[0] for s in solutions]
 
     def floor() -> None:  # O * I^2 operations for the feedback and I^3 / 3 for the factor, in products of 128 rows
         for weight_EOI, hessian_EII in linears:
@@ -118,7 +117,8 @@ def measure(width: int, expert_width: int, seed: int) -> dict[str, float]:
     for name, work in works.items():
         row[f"{name}_wall"], row[f"{name}_cpu"] = timed(work)
     differences = []
-    for (weight, hessian), theirs_OI, ours_OI in zip(linears, loop_of(linears), solve(True), strict=True):
+    for (weight, hessian), theirs_OI, ours in zip(linears, loop_of(linears), solve(True), strict=True):
+        ours_OI = dequantize(ours.codes_EOI, ours.scale_EOG, ours.zero_point_EOG, GRID.bits)[0]
         errors = [float(output_energy(weight[0] - rounded_OI, hessian[0])) for rounded_OI in (theirs_OI, ours_OI)]
         differences.append(abs(errors[0] - errors[1]) / errors[0])
     return row | {"error_difference": max(differences)}
@@ -167,7 +167,7 @@ def main() -> None:
     if args.seeds < 1:
         parser.error(f"--seeds ({args.seeds}) must be at least 1; the usual value is 5")
     width, expert_width = (512, 352) if args.quick else (2048, 1408)
-    measure(256, 128, 0)  # first calls load the linear algebra libraries
+    measure(width, expert_width, args.seeds)  # the first call loads the linear algebra libraries
     rows = [measure(width, expert_width, seed) for seed in range(args.seeds)]
     shapes = f"gate and up {expert_width} x {width}, down {width} x {expert_width}"
     table = summarise(rows, shapes)

@@ -80,11 +80,12 @@ def factorise(hessian_II: Tensor, damping: float, act_order: bool) -> Feedback:
 def _reversed_cholesky_(factor_II: Tensor) -> bool:
     """Turn H into R^T, lower triangular, with R R^T = H, in place; returns whether H is positive definite.
 
-    Block rows from the last to the first, each one product with the rows done and one triangular solve; this is nearly
-    twice as fast on a CPU as the library's Cholesky of a reversed copy, which works in column-major order.  What is
-    above the diagonal is left as it was.
+    Block rows from the last to the first, each one product with the rows done and one with the inverse of its diagonal
+    block; this is nearly twice as fast on a CPU as the library's Cholesky of a reversed copy, which works in
+    column-major order.  What is above the diagonal is left as it was.
     """
     size = len(factor_II)
+    identity_BB = torch.eye(BLOCK, dtype=factor_II.dtype, device=factor_II.device)
     infos = []
     for stop in range(size, 0, -BLOCK):
         start = max(0, stop - BLOCK)
@@ -95,6 +96,9 @@ def _reversed_cholesky_(factor_II: Tensor) -> bool:
         infos.append(info)
         upper_BB = lower_BB.flip(0, 1)
         panel_BI[:, start:] = upper_BB.mT
-        if start:
-            panel_BI[:, :start] = torch.linalg.solve_triangular(upper_BB, panel_BI[:, :start], upper=True)
+        if start:  # the inverse of a block of 128 and a product: faster than a triangular solve with a long right side
+            inverse_BB = torch.linalg.solve_triangular(
+                upper_BB, identity_BB[: stop - start, : stop - start], upper=True
+            )
+            panel_BI[:, :start] = inverse_BB @ panel_BI[:, :start]
     return not bool(torch.stack(infos).any())

@@ -124,7 +124,7 @@ def _solve_together(
 ) -> Solution:
     """Solve some experts in one sweep."""
     factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
-    visited = weight_EOI.float().unbind(0)
+    visited = list(weight_EOI.float())
     if solve.act_order:
         visited = [weight_OI.index_select(1, f.order_I) for weight_OI, f in zip(visited, factors, strict=True)]
     weight_IO = _stack([weight_OI.mT.contiguous() for weight_OI in visited])
