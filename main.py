@@ -6,6 +6,7 @@ python main.py validate --config configs/eval.yaml              evaluate an orig
 
 import os
 import sys
+from argparse import ArgumentError
 from typing import TYPE_CHECKING
 
 HELP = """\
@@ -35,7 +36,7 @@ def main(args: "ArgsType" = None) -> None:
 
     try:
         MoEQuantCLI.run(args)
-    except ValueError as error:
+    except (ValueError, ArgumentError) as error:
         if os.environ.get("MOEQ_DEBUG"):
             raise
         sys.exit(f"moeq: {error}")

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,14 @@ class MoEQuantCLI(LightningCLI):
                 MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
                 seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,
                 save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-                trainer_defaults=_trainer_defaults(), parser_kwargs={"description": "moeq"},
+                trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
             )  # fmt: skip
+
+
+def _parser_kwargs(commands: Iterable[str]) -> dict[str, Any]:
+    """No abbreviations (--model.bit is a typo), and errors that are raised rather than printed below the usage."""
+    strict = {"allow_abbrev": False, "exit_on_error": False}
+    return {**strict, **{command: strict for command in commands}}
 
 
 def _trainer_defaults() -> dict[str, Any]:
