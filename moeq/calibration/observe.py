@@ -128,17 +128,13 @@ def _observing_experts(adapter: Adapter, site: Site, on_rows: OnRows, mask: Toke
 
 def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     site, on_rows, mask = module.moeq_observer
-    into = module.gate_up_proj if module.has_gate else module.up_proj
     out = torch.zeros_like(hidden_TD)
     for expert, tokens, slots in routed_tokens(ids_TK, module.num_experts, None):
-        inner = F.linear(hidden_TD[tokens], into[expert])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        inner = module._apply_gate(F.linear(hidden_TD[tokens], module.gate_up_proj[expert]))
         affinity = weights_TK[tokens, slots]
         counted = slice(None) if mask.keep is None else mask.keep[tokens]
         on_rows(site, expert, inner[counted].detach(), affinity[counted].detach())
         y = F.linear(inner, module.down_proj[expert])
-        if getattr(module, "has_post_expert_norm", False):
-            y = module.post_expert_norm(y)
         out.index_add_(0, tokens, (y * affinity[:, None]).to(out.dtype))
     return out
 

@@ -144,7 +144,7 @@ class Adapter:
 
     def _routed_parameter(self, site: Site) -> Tensor:
         module = self.model.get_submodule(site.modules[0])
-        parameter = getattr(module, "down_proj" if site.stage == "mlp_down" else _in_parameter(module))
+        parameter = getattr(module, "down_proj" if site.stage == "mlp_down" else "gate_up_proj")
         assert isinstance(parameter, Tensor)
         return parameter
 
@@ -176,10 +176,11 @@ class Adapter:
         for path, module in self.expert_modules().items():
             if not path.startswith(f"{prefix}."):
                 continue
-            into, down = getattr(module, _in_parameter(module)), module.down_proj
+            into, down = module.gate_up_proj, module.down_proj
+            assert isinstance(into, Tensor)
             assert isinstance(down, Tensor)
             num_experts, rows, in_features = into.shape
-            leaves = ("gate_proj", "up_proj") if module.has_gate else ("up_proj",)
+            leaves = ("gate_proj", "up_proj")
             common = {"block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts}
             yield Site(
                 name=f"{path}.{'+'.join(leaves)}", stage="mlp_in", leaves=leaves,
@@ -191,14 +192,12 @@ class Adapter:
             )  # fmt: skip
 
 
-def _in_parameter(module: nn.Module) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
-
-
 def _check_layout(family: str, path: str, module: nn.Module) -> None:
     problems = [
         ("transposed expert weights", bool(module.is_transposed)),
         ("biases in its experts", bool(getattr(module, "has_bias", False))),
+        ("no gate projection", not module.has_gate),
+        ("a norm after each expert", bool(getattr(module, "has_post_expert_norm", False))),
         ("interleaved gate and up rows", not getattr(module, "is_concatenated", True)),
         ("packed weights: it is a quantized export already", not hasattr(module, "down_proj")),
     ]
