@@ -19,6 +19,8 @@ most used options (after --config FILE):
   --model.bits N            2 to 8; --model.group_size N; --model.affinity_power 0|1|2
   --trainer.devices N       with --trainer.strategy moeq_ddp: several ranks
   --print_config            show the whole configuration and stop
+
+MOEQ_DEBUG=1 in the environment shows the traceback behind an error.
 """
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ class ExpertUsage(Callback):
             made by the already quantized part, in the pass that calibrates the experts' inputs.
     """
 
+    affects_weights = False
+
     def __init__(self, survey: bool = False) -> None:
         self.survey = survey
         self._stack = ExitStack()

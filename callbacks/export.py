@@ -20,6 +20,8 @@ class Export(Callback):
         overwrite: Replace folders that exist already and are not empty.
     """
 
+    affects_weights = False
+
     def __init__(self, dense: bool = True, overwrite: bool = False) -> None:
         self.dense, self.overwrite = dense, overwrite
 

@@ -21,6 +21,8 @@ class Figures(L.Callback):
     to every logger that takes them (TensorBoard).
     """
 
+    affects_weights = False
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return

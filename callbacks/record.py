@@ -19,6 +19,8 @@ PACKAGES = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "s
 class Record(Callback):
     """Writes manifest.json, errors.csv, fallbacks.json and summary.md into the run folder, and prints the summary."""
 
+    affects_weights = False
+
     def __init__(self) -> None:
         self._start = time.perf_counter()
 

@@ -18,6 +18,8 @@ BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16":
 class Results(Callback):
     """Writes results.json and results.md after validate, and prints the table."""
 
+    affects_weights = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the row of the evaluated model."""
         assert isinstance(pl_module, MoEQuantModule)

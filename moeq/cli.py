@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from moeq.module import MoEQuantModule
@@ -16,6 +16,8 @@ from moeq.progress import PassProgressBar
 
 class RunFolderConfig(SaveConfigCallback):
     """The resolved configuration as config.yaml (validate: config_validate.yaml) at the top of the run folder."""
+
+    affects_weights = False
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -34,11 +36,9 @@ class MoEQuantCLI(LightningCLI):
         both = LightningCLI.subcommands()
         return {"fit": both["fit"], "validate": both["validate"]}
 
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Lightning's own table of validation metrics is left out: callbacks.Results prints a better one."""
-        if "verbose" in parser.get_defaults():
-            parser.set_defaults({"verbose": False})
+    def before_validate(self) -> None:
+        """Leave out Lightning's table of validation metrics: callbacks.Results prints a better one."""
+        self.config_init["validate"]["verbose"] = False
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -59,6 +59,8 @@ class MoEQuantCLI(LightningCLI):
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            # main(args) is also called from programs that have arguments of their own.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             return cls(
                 MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
                 seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,

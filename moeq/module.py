@@ -129,7 +129,9 @@ class MoEQuantModule(L.LightningModule):
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
         sites = [self.adapter.sites(block) for block in range(len(self.adapter.blocks))]
-        self.resume = Resume(self, sites)
+        start = time.perf_counter()
+        self.resume = Resume(self, sites)  # asks for the calibration data, which may have to be sampled first
+        self.run.seconds["calibration data"] = time.perf_counter() - start
         first_block = self.resume.load()
         if first_block:
             rank_zero_info(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {self.run_dir}")

@@ -10,6 +10,8 @@ from moeq.module import MoEQuantModule
 class PassProgressBar(TQDMProgressBar):
     """Lightning's bar, with "block 2 mlp_in (11/16)" in place of an epoch number."""
 
+    affects_weights = False
+
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)

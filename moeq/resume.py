@@ -53,11 +53,18 @@ class Resume:
 
 
 def fingerprint(module: "MoEQuantModule") -> dict[str, str]:
-    """Digests of the configuration, the model and the calibration data of a run."""
+    """Digests of the configuration, the model and the calibration data of a run.
+
+    The configuration is that of the module, of what is fed to it, and of every callback that does not declare
+    ``affects_weights = False``.
+    """
     settings: dict[str, Any] = {k: v for k, v in module.hparams.items() if k not in NEUTRAL_SETTINGS}
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__module__.startswith("callbacks"):
-            settings[type(callback).__name__] = {k: v for k, v in vars(callback).items() if not k.startswith("_")}
+    trainer: Any = module.trainer
+    settings["batches"] = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
+    for callback in trainer.callbacks:
+        kind = type(callback)
+        if not kind.__module__.startswith("lightning.") and getattr(kind, "affects_weights", True):
+            settings[kind.__name__] = {k: v for k, v in vars(callback).items() if not k.startswith("_")}
     return {"configuration": digest(settings), "model": model_digest(module.model), "data": _data_digest(module)}
 
 

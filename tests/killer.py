@@ -11,6 +11,8 @@ from moeq.module import MoEQuantModule
 class KillAtBlock(Callback):
     """SIGKILL when the first pass of a block starts."""
 
+    affects_weights = False
+
     def __init__(self, block: int) -> None:
         self.block = block
 

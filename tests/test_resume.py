@@ -70,6 +70,18 @@ def test_a_run_killed_before_its_export_only_exports(model: Path, tmp_path: Path
     assert (tmp_path / "export/model.safetensors").read_bytes() == exported
 
 
+def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(model: Path, tmp_path: Path) -> None:
+    fit(CONFIG, model, tmp_path)
+    config = yaml.safe_load(CONFIG.read_text())
+    export = next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("Export"))
+    export["init_args"] = {"overwrite": True, "dense": False}
+    again = tmp_path / "moequant_again.yaml"
+    again.write_text(yaml.safe_dump(config))
+    exported = (tmp_path / "export/model.safetensors").read_bytes()
+    fit(again, model, tmp_path, "--model.label=again")
+    assert (tmp_path / "export/model.safetensors").read_bytes() == exported
+
+
 @pytest.mark.parametrize(
     ("option", "changed"),
     [("--model.bits=4", "configuration"), ("--data.seed=1", "data"), ("--model.name", "model")],
