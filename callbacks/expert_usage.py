@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeq.calibration.observe import observe_routing
 from moeq.distributed import sum_over_ranks
@@ -36,12 +36,7 @@ class ExpertUsage(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the experts of the block that this pass sweeps."""
         assert isinstance(pl_module, MoEQuantModule)
-        current, usage = pl_module.current_pass, pl_module.run.usage
-        feeds_experts = any(site.kind == "routed" and site.stage == "mlp_in" for site in current.sites)
-        if not (current.kind == "survey" if self.survey else feeds_experts):
-            return
-        prefix = f"{pl_module.adapter.block_prefix}.{current.block}."
-        modules = {path: m for path, m in pl_module.adapter.expert_modules().items() if path.startswith(prefix)}
+        usage, modules = pl_module.run.usage, self._observed(pl_module)
         for path, module in modules.items():
             usage[path] = torch.zeros(int(module.num_experts), dtype=torch.int64, device=pl_module.device)  # type: ignore[arg-type]
 
@@ -60,11 +55,7 @@ class ExpertUsage(Callback):
         """Take the hooks off and add up the ranks."""
         assert isinstance(pl_module, MoEQuantModule)
         self._stack.close()
-        prefix = f"{pl_module.adapter.block_prefix}.{pl_module.current_pass.block}."
-        counted = [path for path in pl_module.run.usage if path.startswith(prefix)]
-        feeds_experts = any(site.kind == "routed" and site.stage == "mlp_in" for site in pl_module.current_pass.sites)
-        if pl_module.current_pass.kind == "survey" if self.survey else feeds_experts:
-            sum_over_ranks([pl_module.run.usage[path] for path in counted])
+        sum_over_ranks([pl_module.run.usage[path] for path in self._observed(pl_module)])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Hooks come off whatever happens."""
@@ -76,3 +67,12 @@ class ExpertUsage(Callback):
         if trainer.is_global_zero:
             usage = {path: counts.tolist() for path, counts in pl_module.run.usage.items()}
             write_json(pl_module.run_dir / "expert_usage.json", usage)
+
+    def _observed(self, module: MoEQuantModule) -> dict[str, nn.Module]:
+        """Experts modules that are counted in the current pass."""
+        current = module.current_pass
+        feeds_experts = any(site.kind == "routed" and site.stage == "mlp_in" for site in current.sites)
+        if not (current.kind == "survey" if self.survey else feeds_experts):
+            return {}
+        prefix = f"{module.adapter.block_prefix}.{current.block}."
+        return {path: m for path, m in module.adapter.expert_modules().items() if path.startswith(prefix)}

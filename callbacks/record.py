@@ -48,7 +48,7 @@ class Record(Callback):
             | {"python": platform.python_version()},
             "device": str(pl_module.device),
             "seed": torch.initial_seed(),
-            "model": dict(pl_module.hparams),
+            "model": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},
             "fingerprint": pl_module.resume.fingerprint,
             "seconds_total": time.perf_counter() - self._start,
             "seconds": run.seconds,

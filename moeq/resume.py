@@ -58,7 +58,8 @@ def fingerprint(module: "MoEQuantModule") -> dict[str, str]:
     The configuration is that of the module, of what is fed to it, and of every callback that does not declare
     ``affects_weights = False``.
     """
-    settings: dict[str, Any] = {k: v for k, v in module.hparams.items() if k not in NEUTRAL_SETTINGS}
+    given = {key: value for key, value in module.hparams.items() if not key.startswith("_")}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if key not in NEUTRAL_SETTINGS}
     trainer: Any = module.trainer
     settings["batches"] = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
     for callback in trainer.callbacks:

@@ -85,8 +85,8 @@ def save_block(folder: Path, block: int, run: Run, names: list[str], fingerprint
         if weight.zero_point_OG is not None:
             tensors[f"{name}.zero_point"] = weight.zero_point_OG
     chosen = set(names)
-    prefix = f".{block}."
-    tensors |= {f"usage:{path}": counts for path, counts in run.usage.items() if prefix in f"{path}."}
+    # All of it: a survey, which a resumed run does not repeat, has counted the blocks to come as well.
+    tensors |= {f"usage:{path}": counts for path, counts in run.usage.items()}
     metadata = {
         "fingerprint": fingerprint,
         "grids": {n: [run.quantized[n].bits, run.quantized[n].group_size] for n in names},

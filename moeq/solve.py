@@ -35,7 +35,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class SolvedWeight:
-    """One quantized weight with its relative output error in the norm of its Hessian and what went wrong, if any."""
+    """One quantized weight, the relative output error of the stack it was solved in, and what went wrong, if anything.
+
+    Linears that are stacked (q, k and v; gate and up) share their relative error.
+    """
 
     name: str
     weight: QuantizedWeight

@@ -11,7 +11,7 @@ name of the family.  What families call their routers and gates stands in ``fami
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -181,7 +181,7 @@ class Adapter:
             assert isinstance(down, Tensor)
             num_experts, rows, in_features = into.shape
             leaves = ("gate_proj", "up_proj")
-            common = {"block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts}
+            common: dict[str, Any] = {"block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts}
             yield Site(
                 name=f"{path}.{'+'.join(leaves)}", stage="mlp_in", leaves=leaves,
                 rows=(rows // len(leaves),) * len(leaves), in_features=in_features, **common,
