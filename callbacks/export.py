@@ -1,5 +1,6 @@
 """Write the quantized model, reload what was written and compare it."""
 
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from moeq.allocation.plan import plan_cost
 from moeq.module import MoEQuantModule
 from moeq.run import write_json
+
+# Stands in the run folder while exports are written and verified: what a killed run left may be replaced.
+UNFINISHED = "export.unfinished"
 
 
 class Export(Callback):
@@ -29,7 +33,7 @@ class Export(Callback):
         """Refuse before any work what would be refused at the end."""
         assert isinstance(pl_module, MoEQuantModule)
         for folder in self._folders(pl_module.run_dir):
-            if folder.exists() and any(folder.iterdir()) and not self.overwrite:
+            if folder.exists() and any(folder.iterdir()) and not self._may_replace(pl_module.run_dir):
                 raise ValueError(
                     f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
                     "or overwrite: true for callbacks.Export"
@@ -42,6 +46,9 @@ class Export(Callback):
             self._export(pl_module)
         trainer.strategy.barrier("moeq_export")
 
+    def _may_replace(self, run_dir: Path) -> bool:
+        return self.overwrite or (run_dir / UNFINISHED).exists()
+
     def _folders(self, run_dir: Path) -> list[Path]:
         return [run_dir / "export", *([run_dir / "dense"] if self.dense else [])]
 
@@ -50,25 +57,30 @@ class Export(Callback):
         from moeq.export.dense import write_dense
         from moeq.export.verify import verify_checkpoint, verify_dense
 
-        start = time.perf_counter()
+        start, replace = time.perf_counter(), self._may_replace(module.run_dir)
         packed, dense = module.run_dir / "export", module.run_dir / "dense"
         model, run = module.model.to("cpu"), module.run
+        if left := sorted(run.plan.keys() - run.quantized.keys()):
+            raise ValueError(
+                f"{len(left)} of {len(run.plan)} planned weights were not quantized, first {left[0]}; "
+                "put a method such as callbacks.gptq.GPTQ or callbacks.rtn.RTN into the list of callbacks"
+            )
+        write_json(module.run_dir / UNFINISHED, {"pid": os.getpid()})
         cost = plan_cost(run.plan, module.weight_shapes())
         metadata = {
             "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
             "average_bits": cost.average_bits, "seconds": sum(run.seconds.values()),
         }  # fmt: skip
-        report = write_checkpoint(
-            model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=self.overwrite
-        )
+        report = write_checkpoint(model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=replace)
         probe = torch.arange(64).remainder(model.config.get_text_config().vocab_size).reshape(2, 32)
         verification = {
             "checkpoint": vars(verify_checkpoint(packed, model, run.quantized, probe)),
             "written": vars(report),
         }
         if self.dense:
-            write_dense(model, module.tokenizer, dense, overwrite=self.overwrite)
+            write_dense(model, module.tokenizer, dense, overwrite=replace)
             verification["dense"] = vars(verify_dense(dense, model, probe))
         write_json(module.run_dir / "verification.json", verification)
+        (module.run_dir / UNFINISHED).unlink()
         run.seconds["export"] = time.perf_counter() - start
         rank_zero_info(f"Export: {packed} written, reloaded and equal")

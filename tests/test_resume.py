@@ -70,6 +70,24 @@ def test_a_run_killed_before_its_export_only_exports(model: Path, tmp_path: Path
     assert (tmp_path / "export/model.safetensors").read_bytes() == exported
 
 
+def test_an_export_that_was_cut_short_is_written_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def power_cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moeq.export.dense.write_dense", power_cut)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(CONFIG, model, tmp_path)
+    assert (tmp_path / "export").is_dir()
+    assert not (tmp_path / "dense").exists()
+    fit(CONFIG, model, tmp_path)
+    assert (tmp_path / "dense").is_dir()
+    with pytest.raises(SystemExit, match="exists and is not empty"):
+        fit(CONFIG, model, tmp_path)
+
+
 def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(model: Path, tmp_path: Path) -> None:
     fit(CONFIG, model, tmp_path)
     config = yaml.safe_load(CONFIG.read_text())

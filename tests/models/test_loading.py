@@ -25,7 +25,7 @@ def test_a_non_finite_weight_is_named_and_counted() -> None:
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer found at '.*nothing'"):
+    with pytest.raises(ValueError, match=r"no tokenizer found at '.*nothing'"):
         load_tokenizer(str(tmp_path / "nothing"))
     tiny_model("mixtral").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"no tokenizer could be read from the folder .* .it holds \['config.json'"):
