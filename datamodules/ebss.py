@@ -13,8 +13,8 @@ from datamodules.calibration import CalibrationDataModule
 from datamodules.evaluation import EvaluationSpec
 from moeq.calibration.balance import balance_columns
 from moeq.calibration.ebss import EBSSSpec, Mode, NextToken, Sampled, draw_first_tokens, search
-from moeq.calibration.text import read_documents, text_windows
-from moeq.tasks.text import token_stream
+from moeq.calibration.text import text_windows
+from moeq.documents import read_documents, token_stream
 
 NUM_SHOWN = 3
 

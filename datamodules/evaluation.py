@@ -9,8 +9,9 @@ import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moeq.documents import read_documents, token_stream
 from moeq.tasks.arithmetic import Problem, build_problems, left_pad
-from moeq.tasks.text import read_documents, spread_windows, token_stream
+from moeq.tasks.text import spread_windows
 
 ARITHMETIC_SET = "arithmetic_exact_match"
 
@@ -119,8 +120,8 @@ class EvaluationDataModule(L.LightningDataModule):
 
     def _windows(self, domain: str) -> list[dict[str, Tensor]]:
         path = Path(self.evaluation.data_dir) / self.evaluation.domains[domain]
-        ids_T = token_stream(read_documents(path), self._tokenizer)
         try:
+            ids_T = token_stream(read_documents(path), self._tokenizer)
             windows_NL = spread_windows(ids_T, self.evaluation.window_length, self.evaluation.num_windows)
         except ValueError as error:
             raise ValueError(f"domain {domain} ({path}): {error}") from error
@@ -128,8 +129,8 @@ class EvaluationDataModule(L.LightningDataModule):
 
     def _problems(self) -> list[Problem]:
         path = Path(self.evaluation.data_dir) / self.evaluation.arithmetic_file
-        lines = [line for document in read_documents(path) for line in document.split("\n") if line.strip()]
         try:
+            lines = [line for document in read_documents(path) for line in document.split("\n") if line.strip()]
             return build_problems(lines, self.evaluation.num_arithmetic, self.evaluation.num_shots)
         except ValueError as error:
             raise ValueError(f"{ARITHMETIC_SET} ({path}): {error}") from error

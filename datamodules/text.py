@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
 from datamodules.evaluation import EvaluationSpec
-from moeq.calibration.text import read_documents, text_windows
-from moeq.tasks.text import token_stream
+from moeq.calibration.text import text_windows
+from moeq.documents import read_documents, token_stream
 
 
 class TextDataModule(CalibrationDataModule):

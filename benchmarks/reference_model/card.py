@@ -28,8 +28,9 @@ from torch import nn
 from train import ReferenceMoE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeq.documents import token_stream
 from moeq.tasks.arithmetic import build_problems
-from moeq.tasks.text import spread_windows, token_stream
+from moeq.tasks.text import spread_windows
 
 HERE = Path(__file__).parent
 NUM_SHOTS = 4

@@ -1,4 +1,4 @@
-"""Calibration windows of any text, and the files such text comes from.
+"""Calibration windows of any text.
 
 Windows are drawn over the whole text by a seed.  They do not overlap where the text is long enough: of T tokens, N
 windows of L take the starts i * L plus the i-th of N sorted random numbers in [0, T - N * L].  A shorter text gives
@@ -7,14 +7,8 @@ distinct windows that overlap.  (QuantMoE-Bench cuts 512 overlapping windows out
 Legend: T tokens of the text, N windows, L tokens per window.
 """
 
-import gzip
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
 def text_windows(ids_T: Tensor, length: int, num_windows: int, seed: int) -> Tensor:
@@ -43,35 +37,3 @@ def text_windows(ids_T: Tensor, length: int, num_windows: int, seed: int) -> Ten
             )
         starts_N = torch.randperm(positions, generator=generator)[:num_windows].sort().values
     return ids_T[starts_N.unsqueeze(1) + torch.arange(length)]
-
-
-def read_documents(path: Path, field: str = "text") -> list[str]:
-    """Documents of a text file (one) or of a JSON-lines file (one per line, from ``field``); both may be gzipped.
-
-    Raises:
-        ValueError: The file is missing, of another kind, malformed or empty.
-    """
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"calibration text {path} must end in one of {', '.join(SUFFIXES)}; rename or convert it")
-    if not path.is_file():
-        raise ValueError(f"there is no calibration text {path}; check the path")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf8") as file:
-        if ".jsonl" in path.suffixes:
-            documents = [_document(line, field, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.strip()]
-        else:
-            documents = [file.read()]
-    if not any(document.strip() for document in documents):
-        raise ValueError(f"calibration text {path} is empty; give a file with text")
-    return documents
-
-
-def _document(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); every line of a .jsonl file is one JSON object") from error
-    if not isinstance(row, dict) or field not in row:
-        given = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no field {field!r}, only {given}; set the field argument to one of its fields")
-    return str(row[field])

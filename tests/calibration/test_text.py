@@ -1,11 +1,7 @@
-import gzip
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from moeq.calibration.text import read_documents, text_windows
+from moeq.calibration.text import text_windows
 
 
 def test_windows_do_not_overlap_and_cover_the_whole_text() -> None:
@@ -39,35 +35,3 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
         text_windows(torch.arange(19), 20, 1, 0)
     with pytest.raises(ValueError, match=r"num_windows \(7\) exceeds the 6 distinct windows of 20 tokens"):
         text_windows(torch.arange(25), 20, 7, 0)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_files_of_text_and_of_json_lines_are_read(tmp_path: Path, suffix: str) -> None:
-    opener = gzip.open if suffix else open
-    with opener(tmp_path / f"a.txt{suffix}", "wt", encoding="utf8") as file:
-        file.write("one\n\ntwo")
-    with opener(tmp_path / f"a.jsonl{suffix}", "wt", encoding="utf8") as file:
-        file.write(json.dumps({"body": "one"}) + "\n\n" + json.dumps({"body": "t\u00e9xt"}) + "\n")
-    assert read_documents(tmp_path / f"a.txt{suffix}") == ["one\n\ntwo"]
-    assert read_documents(tmp_path / f"a.jsonl{suffix}", "body") == ["one", "t\u00e9xt"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "x", "must end in one of .txt"),
-        ("a.txt", " \n", "is empty"),
-        ("a.jsonl", '{"text": 1', "line 1 is not JSON"),
-        ("a.jsonl", '{"body": "x"}', r"line 1 has no field 'text', only \['body'\]"),
-        ("a.jsonl", "[1]", "line 1 has no field 'text', only list"),
-    ],
-)
-def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_documents(tmp_path / name)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no calibration text"):
-        read_documents(tmp_path / "missing.txt")
