@@ -79,10 +79,12 @@ def regularize(state: HessianState, spec: CoverageSpec, names: Sequence[str]) ->
 def _shrunk(state: HessianState, kappa: float) -> Tensor:
     """Every Hessian pulled toward the pool with the weight of ``kappa`` tokens."""
     tokens_E = state.num_tokens_E
-    pool_II = state.sum_EII.sum(0) / tokens_E.sum().float()
-    hessian_EII = torch.add(state.sum_EII, pool_II, alpha=kappa)
+    pool_II = state.sum_EII.sum(0) / tokens_E.sum()
+    hessian_EII = torch.add(
+        state.sum_EII, pool_II, alpha=kappa, out=torch.empty_like(state.sum_EII, dtype=torch.float32)
+    )
     hessian_EII /= (tokens_E + kappa).float().view(-1, 1, 1)
-    hessian_EII[tokens_E == 0] = pool_II  # its limit, also where kappa is 0
+    hessian_EII[tokens_E == 0] = pool_II.float()  # its limit, also where kappa is 0
     return hessian_EII
 
 

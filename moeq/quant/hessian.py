@@ -6,6 +6,10 @@ c is the number that multiplies the expert's output.  p = 1 is MoEQuant's affini
 2025, Eq. 18-19), p = 0 plain GPTQ, p = 2 the exact weight for a linear whose output is scaled by c, norm(c dW x)^2.
 GPTQ does not depend on the scale of H, so the factor 2 of a true second derivative is left out.
 
+The product of a batch is float32, the sum over batches float64 and rounded to float32 at the end: then the order of the
+batches, and with it the number of ranks, does not matter.  It would otherwise: a last bit of the Hessian turns a tie in
+rounding or in act-order, and the feedback of GPTQ carries it on (measured in benchmarks/LOG.md).
+
 Shapes: E experts, I in features, T tokens of one expert.
 """
 
@@ -20,7 +24,7 @@ class HessianState:
     """Running sums over the tokens seen; the tensors are updated in place, and add up over batches and over ranks.
 
     Attributes:
-        sum_EII: float32, sum of c^p x x^T.
+        sum_EII: float64, sum of c^p x x^T.
         num_tokens_E: float64, tokens.
         affinity_sum_E: float64, sum of c.
         affinity_square_sum_E: float64, sum of c^2.
@@ -36,13 +40,13 @@ def empty_state(num_experts: int, in_features: int, device: torch.device | str) 
     """Sums over no token."""
     counts = [torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(3)]
     shape = (num_experts, in_features, in_features)
-    return HessianState(torch.zeros(shape, dtype=torch.float32, device=device), *counts)
+    return HessianState(torch.zeros(shape, dtype=torch.float64, device=device), *counts)
 
 
 def accumulate(
     state: HessianState, expert_idx: int, x_TI: Tensor, affinity_T: Tensor | None = None, power: float = 1.0
 ) -> None:
-    """Add the tokens of one expert, in place; float32 whatever the dtype of the inputs.
+    """Add the tokens of one expert, in place; products in float32 whatever the dtype of the inputs.
 
     Args:
         state: Sums to add to.
@@ -59,7 +63,7 @@ def accumulate(
         affinity_sum, affinity_square_sum = affinity_T.double().sum(), affinity_T.double().square().sum()
         if power:
             rows_TI = rows_TI * affinity_T.float().pow(power / 2).unsqueeze(1)
-    state.sum_EII[expert_idx].addmm_(rows_TI.mT, rows_TI)
+    state.sum_EII[expert_idx] += rows_TI.mT @ rows_TI
     state.num_tokens_E[expert_idx] += len(x_TI)
     state.affinity_sum_E[expert_idx] += affinity_sum
     state.affinity_square_sum_E[expert_idx] += affinity_square_sum
@@ -73,4 +77,5 @@ def effective_samples(state: HessianState) -> Tensor:
 
 def mean_hessian(state: HessianState) -> Tensor:
     """Mean over the tokens of each expert, float32 [E, I, I]; zero where no token was seen."""
-    return state.sum_EII / state.num_tokens_E.clamp_min(1.0).float().view(-1, 1, 1)
+    mean_EII = torch.empty_like(state.sum_EII, dtype=torch.float32)
+    return torch.div(state.sum_EII, state.num_tokens_E.clamp_min(1.0).view(-1, 1, 1), out=mean_EII)

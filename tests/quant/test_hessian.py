@@ -70,15 +70,27 @@ def test_effective_samples_are_the_tokens_for_equal_affinities_and_fewer_for_une
 def test_mean_hessian_divides_by_tokens_and_is_zero_without_any() -> None:
     state = filled(1)
     mean_EII = mean_hessian(state)
-    torch.testing.assert_close(mean_EII[0], state.sum_EII[0] / 10)
+    torch.testing.assert_close(mean_EII[0], (state.sum_EII[0] / 10).float())
     assert not mean_EII[1].any()
 
 
-def test_sums_are_float32_under_another_default_dtype() -> None:
+def test_sums_are_float64_under_another_default_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         state = filled(1, torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert state.sum_EII.dtype == torch.float32
+    assert state.sum_EII.dtype == torch.float64
     assert state.num_tokens_E.dtype == torch.float64
+
+
+def test_hessian_does_not_depend_on_the_order_of_the_batches() -> None:
+    parts = [(torch.randn(50, 24) * 10.0**i, torch.rand(50)) for i in range(-3, 4)]
+    means = []
+    for order in (parts, parts[::-1], parts[3:] + parts[:3]):
+        state = empty_state(1, 24, "cpu")
+        for x_TI, affinity_T in order:
+            accumulate(state, 0, x_TI, affinity_T, 1)
+        means.append(mean_hessian(state))
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
