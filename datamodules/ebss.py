@@ -12,7 +12,8 @@ from typing_extensions import override
 from datamodules.calibration import CalibrationDataModule
 from datamodules.evaluation import EvaluationSpec
 from moeq.calibration.balance import balance_columns
-from moeq.calibration.ebss import EBSSSpec, Mode, NextToken, Sampled, draw_first_tokens, search
+from moeq.calibration.ebss import draw_first_tokens, search
+from moeq.calibration.spec import EBSSSpec, Mode, NextToken, Sampled
 from moeq.calibration.text import read_documents, text_windows
 from moeq.tasks.text import token_stream
 

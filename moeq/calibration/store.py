@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moeq.calibration.ebss import EBSSSpec, Sampled
+from moeq.calibration.spec import EBSSSpec, Sampled
 from moeq.models.digest import model_digest
 from moeq.run import digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_once: int) -> str:
