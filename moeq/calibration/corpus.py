@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moeq.calibration.gumbel import draw_children, tempered
 from moeq.calibration.shortage import pick, weights, worth
-from moeq.calibration.spec import EBSSSpec, NextToken, Sampled, Usage
+from moeq.calibration.spec import EBSSSpec, NextToken, Sampled
 
 
 def search_corpus(
@@ -38,7 +38,7 @@ def search_corpus(
     num_sequences: int,
     first_tokens_M: Tensor,
     generator: torch.Generator,
-    finished: Usage,
+    finished_LE: Tensor,
 ) -> Sampled:
     """Write ``num_sequences`` sequences that complete the use of experts by the finished ones.
 
@@ -48,9 +48,9 @@ def search_corpus(
         num_sequences: N.
         first_tokens_M: int64, at least N, on the device of the model; one beginning is written from each.
         generator: On the CPU.
-        finished: What the set already has.
+        finished_LE: Tokens that each expert has in the finished ones; broadcast, so a zero will do.
     """
-    rows = _begin(next_token, spec, num_sequences, first_tokens_M, generator, finished.counts_LE)
+    rows = _begin(next_token, spec, num_sequences, first_tokens_M, generator, finished_LE)
     decisions_N3 = torch.zeros(num_sequences, 3, device=first_tokens_M.device)
     parent_R = torch.arange(num_sequences, device=first_tokens_M.device).repeat_interleave(spec.branches)
     starts = range(spec.prefix_length, spec.length, spec.segment)
@@ -59,9 +59,9 @@ def search_corpus(
         for _ in range(min(spec.segment, spec.length - length)):
             rows = _draw(next_token, spec, rows, parent_R, generator)
             parent_R = torch.arange(len(rows.ids_RT), device=parent_R.device)
-        parent_R, decision_N3 = _compete(spec, before, rows, generator, finished.counts_LE)
+        parent_R, decision_N3 = _compete(spec, before, rows, generator, finished_LE)
         decisions_N3 += decision_N3 / len(starts)
-    return _best(rows, spec.branches, decisions_N3, finished.counts_LE)
+    return _best(rows, spec.branches, decisions_N3, finished_LE)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def pick(counts_MLE: Tensor, num: int, finished_LE: Tensor, scale: float) -> Ten
         scale: Tokens that a candidate will have at the end for each that it has now.
     """
     gain_MLE = counts_MLE.double() * scale
-    total_LE = finished_LE.double().clone()
+    total_LE = finished_LE.double().expand(counts_MLE.shape[1:])
     smoothing_L1 = smoothing(total_LE + num * gain_MLE.mean(0))
     free_M = torch.ones(len(counts_MLE), dtype=torch.bool, device=counts_MLE.device)
     picked = []
