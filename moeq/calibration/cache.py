@@ -111,7 +111,7 @@ class GrowingCache(DynamicCache):
 
 
 def grow_in_place(cache: Any, num_rows: int) -> Any:
-    """The cache of a prefill with its plain layers replaced; the cache itself where it has none or a class of its own."""
+    """The cache of a prefill with its plain layers replaced; itself where it has none or has a class of its own."""
     if type(cache) is not DynamicCache:
         return cache
     grown = GrowingCache(cache, num_rows)
