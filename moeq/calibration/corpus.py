@@ -61,7 +61,7 @@ def search_corpus(
             parent_R = torch.arange(len(rows.ids_RT), device=parent_R.device)
         parent_R, decision_N3 = _compete(spec, before, rows, generator, finished_LE)
         decisions_N3 += decision_N3 / len(starts)
-    return _best(rows, spec.branches, decisions_N3, finished_LE)
+    return _best(spec, rows, decisions_N3, finished_LE)
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,13 @@ def _running(counts_RLE: Tensor, branches: int) -> Tensor:
     return counts_RLE.unflatten(0, (-1, branches)).double().mean(1).sum(0)
 
 
-def _best(rows: _Rows, branches: int, decisions_N3: Tensor, finished_LE: Tensor) -> Sampled:
-    """The branch of each sequence that is worth most to the set."""
+def _best(spec: EBSSSpec, rows: _Rows, decisions_N3: Tensor, finished_LE: Tensor) -> Sampled:
+    """The branch of each sequence that is worth most to the set; any of them, so the first, without balance."""
+    branches = spec.branches
     weights_LE = weights(finished_LE + _running(rows.counts_RLE, branches))
     best_N = worth(rows.counts_RLE, weights_LE).unflatten(0, (-1, branches)).argmax(-1)
+    if not spec.balance:
+        best_N = torch.zeros_like(best_N)
     best_N = best_N + torch.arange(len(best_N), device=best_N.device) * branches
     return Sampled(
         ids_NT=rows.ids_RT[best_N],

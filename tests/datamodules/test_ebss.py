@@ -3,6 +3,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -202,3 +203,45 @@ def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: p
     trainer.fit(recorder, datamodule=datamodule)
     assert torch.equal(torch.cat(recorder.seen), datamodule.calibration_ids().repeat(2, 1))
     assert "EBSS (stochastic): 100%" in capsys.readouterr().err
+
+
+def test_corpus_mode_survives_a_kill_and_reports_and_logs(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, calls = moeq.calibration.parts.search_corpus, []
+
+    def dying(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise InterruptedError("killed")
+        return search(*args)
+
+    expected = attached(tmp_path / "whole", model, mode="corpus").calibration_ids()
+    monkeypatch.setattr(moeq.calibration.parts, "search_corpus", dying)
+    with pytest.raises(InterruptedError):
+        attached(tmp_path / "killed", model, mode="corpus").calibration_ids()
+    assert len(list((tmp_path / "killed").rglob("*.parts/*.safetensors"))) == 1
+    logged: list[dict[str, float]] = []
+    datamodule = attached(tmp_path / "killed", model, mode="corpus")
+    datamodule.trainer.logger = SimpleNamespace(log_metrics=logged.append)
+    assert torch.equal(datamodule.calibration_ids(), expected)
+    assert len(calls) == 3
+    report = json.loads((tmp_path / "killed" / "calibration" / "report.json").read_text())
+    assert report["decisions"]["redrawn_sequences"] == 0.0
+    assert len(report["sampled"]["effective_samples_per_expert"]) == 2
+    names = set().union(*logged)
+    assert {"ebss_sampled/sigma_slot_share", "ebss_decisions/steps_changed_by_balance"} < names
+
+
+def test_a_cache_folder_with_other_files_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.docx").touch()
+    with pytest.raises(ValueError, match=r"holds 1 files that are not sampled sequences, such as thesis.docx; choose"):
+        attached(tmp_path / "run", model, cache_dir=str(tmp_path / "cache")).calibration_ids()
+    with pytest.raises(ValueError, match=r"cache_dir .* is a file; choose a folder"):
+        attached(tmp_path / "run", model, cache_dir=str(tmp_path / "cache" / "thesis.docx")).calibration_ids()
+
+
+def test_more_branches_than_tokens_are_refused_by_name(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"branches \(265\) must not exceed the vocabulary \(264\)"):
+        attached(tmp_path, model, branches=265).calibration_ids()
