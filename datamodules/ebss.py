@@ -1,7 +1,8 @@
 """Calibration on sequences that the model writes itself, balanced over its experts (Expert-Balanced Self-Sampling)."""
 
+import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
 from datamodules.evaluation import EvaluationSpec
-from moeq.calibration.balance import balance_columns
-from moeq.calibration.ebss import EBSSSpec, Mode, NextToken, Sampled, draw_first_tokens, search
+from moeq.calibration.balance import Units, is_degenerate
+from moeq.calibration.spec import EBSSSpec, Mode, NextToken, Prefix, Sampled, Scope
 from moeq.calibration.text import text_windows
 from moeq.documents import read_documents, token_stream
 
@@ -28,15 +29,24 @@ class EBSSDataModule(CalibrationDataModule):
         branches: Branches per sequence that the search keeps (w of the paper).
         tau: Divides the expert imbalance in the cost of a branch; a large tau is little balance.
         prefix_length: Tokens that are grown before a sequence branches.
-        mode: stochastic draws the text; paper always takes the most likely tokens, and a small model then loops.
+        mode: stochastic draws the text; paper always takes the most likely tokens, and a small model then loops; corpus
+            draws it and steers the set as a whole toward experts that are still short.
         temperature: Of the drawing.
         balance: False leaves the expert imbalance out of the cost.
         seed: Of first tokens and draws.
-        sequences_at_once: Sequences (times branches) per forward pass; bounds the memory of the search.
-        cache_dir: Folder that runs share their sequences in; null keeps them in the run folder alone.
+        sequences_at_once: Sequences (times branches) per forward pass, over all ranks; bounds the memory of the search.
+        cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.
         compare_text: A .txt or .jsonl file; the report then has the same columns for as many tokens of it.
         batch_size: Sequences per step of the calibration.
         evaluation: Evaluation sets of validate; null is those of the bundled model.
+        top_p: Draw from the likeliest tokens with this probability in total; 1 draws from all.
+        sigma_units: Usage in sigma is the fraction of tokens (token_fraction) or of routed slots (slot_share).
+        sigma_scope: Sigma of the branch (sequence) or of all sequences with it (corpus).
+        prefix: First tokens of paper mode: greedy or sampled.
+        starts: Beginnings per sequence that corpus mode chooses from.
+        segment: Tokens after which branches compete in corpus mode.
+        min_tokens_per_expert: Corpus mode stops once every expert has that many effective tokens, after num_sequences
+            at the latest; 0 writes them all.
     """
 
     def __init__(
@@ -55,87 +65,128 @@ class EBSSDataModule(CalibrationDataModule):
         compare_text: str | None = None,
         batch_size: int = 8,
         evaluation: EvaluationSpec | None = None,
+        top_p: float = 1.0,
+        sigma_units: Units = "token_fraction",
+        sigma_scope: Scope = "sequence",
+        prefix: Prefix = "greedy",
+        starts: int = 8,
+        segment: int = 8,
+        min_tokens_per_expert: float = 0.0,
     ) -> None:
         super().__init__(batch_size, evaluation)
-        self.spec = EBSSSpec(num_sequences, length, branches, tau, prefix_length, mode, temperature, balance, seed)
+        self.spec = EBSSSpec(
+            num_sequences, length, branches, tau, prefix_length, mode, temperature, balance, seed, top_p, sigma_units,
+            sigma_scope, prefix, starts, segment, min_tokens_per_expert,
+        )  # fmt: skip
         if sequences_at_once < 1:
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text
 
     @override
     def make_ids(self) -> Tensor:
-        from moeq.calibration.store import fingerprint, load_sampled
+        from moeq.calibration.store import check_cache, fingerprint, load_sampled, save_sampled
 
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
+        trainer, module = self.trainer, self._module()
         _check_positions(module.model, self.spec.length)
-        name = f"ebss-{fingerprint(module.model, module.tokenizer, self.spec, self.sequences_at_once)}.safetensors"
-        path = module.run_dir / "calibration" / name
-        if self.trainer.is_global_zero:
-            self._provide(path)
+        if self.cache_dir is not None:
+            check_cache(Path(self.cache_dir))
+        key = fingerprint(module.model, module.tokenizer, self.spec, self.sequences_at_once, trainer.world_size)
+        path = module.run_dir / "calibration" / f"ebss-{key}.safetensors"
+        shared = path if self.cache_dir is None else Path(self.cache_dir) / path.name
+        if trainer.is_global_zero and not path.is_file() and shared.is_file():
+            _copy(shared, path)
+        trainer.strategy.barrier("moeq_ebss_cache")
+        if not path.is_file():
+            # Ends with a barrier, so no rank looks for the file after the first one has written it.
+            sampled = self._sample(path.with_suffix(".parts"))
+            if trainer.is_global_zero:
+                save_sampled(path, sampled)
+        if trainer.is_global_zero:
+            if not shared.is_file():
+                _copy(path, shared)
             self._report(path)
-        # The ranks wait for the file that the first one writes.
-        self.trainer.strategy.barrier("moeq_ebss")
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+        trainer.strategy.barrier("moeq_ebss")
         return load_sampled(path).ids_NT
 
-    def _provide(self, path: Path) -> None:
-        from moeq.calibration.store import save_sampled
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module
 
-        shared = path if self.cache_dir is None else Path(self.cache_dir) / path.name
-        if not path.is_file() and not shared.is_file():
-            save_sampled(shared, self._sample())
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            shutil.copyfile(shared, temporary)
-            temporary.replace(path)
-
-    def _sample(self) -> Sampled:
+    def _sample(self, folder: Path) -> Sampled:
         from tqdm import tqdm
 
+        from moeq.calibration.effective import measure_evidence
         from moeq.calibration.next_token import ModelNextToken
+        from moeq.calibration.parts import Sampler, sample_set
 
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        generator = torch.Generator().manual_seed(self.spec.seed)
-        candidates_V = first_token_candidates(module.model, module.tokenizer)
-        first_N = draw_first_tokens(candidates_V, self.spec.num_sequences, generator).to(module.model.device)
+        trainer, module = self.trainer, self._module()
+        device = module.model.device
+        sampler = Sampler(
+            self.spec,
+            self.sequences_at_once,
+            candidates_V=first_token_candidates(module.model, module.tokenizer),
+            is_degenerate=lambda ids_NT: [is_degenerate(text) for text in module.tokenizer.batch_decode(ids_NT)],
+            evidence=lambda ids_NT: measure_evidence(module.model, ids_NT.to(device)),
+            folder=folder,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            barrier=lambda: trainer.strategy.barrier("moeq_ebss_parts"),
+        )
+        # Corpus mode also writes beginnings, and may stop early or draw again: it has no total.
+        total = None if self.spec.mode == "corpus" else sampler.missing() * self.spec.length
+        hidden = trainer.progress_bar_callback is None
         with (
             ModelNextToken(module.model) as next_token,
-            tqdm(
-                total=self.spec.num_sequences * self.spec.length,
-                desc=f"EBSS ({self.spec.mode})",
-                unit="token",
-                disable=self.trainer.progress_bar_callback is None,
-            ) as bar,
+            tqdm(total=total, desc=f"EBSS ({self.spec.mode})", unit="token", disable=hidden) as bar,
         ):
-            shown = _Shown(next_token, bar)
-            parts = [search(shown, self.spec, part, generator) for part in first_N.split(self.sequences_at_once)]
-        return Sampled(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Sampled)})
+            return sample_set(sampler, _Shown(next_token, bar), device)
 
     def _report(self, path: Path) -> None:
-        """``report.json`` beside the ids: balance, likelihood and repetition, and a few sequences as text."""
+        """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
+        from moeq.calibration.columns import decision_columns, scalars
         from moeq.calibration.next_token import score_sequences
         from moeq.calibration.store import load_sampled
         from moeq.run import write_json
 
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
+        module = self._module()
         sampled = load_sampled(path)
-        texts = module.tokenizer.batch_decode(sampled.ids_NT)
         report: dict[str, Any] = {
             "ids": path.name,
             "settings": asdict(self.spec),
-            "sampled": balance_columns(sampled.counts_NLE, sampled.nll_N, self.spec.length, texts),
+            "decisions": decision_columns(sampled.decisions_N3, sampled.redrawn_N),
+            "sampled": self._columns(sampled.ids_NT, sampled.counts_NLE, sampled.nll_N),
         }
         if self.compare_text is not None:
             stream_T = token_stream(read_documents(Path(self.compare_text)), module.tokenizer)
-            ids_NL = text_windows(stream_T, self.spec.length, self.spec.num_sequences, self.spec.seed)
+            ids_NL = text_windows(stream_T, self.spec.length, len(sampled.ids_NT), self.spec.seed)
             nll_N, counts_NLE = score_sequences(module.model, ids_NL.to(module.model.device))
-            words = module.tokenizer.batch_decode(ids_NL)
             report["compare_text"] = self.compare_text
-            report["text"] = balance_columns(counts_NLE, nll_N, self.spec.length, words)
-        write_json(path.parent / "report.json", {**report, "samples": texts[:NUM_SHOWN]})
+            report["text"] = self._columns(ids_NL, counts_NLE.cpu(), nll_N.cpu())
+        report["samples"] = module.tokenizer.batch_decode(sampled.ids_NT[:NUM_SHOWN])
+        write_json(path.parent / "report.json", report)
+        if self.trainer.logger is not None:
+            for name in ("decisions", "sampled", "text"):
+                self.trainer.logger.log_metrics(scalars(report.get(name, {}), f"ebss_{name}"))
+
+    def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
+        from moeq.calibration.columns import set_columns
+        from moeq.calibration.effective import measure_evidence
+
+        module = self._module()
+        evidence = measure_evidence(module.model, ids_NL.to(module.model.device))
+        return set_columns(ids_NL, counts_NLE, nll_N, evidence, module.tokenizer.batch_decode(ids_NL))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; the copy appears complete or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def first_token_candidates(model: Any, tokenizer: Any) -> Tensor:
@@ -153,7 +204,7 @@ def _check_positions(model: Any, length: int) -> None:
 
 
 class _Shown:
-    """A ``NextToken`` that moves a progress bar: every call adds one token to each sequence."""
+    """A ``NextToken`` that moves a progress bar: every call adds one token to each sequence it was started with."""
 
     def __init__(self, inner: NextToken, bar: Any) -> None:
         self._inner, self._bar, self._num_sequences = inner, bar, 0

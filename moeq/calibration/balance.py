@@ -41,9 +41,14 @@ def zlib_ratio(text: str) -> float:
     return len(zlib.compress(data)) / len(data) if data else 0.0
 
 
+def is_degenerate(text: str) -> bool:
+    """True where zlib compresses the text below 0.2 of its size: a loop, which calibrates nothing."""
+    return zlib_ratio(text) < DEGENERATE_ZLIB_RATIO
+
+
 def degenerate_share(texts: Sequence[str]) -> float:
-    """Share of texts that zlib compresses below 0.2 of their size: loops, which calibrate nothing."""
-    return sum(zlib_ratio(text) < DEGENERATE_ZLIB_RATIO for text in texts) / len(texts)
+    """Share of texts that are degenerate."""
+    return sum(map(is_degenerate, texts)) / len(texts)
 
 
 def balance_columns(counts_NLE: Tensor, nll_N: Tensor, length: int, texts: Sequence[str]) -> dict[str, float]:

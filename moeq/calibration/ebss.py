@@ -26,87 +26,15 @@ model.  Legend: N sequences, W branches, C candidates of a branch, T tokens, V v
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from moeq.calibration.balance import imbalance
-from moeq.calibration.gumbel import draw_children
+from moeq.calibration.gumbel import draw_children, tempered
+from moeq.calibration.spec import EBSSSpec, NextToken, Sampled, Usage
 
-Mode = Literal["paper", "stochastic"]
-
-
-class NextToken(Protocol):
-    """A language model as the search sees it; rows are branches."""
-
-    def prefill(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-        """Start N rows; returns float32 log P(next) [N, V] and the experts that all T tokens chose, [N, L, E]."""
-        ...
-
-    def step(self, parent_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Row n becomes old row ``parent_N[n]`` plus a token; returns log P(next) and the counts of that token."""
-        ...
-
-
-@dataclass(frozen=True)
-class EBSSSpec:
-    """Settings of the search; defaults are the paper's, except the mode.
-
-    Attributes:
-        num_sequences: Sequences to write.
-        length: Tokens of each, the first one included.
-        branches: w, branches per sequence.
-        tau: Divides the imbalance in the cost; a large tau is no balance.
-        prefix_length: Tokens (the first one included) that are grown before the sequence branches.
-        mode: ``paper`` keeps the most likely extensions, ``stochastic`` draws them.
-        temperature: Of the drawing; 1 in paper mode.
-        balance: False leaves the imbalance term out.
-        seed: Of first tokens and draws.
-    """
-
-    num_sequences: int = 128
-    length: int = 512
-    branches: int = 4
-    tau: float = 1.2
-    prefix_length: int = 4
-    mode: Mode = "stochastic"
-    temperature: float = 1.0
-    balance: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, usual in {"num_sequences": 128, "branches": 4, "prefix_length": 4}.items():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; the usual value is {usual}")
-        if self.length <= self.prefix_length:
-            raise ValueError(
-                f"length ({self.length}) must exceed prefix_length ({self.prefix_length}); the usual values are 512 "
-                "and 4"
-            )
-        if not self.tau > 0:
-            raise ValueError(f"tau ({self.tau}) must be positive; the usual value is 1.2 (balance: false turns it off)")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature ({self.temperature}) must be positive; the usual value is 1")
-        if self.mode == "paper" and self.temperature != 1:
-            raise ValueError(
-                f"temperature ({self.temperature}) must be 1 in paper mode, which draws nothing; choose mode stochastic"
-            )
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The sequences that a search returns.
-
-    Attributes:
-        ids_NT: int64 token ids.
-        nll_N: float32 nats under the model at temperature 1, summed over all tokens but the first.
-        counts_NLE: int32 tokens of each sequence that chose each expert; its last token counts too.
-    """
-
-    ids_NT: Tensor
-    nll_N: Tensor
-    counts_NLE: Tensor
+__all__ = ["EBSSSpec", "NextToken", "Sampled", "Usage", "draw_first_tokens", "search"]
 
 
 def draw_first_tokens(candidates_V: Tensor, num_sequences: int, generator: torch.Generator) -> Tensor:
@@ -123,7 +51,13 @@ def draw_first_tokens(candidates_V: Tensor, num_sequences: int, generator: torch
     return candidates_V[torch.randperm(candidates_V.numel(), generator=generator)[:num_sequences]]
 
 
-def search(next_token: NextToken, spec: EBSSSpec, first_tokens_N: Tensor, generator: torch.Generator) -> Sampled:
+def search(
+    next_token: NextToken,
+    spec: EBSSSpec,
+    first_tokens_N: Tensor,
+    generator: torch.Generator,
+    finished: Usage | None = None,
+) -> Sampled:
     """Grow every sequence from its first token, all branches of all sequences in one batch.
 
     Args:
@@ -132,12 +66,16 @@ def search(next_token: NextToken, spec: EBSSSpec, first_tokens_N: Tensor, genera
         first_tokens_N: int64, on the device of the model.
         generator: On the CPU; gives one seed to each sequence in order, so sequences 0..a in one call and a..b in the
             next are the same as 0..b in one.
+        finished: What the sequences of earlier calls used; read with sigma of the corpus.
 
     Raises:
-        ValueError: More branches than tokens in the vocabulary.
+        ValueError: More branches than tokens in the vocabulary, or corpus mode, which is ``search_corpus``.
     """
+    if spec.mode == "corpus":
+        raise ValueError(f"mode ({spec.mode}) must be paper or stochastic in this search; call search_corpus")
     streams = _Streams(first_tokens_N.numel(), generator)
     state = _start(next_token, first_tokens_N)
+    sigma = _Sigma(spec, finished)
     if spec.branches > state.next_log_prob_NWV.shape[-1]:
         raise ValueError(
             f"branches ({spec.branches}) must not exceed the vocabulary ({state.next_log_prob_NWV.shape[-1]}); choose 4"
@@ -147,8 +85,8 @@ def search(next_token: NextToken, spec: EBSSSpec, first_tokens_N: Tensor, genera
         if length == spec.prefix_length + 1:
             # The phrase is given: draws are perturbed from here on.
             state = replace(state, tempered_NW=torch.zeros_like(state.tempered_NW))
-        state = _extend(next_token, spec, state, 1 if in_prefix else spec.branches, streams)
-    return _best(spec, state)
+        state = _extend(next_token, spec, state, 1 if in_prefix else spec.branches, streams, sigma)
+    return _best(spec, state, sigma)
 
 
 @dataclass(frozen=True)
@@ -161,6 +99,26 @@ class _State:
     log_prob_NW: Tensor  # R_S at temperature 1, float64
     tempered_NW: Tensor  # log-probability at the temperature, since the branches parted
     perturbed_NW: Tensor  # G, a Gumbel variable around tempered_NW
+    decisions_N3: Tensor  # sums of Sampled.decisions_N3 over the steps so far
+
+
+@dataclass(frozen=True)
+class _Sigma:
+    """Sigma of every branch, in the units and the scope of the settings."""
+
+    spec: EBSSSpec
+    finished: Usage | None
+
+    def __call__(self, counts_NWLE: Tensor, length: int) -> Tensor:
+        if self.spec.sigma_scope == "sequence":
+            return imbalance(counts_NWLE, length, self.spec.sigma_units)
+        # A branch among the others: of each other running sequence the mean of its branches.
+        mean_NLE = counts_NWLE.float().mean(1)
+        total_NWLE = counts_NWLE + (mean_NLE.sum(0) - mean_NLE).unsqueeze(1)
+        num_tokens = len(counts_NWLE) * length
+        if self.finished is not None:
+            total_NWLE, num_tokens = total_NWLE + self.finished.counts_LE, num_tokens + self.finished.num_tokens
+        return imbalance(total_NWLE, num_tokens, self.spec.sigma_units)
 
 
 @dataclass(frozen=True)
@@ -187,23 +145,34 @@ def _start(next_token: NextToken, first_tokens_N: Tensor) -> _State:
     log_prob_NV, counts_NLE = next_token.prefill(first_tokens_N[:, None])
     zeros_NW = torch.zeros(first_tokens_N.numel(), 1, dtype=torch.float64, device=first_tokens_N.device)
     return _State(
-        first_tokens_N[:, None, None], log_prob_NV[:, None], counts_NLE[:, None], zeros_NW, zeros_NW, zeros_NW
-    )
+        first_tokens_N[:, None, None], log_prob_NV[:, None], counts_NLE[:, None], zeros_NW, zeros_NW, zeros_NW,
+        zeros_NW.expand(-1, 3).float(),
+    )  # fmt: skip
 
 
-def _extend(next_token: NextToken, spec: EBSSSpec, state: _State, keep: int, streams: _Streams) -> _State:
+def _extend(
+    next_token: NextToken, spec: EBSSSpec, state: _State, keep: int, streams: _Streams, sigma: _Sigma
+) -> _State:
     """One token more: ``keep`` candidates per branch, of which the ``keep`` cheapest per sequence are fed."""
     num_sequences, branches, length = state.ids_NWT.shape
-    if spec.mode == "paper":
-        found = _most_likely(state, keep)
-        cost_NWC = -found.log_prob_NWC / (length + 1)
-    else:
+    if spec.mode == "stochastic":
         found = _drawn(state, spec, streams.uniform(branches, keep, 2))
-        cost_NWC = -found.perturbed_NWC / (length + 1)
+        likelihood_NWC = -found.perturbed_NWC / (length + 1)
+    elif spec.prefix == "sampled" and length < spec.prefix_length:
+        found = _drawn(state, spec, streams.uniform(branches, keep, 2))
+        likelihood_NWC = -found.log_prob_NWC / (length + 1)
+    else:
+        found = _most_likely(state, keep)
+        likelihood_NWC = -found.log_prob_NWC / (length + 1)
+    cost_NWC, balance_NW = likelihood_NWC, None
     if spec.balance and branches > 1:
-        cost_NWC = cost_NWC + imbalance(state.counts_NWLE, length).unsqueeze(-1) / spec.tau
+        balance_NW = sigma(state.counts_NWLE, length) / spec.tau
+        cost_NWC = likelihood_NWC + balance_NW.unsqueeze(-1)
     # In the order of their parents, not of their cost: where every branch has one child, the cache stays as it is.
     chosen_NW = cost_NWC.flatten(1).topk(keep, largest=False).indices.sort().values
+    decisions_N3 = state.decisions_N3
+    if balance_NW is not None:
+        decisions_N3 = decisions_N3 + _decision(likelihood_NWC, balance_NW, chosen_NW)
     sequence_N1 = torch.arange(num_sequences, device=chosen_NW.device).unsqueeze(1)
     parent_NW = sequence_N1 * branches + chosen_NW // keep
     token_NW = found.token_NWC.flatten(1).gather(1, chosen_NW)
@@ -216,7 +185,16 @@ def _extend(next_token: NextToken, spec: EBSSSpec, state: _State, keep: int, str
         log_prob_NW=found.log_prob_NWC.flatten(1).gather(1, chosen_NW),
         tempered_NW=found.tempered_NWC.flatten(1).gather(1, chosen_NW),
         perturbed_NW=found.perturbed_NWC.flatten(1).gather(1, chosen_NW),
+        decisions_N3=decisions_N3,
     )
+
+
+def _decision(likelihood_NWC: Tensor, balance_NW: Tensor, chosen_NW: Tensor) -> Tensor:
+    """What the balance term did in one step, the columns of ``Sampled.decisions_N3``."""
+    best = likelihood_NWC.flatten(1).topk(chosen_NW.shape[1], largest=False)
+    changed_N = (best.indices.sort().values != chosen_NW).any(1)
+    likelihood_N = best.values.amax(1) - best.values.amin(1)
+    return torch.stack([balance_NW.amax(1) - balance_NW.amin(1), likelihood_N, changed_N], -1).float()
 
 
 def _most_likely(state: _State, num: int) -> _Candidates:
@@ -232,7 +210,7 @@ def _drawn(state: _State, spec: EBSSSpec, uniform_NWC2: Tensor) -> _Candidates:
     num_sequences, branches, _ = state.ids_NWT.shape
     log_prob_RV = state.next_log_prob_NWV.flatten(0, 1)
     children = draw_children(
-        log_prob_RV if spec.temperature == 1 else (log_prob_RV / spec.temperature).log_softmax(-1),
+        tempered(log_prob_RV, spec.temperature, spec.top_p, spec.branches),
         state.tempered_NW.flatten(),
         state.perturbed_NW.flatten(),
         uniform_NWC2.to(log_prob_RV.device).flatten(0, 1),
@@ -246,17 +224,21 @@ def _drawn(state: _State, spec: EBSSSpec, uniform_NWC2: Tensor) -> _Candidates:
     )
 
 
-def _best(spec: EBSSSpec, state: _State) -> Sampled:
+def _best(spec: EBSSSpec, state: _State, sigma: _Sigma) -> Sampled:
     """The cheapest branch of each sequence by equation 9: all tokens are fed, so no routing is missing."""
     length = state.ids_NWT.shape[-1]
     score_NW = state.log_prob_NW if spec.mode == "paper" else state.perturbed_NW
     cost_NW = -score_NW / length
     if spec.balance:
-        cost_NW = cost_NW + imbalance(state.counts_NWLE, length) / spec.tau
+        cost_NW = cost_NW + sigma(state.counts_NWLE, length) / spec.tau
     best_N = cost_NW.argmin(-1)
     sequence_N = torch.arange(best_N.numel(), device=best_N.device)
+    # Branches compete from the second step after the prefix on.
+    num_steps = max(1, spec.length - spec.prefix_length - 1)
     return Sampled(
         ids_NT=state.ids_NWT[sequence_N, best_N],
         nll_N=-state.log_prob_NW[sequence_N, best_N].float(),
         counts_NLE=state.counts_NWLE[sequence_N, best_N],
+        decisions_N3=state.decisions_N3 / num_steps,
+        redrawn_N=torch.zeros_like(best_N, dtype=torch.int32),
     )

@@ -40,6 +40,29 @@ class Children:
     perturbed_RC: Tensor
 
 
+def tempered(log_prob_RV: Tensor, temperature: float, top_p: float, least: int) -> Tensor:
+    """float32 log P at a temperature, of the likeliest tokens that hold ``top_p`` of it together; others get -inf.
+
+    Args:
+        log_prob_RV: float32, normalised.
+        temperature: 1 leaves P as it is, less makes it sharper.
+        top_p: The smallest set of likeliest tokens that reaches this probability stays; 1 keeps all.
+        least: Tokens that stay at least, so that as many distinct children can be drawn.
+    """
+    if temperature != 1:
+        log_prob_RV = (log_prob_RV / temperature).log_softmax(-1)
+    if top_p == 1:
+        return log_prob_RV
+    ordered = log_prob_RV.sort(-1, descending=True)
+    probability_RV = ordered.values.exp()
+    beyond_RV = probability_RV.cumsum(-1) - probability_RV >= top_p
+    beyond_RV[:, :least] = False
+    log_prob_RV = log_prob_RV.masked_fill(
+        torch.zeros_like(beyond_RV).scatter(-1, ordered.indices, beyond_RV), -torch.inf
+    )
+    return log_prob_RV.log_softmax(-1)
+
+
 def draw_children(log_prob_RV: Tensor, location_R: Tensor, perturbed_R: Tensor, uniform_RC2: Tensor) -> Children:
     """Draw C children of each branch.
 

@@ -1,8 +1,9 @@
 """Any causal LM of transformers as the ``NextToken`` of the search: KV cache, log-probabilities, chosen experts.
 
 The cache is the model's own (``past_key_values=None, use_cache=True``, then what the output holds), so hybrid and
-sliding-window families get theirs; rows are reordered, repeated and dropped by its ``reorder_cache`` with one index,
-which is skipped where the rows stay as they are.  Chosen experts come from hooks on the experts modules, whose
+sliding-window families get theirs; its plain layers are replaced by ones that grow in place (moeq.calibration.cache).
+Rows are reordered, repeated and dropped by its ``reorder_cache`` with one index, which is skipped where the rows stay
+as they are.  Chosen experts come from hooks on the experts modules, whose
 arguments are the same in every family; they stay on the device and are counted once per step for all blocks.
 
 Legend: N rows, T tokens, L experts modules (blocks with routed experts), E experts, K chosen per token, V vocabulary.
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeq.calibration.cache import GrowingCache, grow_in_place
+from moeq.calibration.decode_attention import decoding
 from moeq.calibration.observe import observe_routing
 from moeq.models.adapter import is_experts_module
 
@@ -75,21 +78,30 @@ class ModelNextToken:
         self._counter = ExpertCounter(model)
         self._cache: Any = None
         self._length = 0
+        self._entered = ExitStack()
 
     def __enter__(self) -> Self:
-        self._counter.__enter__()
+        self._entered.enter_context(decoding(self._model))
+        self._entered.enter_context(self._counter)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cache = None
-        self._counter.__exit__(kind, error, trace)
+        self._entered.close()
+
+    @property
+    def layers_in_place(self) -> int:
+        """Cache layers that grow in place since the last prefill; all others are the model's own."""
+        return self._cache.num_in_place if isinstance(self._cache, GrowingCache) else 0
 
     def prefill(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Start N rows of T tokens: float32 log P(next) [N, V], counts [N, L, E]."""
         self._cache, self._length = None, 0
-        return self._forward(ids_NT)
+        log_prob_NV, counts_NLE = self._forward(ids_NT)
+        self._cache = grow_in_place(self._cache, self._rows)
+        return log_prob_NV, counts_NLE
 
     def step(self, parent_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
         """Row n becomes old row ``parent_N[n]`` plus ``token_N[n]``; the number of rows may change."""

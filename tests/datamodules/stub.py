@@ -17,6 +17,7 @@ class StubTrainer:
     global_rank: int = 0
     world_size: int = 1
     progress_bar_callback: Any = None
+    logger: Any = None
     barriers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

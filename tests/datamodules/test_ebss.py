@@ -1,5 +1,9 @@
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -7,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import datamodules.ebss
+import moeq.calibration.parts
 from datamodules.ebss import EBSSDataModule, first_token_candidates
 from moeq.calibration.next_token import score_sequences
 from moeq.calibration.store import load_sampled
@@ -26,13 +30,13 @@ def model() -> nn.Module:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sequences of every search that is run."""
     calls: list[int] = []
-    search = datamodules.ebss.search
+    search = moeq.calibration.parts.search
 
-    def counting(next_token: Any, spec: Any, first_N: Tensor, generator: torch.Generator) -> Any:
+    def counting(next_token: Any, spec: Any, first_N: Tensor, *rest: Any) -> Any:
         calls.append(len(first_N))
-        return search(next_token, spec, first_N, generator)
+        return search(next_token, spec, first_N, *rest)
 
-    monkeypatch.setattr(datamodules.ebss, "search", counting)
+    monkeypatch.setattr(moeq.calibration.parts, "search", counting)
     return calls
 
 
@@ -118,16 +122,41 @@ def test_ids_are_made_before_quantization_and_kept(tmp_path: Path, model: nn.Mod
     assert len(searches) == 2
 
 
-def test_only_the_first_rank_samples_and_every_sequence_is_served_once(
-    tmp_path: Path, model: nn.Module, searches: list[int]
-) -> None:
-    ranks = [attached(tmp_path, model, rank, 2) for rank in (0, 1)]
-    shares = [torch.cat([batch["input_ids"] for batch in rank.train_dataloader()]) for rank in ranks]
-    assert searches == [4, 2]
-    assert [rank.trainer.barriers for rank in ranks] == [["moeq_ebss"], ["moeq_ebss"]]
-    everything = ranks[0].calibration_ids().tolist()
-    assert sorted(torch.cat(shares).tolist()) == sorted(everything)
-    assert len(set(map(tuple, everything))) == 6
+def as_ranks(world_size: int, run: Callable[[int, Callable[[str], object]], Tensor]) -> list[Tensor]:
+    """What ``run(rank, barrier)`` gives on every rank; ranks are threads that meet at the barriers."""
+    meeting = threading.Barrier(world_size, timeout=60)
+
+    def one(rank: int) -> Tensor:
+        try:
+            return run(rank, lambda _: bool(meeting.wait()))
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(one, range(world_size)))
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "corpus"])
+def test_ranks_share_the_work_and_every_sequence_is_served_once(tmp_path: Path, mode: str) -> None:
+    datamodules: dict[int, EBSSDataModule] = {}
+    lock = threading.Lock()
+
+    def run(rank: int, barrier: Callable[[str], object]) -> Tensor:
+        with lock:
+            datamodules[rank] = attached(tmp_path, tiny_model("qwen2_moe"), rank, 2, mode=mode)
+        datamodules[rank].trainer.strategy.barrier = barrier
+        return datamodules[rank].calibration_ids()
+
+    first, second = as_ranks(2, run)
+    assert torch.equal(first, second)
+    assert len(set(map(tuple, first.tolist()))) == 6
+    shares = [torch.cat([batch["input_ids"] for batch in datamodules[rank].train_dataloader()]) for rank in (0, 1)]
+    assert sorted(torch.cat(shares).tolist()) == sorted(first.tolist())
+    assert not list(tmp_path.rglob("*.parts"))
+    if mode == "stochastic":
+        alone = attached(tmp_path / "alone", tiny_model("qwen2_moe")).calibration_ids()
+        assert torch.equal(alone, first)
 
 
 def test_damaged_ids_are_refused(tmp_path: Path, model: nn.Module) -> None:
@@ -174,3 +203,45 @@ def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: p
     trainer.fit(recorder, datamodule=datamodule)
     assert torch.equal(torch.cat(recorder.seen), datamodule.calibration_ids().repeat(2, 1))
     assert "EBSS (stochastic): 100%" in capsys.readouterr().err
+
+
+def test_corpus_mode_survives_a_kill_and_reports_and_logs(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, calls = moeq.calibration.parts.search_corpus, []
+
+    def dying(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise InterruptedError("killed")
+        return search(*args)
+
+    expected = attached(tmp_path / "whole", model, mode="corpus").calibration_ids()
+    monkeypatch.setattr(moeq.calibration.parts, "search_corpus", dying)
+    with pytest.raises(InterruptedError):
+        attached(tmp_path / "killed", model, mode="corpus").calibration_ids()
+    assert len(list((tmp_path / "killed").rglob("*.parts/*.safetensors"))) == 1
+    logged: list[dict[str, float]] = []
+    datamodule = attached(tmp_path / "killed", model, mode="corpus")
+    datamodule.trainer.logger = SimpleNamespace(log_metrics=logged.append)
+    assert torch.equal(datamodule.calibration_ids(), expected)
+    assert len(calls) == 3
+    report = json.loads((tmp_path / "killed" / "calibration" / "report.json").read_text())
+    assert report["decisions"]["redrawn_sequences"] == 0.0
+    assert len(report["sampled"]["effective_samples_per_expert"]) == 2
+    names = set().union(*logged)
+    assert {"ebss_sampled/sigma_slot_share", "ebss_decisions/steps_changed_by_balance"} < names
+
+
+def test_a_cache_folder_with_other_files_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.docx").touch()
+    with pytest.raises(ValueError, match=r"holds 1 files that are not sampled sequences, such as thesis.docx; choose"):
+        attached(tmp_path / "run", model, cache_dir=str(tmp_path / "cache")).calibration_ids()
+    with pytest.raises(ValueError, match=r"cache_dir .* is a file; choose a folder"):
+        attached(tmp_path / "run", model, cache_dir=str(tmp_path / "cache" / "thesis.docx")).calibration_ids()
+
+
+def test_more_branches_than_tokens_are_refused_by_name(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"branches \(265\) must not exceed the vocabulary \(264\)"):
+        attached(tmp_path, model, branches=265).calibration_ids()
