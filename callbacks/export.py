@@ -74,12 +74,12 @@ class Export(Callback):
         report = write_checkpoint(model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=replace)
         probe = torch.arange(64).remainder(model.config.get_text_config().vocab_size).reshape(2, 32)
         verification = {
-            "checkpoint": vars(verify_checkpoint(packed, model, run.quantized, probe)),
-            "written": vars(report),
+            "checkpoint": verify_checkpoint(packed, model, run.quantized, probe).to_dict(),
+            "written": report.to_dict(),
         }
         if self.dense:
             write_dense(model, module.tokenizer, dense, overwrite=replace)
-            verification["dense"] = vars(verify_dense(dense, model, probe))
+            verification["dense"] = verify_dense(dense, model, probe).to_dict()
         write_json(module.run_dir / "verification.json", verification)
         (module.run_dir / UNFINISHED).unlink()
         run.seconds["export"] = time.perf_counter() - start

@@ -2,8 +2,8 @@
 
     S_e = sum over the tokens t of expert e of c_t^p x_t x_t^T,        H_e = S_e / n_e
 
-c is the number that multiplies the expert's output.  p = 1 is MoEQuant's affinity-guided quantization (AGQ, Hu et al.,
-2025, Eq. 18-19), p = 0 plain GPTQ, p = 2 the exact weight for a linear whose output is scaled by c, norm(c dW x)^2.
+c is the number that multiplies the expert's output.  p = 1 is MoEQuant's affinity-guided quantization (AGQ, arXiv
+2505.03804, Eq. 18-19), p = 0 plain GPTQ, p = 2 the exact weight for a linear whose output is scaled by c.
 GPTQ does not depend on the scale of H, so the factor 2 of a true second derivative is left out.
 
 The product of a batch is float32, the sum over batches float64 and rounded to float32 at the end: then the order of the
