@@ -1,11 +1,12 @@
 """Hidden states between blocks, and running one block of a model at a time.
 
 A decoder block is called as the model itself would call it: its arguments (masks, positions, rotary embeddings) are
-captured by running the model once with every block replaced by a stub that only writes down what it was given.
+captured by running the model with every block replaced by a stub that only writes down what it was given.  Neither what
+follows the last block (the head is costly) nor what follows the last observed site of a pass is computed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,15 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
+class _Reached(Exception):
+    """Everything that a forward pass was run for has been seen."""
+
+
 @torch.no_grad()
 def capture_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[BlockCall]:
     """Arguments of every block for one batch; ``hidden`` of the first is the embedded input.  No block runs."""
     calls: list[BlockCall] = []
-    with _stubs(blocks, calls):
+    with _stubs(blocks, calls), suppress(_Reached):
         model(**inputs, use_cache=False, logits_to_keep=1)
     return calls
 
@@ -36,6 +41,28 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Output hidden states [B, T, D] of one block."""
     output = block(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def until_reached(entered: Sequence[nn.Module], finished: Sequence[nn.Module]) -> Iterator[None]:
+    """End the forward pass inside, silently, once all these modules have been entered or have finished.
+
+    Hooks on them that exist already still run.  A pass that does not reach all of them runs to its end.
+    """
+    waiting = {id(module) for module in (*entered, *finished)}
+
+    def reached(module: nn.Module, *_: Any) -> None:
+        waiting.discard(id(module))
+        if not waiting:
+            raise _Reached
+
+    with ExitStack() as stack:
+        for module in entered:
+            stack.callback(module.register_forward_pre_hook(reached).remove)
+        for module in finished:
+            stack.callback(module.register_forward_hook(reached).remove)
+        with suppress(_Reached):
+            yield
 
 
 class ActivationStore:
@@ -71,6 +98,8 @@ def _stubs(blocks: nn.ModuleList, calls: list[BlockCall]) -> Iterator[None]:
         positional = list(args)
         hidden = positional.pop(0) if positional else kwargs.pop("hidden_states")
         calls.append(BlockCall(hidden, tuple(positional), kwargs))
+        if len(calls) == len(blocks):
+            raise _Reached
         return hidden
 
     patched: list[nn.Module] = list(blocks)

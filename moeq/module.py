@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
-from moeq.activations import ActivationStore, capture_calls, run_block
+from moeq.activations import ActivationStore, capture_calls, run_block, until_reached
 from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
@@ -180,7 +180,9 @@ class MoEQuantModule(L.LightningModule):
         calls = capture_calls(self.model, self.adapter.blocks, batch)
         block = self.current_pass.block
         hidden = self._activations.advance(batch_idx, block, calls, self.adapter.blocks)
-        run_block(self.adapter.blocks[block], hidden, calls[block])
+        # A pass ends with its last site; a survey, which has none, runs the whole block.
+        with until_reached(*self.adapter.observed_modules(self.current_pass.sites)):
+            run_block(self.adapter.blocks[block], hidden, calls[block])
         return None
 
     @override

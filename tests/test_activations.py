@@ -1,7 +1,10 @@
+from contextlib import ExitStack
+
 import pytest
 import torch
 
-from moeq.activations import ActivationStore, capture_calls, run_block
+from moeq.activations import ActivationStore, capture_calls, run_block, until_reached
+from moeq.calibration.observe import observe
 from moeq.models.adapter import Adapter
 from tests.tiny import tiny_model
 
@@ -56,3 +59,41 @@ def test_store_refuses_to_go_back_until_it_is_cleared() -> None:
         store.advance(3, 0, calls, blocks)
     store.clear()
     assert torch.equal(store.advance(3, 0, calls, blocks), calls[0].hidden)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+def test_a_pass_that_ends_early_has_shown_every_input_of_its_sites(family: str) -> None:
+    model = tiny_model(family)
+    adapter = Adapter(model)
+    calls = capture_calls(model, adapter.blocks, {"input_ids": torch.randint(1, 257, (2, 9))})
+    block = len(adapter.blocks) - 1
+    sites, hidden, call = adapter.sites(block), calls[block].hidden, calls[block]
+    for stage in dict.fromkeys(site.stage for site in sites):
+        group = tuple(site for site in sites if site.stage == stage)
+        seen: list[list[torch.Tensor]] = []
+        for ends_early in (True, False):
+            rows: list[torch.Tensor] = []
+            with ExitStack() as stack:
+                stack.enter_context(observe(adapter, group, lambda s, e, x_TI, a, rows=rows: rows.append(x_TI)))
+                if ends_early:
+                    stack.enter_context(until_reached(*adapter.observed_modules(group)))
+                run_block(adapter.blocks[block], hidden, call)
+            seen.append(rows)
+        assert len(seen[0]) == len(seen[1]) > 0
+        assert all(torch.equal(early, full) for early, full in zip(*seen, strict=True))
+
+
+def test_a_pass_skips_what_follows_its_last_site() -> None:
+    model = tiny_model("qwen2_moe")
+    adapter = Adapter(model)
+    calls = capture_calls(model, adapter.blocks, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    ran: list[str] = []
+    hooks = [model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append("mlp"))]
+    attention = tuple(site for site in adapter.sites(0) if site.kind == "attention")
+    with until_reached(*adapter.observed_modules(attention)):
+        run_block(adapter.blocks[0], calls[0].hidden, calls[0])
+    assert not ran
+    with until_reached([], []):
+        run_block(adapter.blocks[0], calls[0].hidden, calls[0])
+    assert ran == ["mlp"]
+    hooks[0].remove()

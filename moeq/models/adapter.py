@@ -9,7 +9,7 @@ name of the family.  What families call their routers and gates stands in ``fami
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,6 +133,16 @@ class Adapter:
     def shared_expert(self, site: Site) -> nn.Module:
         """The shared-expert module that a shared site belongs to (its input is the input of the sparse block)."""
         return self.model.get_submodule(site.modules[0].rpartition(".")[0])
+
+    def observed_modules(self, sites: Sequence[Site]) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Modules with which a forward pass has shown the inputs of all these sites: once entered, once finished."""
+        entered: list[nn.Module] = []
+        finished: list[nn.Module] = []
+        for site in sites:
+            # The input of the experts' down projections arises inside their module.
+            late = site.kind == "routed" and site.stage == "mlp_down"
+            (finished if late else entered).extend(map(self.model.get_submodule, site.modules))
+        return entered, finished
 
     def _sparse_block(self, path: str) -> str:
         return path.rpartition(".")[0].rpartition(".")[0]
