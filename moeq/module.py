@@ -147,13 +147,19 @@ class MoEQuantModule(L.LightningModule):
             self._models["adapter"] = Adapter(self.model)
 
     def weight_shapes(self) -> list[WeightShape]:
-        """Every quantizable weight with its shape and the share of tokens that use it."""
+        """Every quantizable weight with its shape, its place and the share of tokens that use it."""
         shapes = []
         for site in self.adapter.all_sites():
-            share = self.num_experts_per_token / site.num_experts if site.kind == "routed" else 1.0
-            for name in site.weight_names():
-                rows = site.rows[site.leaves.index(name.rpartition(".")[2])]
-                shapes.append(WeightShape(name, site.kind, rows, site.in_features, share))
+            routed = site.kind == "routed"
+            share = self.num_experts_per_token / site.num_experts if routed else 1.0
+            for expert in range(site.num_experts):
+                for rows, leaf in zip(site.rows, site.leaves, strict=True):
+                    shapes.append(
+                        WeightShape(
+                            site.weight_name(expert, leaf), site.kind, rows, site.in_features, block=site.block,
+                            linear=leaf, expert=expert if routed else None, active_share=share,
+                        )
+                    )  # fmt: skip
         return shapes
 
     @property

@@ -1,12 +1,16 @@
 """A plan: which grid each weight gets, what it costs in bits and bytes, and its JSON form.
 
-Bits are reported honestly: ``average_bits`` counts scales and zero points, ``code_bits`` does not; the average over
-active weights counts the routed experts of a block by the share that one token uses (top-k of E).
+    code bits = sum_w bits_w numel_w / sum_w numel_w,     average bits = the same with scales and zero points,
+    active    = the same with every weight counted by the share of tokens that use it (top-k of E for routed experts)
+
+Published averages (QuantMoE-Bench, MC-MoE, GEMQ) are code bits; files and memory follow the average bits.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import total_ordering
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,9 @@ class WeightShape:
         kind: "attention", "dense", "shared" or "routed".
         out_features: O.
         in_features: I.
+        block: Index of the decoder block.
+        linear: Last part of the name: "q_proj", "gate_proj", ...
+        expert: Number of the routed expert; None for every other weight.
         active_share: Share of tokens for which the weight is used: top-k / E for routed experts, else 1.
     """
 
@@ -31,17 +38,73 @@ class WeightShape:
     kind: str
     out_features: int
     in_features: int
+    block: int
+    linear: str
+    expert: int | None = None
     active_share: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """O * I."""
+        return self.out_features * self.in_features
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Choice:
+    """What an allocator can give to a weight; ordered by size: by bits, then finer groups above coarser ones.
+
+    Attributes:
+        bits: Bits per code.
+        group_size: In-features that share a scale; None is one scale per output channel.
+    """
+
+    bits: int
+    group_size: int | None = None
+
+    def __lt__(self, other: "Choice") -> bool:
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[int, float]:
+        return self.bits, 0.0 if self.group_size is None else 1.0 / self.group_size
+
+    @property
+    def label(self) -> str:
+        """ "4" or "4g64": bits, and the group size where there are groups."""
+        return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
+
+    @classmethod
+    def from_label(cls, label: str) -> "Choice":
+        """The inverse of ``label``; raises ValueError for any other text."""
+        bits, separator, group_size = label.partition("g")
+        if not bits.isdecimal() or (separator and not group_size.isdecimal()):
+            raise ValueError(f"choice ({label!r}) must be bits or bits and group size; write '4' or '4g64'")
+        return cls(int(bits), int(group_size) if separator else None)
+
+    def grid(self, like: GridSpec) -> GridSpec:
+        """The grid of this choice, symmetric and clipped as ``like``."""
+        return replace(like, bits=self.bits, group_size=self.group_size)
 
 
 @dataclass(frozen=True)
 class PlanCost:
-    """Exact cost of a plan over its weights; bits per weight, and bytes of codes, scales and zero points."""
+    """Exact cost of a plan over its weights.
+
+    Attributes:
+        code_bits: Bits per weight, codes only.
+        average_bits: Bits per weight with scales and zero points.
+        active_code_bits: Bits of codes per weight that one token uses.
+        active_average_bits: The same with scales and zero points.
+        bytes: Codes, scales and zero points of all weights.
+        active_bytes: Those that one token uses.
+    """
 
     code_bits: float
     average_bits: float
+    active_code_bits: float
     active_average_bits: float
     bytes: int
+    active_bytes: int
 
 
 def uniform_plan(
@@ -76,21 +139,27 @@ def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> 
 def storage_bits(weight: WeightShape, grid: GridSpec, scale_bits: int = 16) -> tuple[int, int]:
     """Bits of the codes, and of scales and zero points, of one weight."""
     num_groups = weight.out_features * grid.num_groups(weight.in_features)
-    codes = weight.out_features * weight.in_features * grid.bits
-    return codes, num_groups * (scale_bits + (0 if grid.symmetric else grid.bits))
+    return weight.numel * grid.bits, num_groups * (scale_bits + (0 if grid.symmetric else grid.bits))
 
 
 def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scale_bits: int = 16) -> PlanCost:
-    """Average bits per weight (codes only, with overhead, over active weights) and total bytes."""
+    """Bits per weight (codes only and with overhead, all and active weights) and bytes of a plan."""
     codes = overhead = numel = 0
-    active_bits = active = 0.0
+    active_codes = active_overhead = active_numel = 0.0
     for weight in weights:
         code_bits, extra = storage_bits(weight, plan[weight.name], scale_bits)
-        size = weight.out_features * weight.in_features
-        codes, overhead, numel = codes + code_bits, overhead + extra, numel + size
-        active_bits += weight.active_share * (code_bits + extra)
-        active += weight.active_share * size
-    return PlanCost(codes / numel, (codes + overhead) / numel, active_bits / active, (codes + overhead + 7) // 8)
+        codes, overhead, numel = codes + code_bits, overhead + extra, numel + weight.numel
+        active_codes += weight.active_share * code_bits
+        active_overhead += weight.active_share * extra
+        active_numel += weight.active_share * weight.numel
+    return PlanCost(
+        code_bits=codes / numel,
+        average_bits=(codes + overhead) / numel,
+        active_code_bits=active_codes / active_numel,
+        active_average_bits=(active_codes + active_overhead) / active_numel,
+        bytes=(codes + overhead + 7) // 8,
+        active_bytes=math.ceil((active_codes + active_overhead) / 8),
+    )
 
 
 def plan_to_json(plan: Mapping[str, GridSpec], cost: PlanCost) -> dict[str, Any]:

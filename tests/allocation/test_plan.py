@@ -16,9 +16,9 @@ from moeq.allocation.plan import (
 from moeq.quant.spec import GridSpec
 
 WEIGHTS = [
-    WeightShape("a.q_proj", "attention", 64, 128),
-    WeightShape("a.experts.0.up_proj", "routed", 32, 128, active_share=0.25),
-    WeightShape("a.experts.1.up_proj", "routed", 32, 128, active_share=0.25),
+    WeightShape("a.q_proj", "attention", 64, 128, block=0, linear="q_proj"),
+    WeightShape("a.experts.0.up_proj", "routed", 32, 128, block=0, linear="up_proj", expert=0, active_share=0.25),
+    WeightShape("a.experts.1.up_proj", "routed", 32, 128, block=0, linear="up_proj", expert=1, active_share=0.25),
 ]
 GRID = GridSpec(bits=3, group_size=64, symmetric=False)
 
