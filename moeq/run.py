@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moeq.allocation.evidence import Evidence
 from moeq.quant.hessian import HessianState
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 
@@ -33,6 +34,7 @@ class Run:
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
+        evidence: What a survey of the original model found; None where no step made one.
     """
 
     plan: dict[str, GridSpec] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class Run:
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
 
 def write_json(path: Path, data: Any) -> None:
