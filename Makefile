@@ -8,7 +8,7 @@ TRAIN_ENV := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 RECIPE := benchmarks/reference_model
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types reference-model data-dir clean
+.PHONY: help quickstart test lint types reference-model mixtral-model data-dir clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -33,13 +33,19 @@ reference-model: data-dir .venv/.installed ## train (or continue) the bundled Mo
 	@.venv/bin/python $(RECIPE)/texts.py --data-dir "$(DATA_DIR)"
 	@.venv/bin/python $(RECIPE)/card.py --checkpoint runs/reference_model/checkpoints/last.ckpt --data-dir "$(DATA_DIR)"
 
+mixtral-model: data-dir .venv/.installed ## train (or continue) a second MoE into runs/mixtral_moe/model: DATA_DIR=folder of the data
+	@$(TRAIN_ENV) OMP_NUM_THREADS=1 .venv/bin/python $(RECIPE)/train.py fit --config $(RECIPE)/config_mixtral.yaml \
+		--data.data_dir "$(DATA_DIR)" --ckpt_path last
+	@.venv/bin/python $(RECIPE)/save.py --checkpoint runs/mixtral_moe/checkpoints/last.ckpt \
+		--tokenizer runs/mixtral_moe/data --output runs/mixtral_moe/model
+
 clean: ## remove the virtual environment and caches (runs/ is kept)
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 data-dir:
 	@test -n "$(DATA_DIR)" || { echo "DATA_DIR is not set; give the folder of the data sets, laid out as \
-	$(RECIPE)/README.md says: make reference-model DATA_DIR=path" | tr -d '\t' >&2; exit 2; }
+	$(RECIPE)/README.md says: make $(firstword $(MAKECMDGOALS)) DATA_DIR=path" | tr -d '\t' >&2; exit 2; }
 	@test -d "$(DATA_DIR)" || { echo "DATA_DIR ($(DATA_DIR)) is not a folder" >&2; exit 2; }
 
 # torch goes first and alone: whatever build pip is configured to find (CPU or CUDA) is the one that is kept.

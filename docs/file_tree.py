@@ -23,7 +23,7 @@ NOTES = {
     "CHANGELOG.md": "what changed",
     "CONTRIBUTING.md": "four commands and the proof-of-value rule",
     "LICENSE": "Apache-2.0",
-    "Makefile": "quickstart, test, lint, types, reference-model, clean",
+    "Makefile": "quickstart, test, lint, types, reference-model, mixtral-model, clean",
     "README.md": "this file",
     "assets/reference-moe/README.md": "model card: data, recipe, losses, expert usage",
     "assets/reference-moe/card.json": "the numbers of the card",

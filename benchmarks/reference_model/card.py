@@ -23,9 +23,9 @@ from corpus import (
     wikitext_articles,
 )
 from measure import WINDOW, exact_match, measure_windows, usage_report
+from save import save_model
 from texts import ARITHMETIC_LINES, ARITHMETIC_SEED, ARITHMETIC_SUMS, distinct_sums
 from torch import nn
-from train import ReferenceMoE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq.documents import token_stream
@@ -44,17 +44,6 @@ NAMES = {
 }
 # One entry per domain of the training mixture.
 USAGE_DOMAINS = {"prose": "wikitext2", "python": "python", "gsm8k": "gsm8k", "arithmetic": "arithmetic"}
-
-
-def save_asset(checkpoint: dict[str, Any], tokenizer: Any, output: Path) -> None:
-    """Write config, generation config, bfloat16 weights and tokenizer of a Lightning checkpoint of the recipe."""
-    settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
-    module = ReferenceMoE(**settings)
-    module.load_state_dict(checkpoint["state_dict"])
-    model = module.model
-    model.config.use_cache = model.generation_config.use_cache = True
-    model.bfloat16().save_pretrained(output)
-    tokenizer.save_pretrained(output)
 
 
 def held_out_documents(data_dir: Path, texts_dir: Path) -> dict[str, list[str]]:
@@ -181,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
     recipe = yaml.safe_load((HERE / "config.yaml").read_text(encoding="utf8"))
-    save_asset(checkpoint, AutoTokenizer.from_pretrained(arguments.tokenizer), arguments.output)
+    save_model(checkpoint, AutoTokenizer.from_pretrained(arguments.tokenizer), arguments.output)
     model = AutoModelForCausalLM.from_pretrained(arguments.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)
     card = {

@@ -1,11 +1,12 @@
 """Train the reference MoE (``make reference-model DATA_DIR=...``, which also continues a stopped run).
 
-``card.py`` turns the last checkpoint into the asset.
+``card.py`` turns the last checkpoint into the asset, ``save.py`` into a folder of the Hugging Face format.
 """
 
 import random
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,11 +17,21 @@ from lightning.pytorch.cli import LightningCLI
 from muon import MuonAdamW
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 ALL_EXPERTS_FUNCTIONS.register("routed_swiglu", routed_swiglu)
 MIXTURE = {"prose": 0.42, "python": 0.30, "gsm8k": 0.13, "arithmetic": 0.15}
+# What the families do not share: 16 narrow experts and a shared one, or 8 wide ones (renormalised router weights).
+FAMILIES = {
+    "qwen2_moe": partial(
+        Qwen2MoeConfig, intermediate_size=512, moe_intermediate_size=128, shared_expert_intermediate_size=256,
+        num_experts=16,
+    ),
+    "mixtral": partial(
+        MixtralConfig, intermediate_size=256, num_local_experts=8, rms_norm_eps=1e-6, rope_theta=10_000.0
+    ),
+}  # fmt: skip
 
 
 class Windows(Dataset[Tensor]):
@@ -89,7 +100,7 @@ class Mixture(pl.LightningDataModule):
 
 
 class ReferenceMoE(pl.LightningModule):
-    """Qwen2-MoE of about 9M parameters with a load-balancing loss computed per block over the whole local batch."""
+    """MoE of about 9M parameters with a load-balancing loss computed per block over the whole local batch."""
 
     def __init__(
         self,
@@ -101,16 +112,16 @@ class ReferenceMoE(pl.LightningModule):
         balance: float = 0.01,
         num_experts_per_tok: int = 2,
         vocab_size: int = 4096,
+        family: Literal["qwen2_moe", "mixtral"] = "qwen2_moe",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        config = Qwen2MoeConfig(
+        config = FAMILIES[family](
             vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=512, moe_intermediate_size=128, shared_expert_intermediate_size=256, num_experts=16,
             num_experts_per_tok=num_experts_per_tok, tie_word_embeddings=True, max_position_embeddings=1024,
             bos_token_id=0, eos_token_id=0, pad_token_id=0, use_cache=False,
         )  # fmt: skip
-        self.model = Qwen2MoeForCausalLM._from_config(config, attn_implementation="eager")
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         self.model.set_experts_implementation("routed_swiglu")
 
     def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:

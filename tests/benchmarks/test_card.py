@@ -7,6 +7,7 @@ from typing import Any
 import card
 import measure
 import pytest
+import save
 import texts
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def test_the_asset_opens_without_the_recipe_and_gives_its_logits(tmp_path: Path)
     for parameter in module.parameters():
         parameter.data = parameter.data.bfloat16().float()
     checkpoint = {"hyper_parameters": {**module.hparams, "_instantiator": "x"}, "state_dict": module.state_dict()}
-    card.save_asset(checkpoint, tiny_tokenizer(), tmp_path)
+    save.save_model(checkpoint, tiny_tokenizer(), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     assert model.config.architectures == ["Qwen2MoeForCausalLM"]
