@@ -1,0 +1,156 @@
+"""Solve an allocation program: exactly with ``scipy.optimize.milp`` (HiGHS), or by its Lagrangian for very many weights.
+
+Both give a lower bound on the damage that any plan within the budget must have, so that what a plan gives away is known.
+
+Shapes: U units, C choices.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from moeq.allocation.lagrangian import Choices, cost_of, meet_floors, size_of, smallest_choices, solve_lagrangian
+from moeq.allocation.problem import Problem
+
+SolverName = Literal["auto", "exact", "lagrangian"]
+# Above so many 0/1 variables "auto" takes the Lagrangian path, whose gap shrinks as their number grows.
+MAX_EXACT_VARIABLES = 20_000
+# A limit of nodes, not of time: the same problem gives the same plan on every machine.
+NODE_LIMIT = 20_000
+RELATIVE_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A feasible point of a program.
+
+    Attributes:
+        choice_U: Index of the choice of every unit.
+        cost: Predicted damage.
+        bound: No plan within the budget has less.
+        size: What it takes, in parts of the budget unit, without fixed weights.
+        solver: "exact" or "lagrangian".
+    """
+
+    choice_U: Choices
+    cost: float
+    bound: float
+    size: int
+    solver: str
+
+    @property
+    def gap(self) -> float:
+        """Damage above the bound, relative to the damage."""
+        return 0.0 if self.cost == self.bound else (self.cost - self.bound) / max(abs(self.cost), 1e-300)
+
+
+def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
+    """The plan of least predicted damage within the budget.
+
+    Raises:
+        ValueError: The budget is too small; the nearest reachable budgets are named.
+    """
+    smallest = smallest_size(problem)
+    if smallest > problem.capacity:
+        raise ValueError(_unreachable(problem, smallest))
+    if solver == "auto":
+        solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
+    choice_U, bound = solve_lagrangian(problem)
+    if solver == "exact":
+        choice_U, bound = _solve_exact(problem, choice_U, bound)
+    cost = cost_of(problem, choice_U)
+    return Solution(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
+
+
+def smallest_size(problem: Problem) -> int:
+    """Least size of any plan that keeps the floors."""
+    return size_of(problem, smallest_choices(meet_floors(problem, np.inf), problem.size_UC))
+
+
+def largest_size(problem: Problem) -> int:
+    """Size of the largest plan."""
+    return int(np.where(np.isfinite(problem.cost_UC), problem.size_UC, 0).max(1).sum())
+
+
+def _unreachable(problem: Problem, smallest: int) -> str:
+    least_U = np.where(np.isfinite(problem.cost_UC), problem.size_UC, np.iinfo(np.int64).max).min(1)
+    above_UC = np.where(np.isfinite(problem.cost_UC), problem.size_UC - least_U[:, None], 0)
+    step = int(above_UC[above_UC > 0].min()) if (above_UC > 0).any() else 0
+    wanted = problem.amount(problem.capacity)
+    reachable = [problem.amount(smallest), problem.amount(smallest + step)]
+    return (
+        f"budget ({wanted:.6g}) is below the smallest plan; the nearest reachable budgets are "
+        f"{reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {problem.amount(largest_size(problem)):.6g}; "
+        "raise the budget, add smaller choices, or lower floors, rules and fixed bits"
+    )
+
+
+def _solve_exact(problem: Problem, start_U: Choices, bound: float) -> tuple[Choices, float]:
+    """The optimum by branch and cut; the start where that stays behind it (numerical tolerance, limit of nodes)."""
+    choice_U, milp_bound = _milp(problem)
+    if choice_U is None or size_of(problem, choice_U) > problem.capacity:
+        choice_U = start_U
+    return min(choice_U, start_U, key=lambda choices: cost_of(problem, choices)), max(bound, milp_bound)
+
+
+def _milp(problem: Problem) -> tuple[Choices | None, float]:
+    """One call of HiGHS: (choice of every unit, or None where it found none; lower bound)."""
+    units, columns = np.isfinite(problem.cost_UC).nonzero()
+    cost_N, size_N = problem.cost_UC[units, columns], problem.size_UC[units, columns]
+    # Costs are brought to the order of one, sizes to the smallest whole numbers: the solver's tolerances are absolute.
+    scale = float(np.abs(cost_N).mean()) or 1.0
+    divisor = int(np.gcd.reduce(size_N)) or 1
+    rows, auxiliary = _floor_rows(problem, units, columns)
+    width = len(units) + auxiliary
+    one = coo_array((np.ones(len(units)), (units, np.arange(len(units)))), shape=(len(problem.units), width))
+    total = coo_array((size_N / divisor, (np.zeros(len(units), int), np.arange(len(units)))), shape=(1, width))
+    constraints = [
+        LinearConstraint(one.tocsr(), 1, 1),
+        LinearConstraint(total.tocsr(), -np.inf, problem.capacity // divisor),
+        *rows,
+    ]
+    # A floor's auxiliary variables follow the 0/1 ones, so they need not be whole numbers themselves.
+    result = milp(
+        np.concatenate([cost_N / scale, np.zeros(auxiliary)]),
+        integrality=np.concatenate([np.ones(len(units)), np.zeros(auxiliary)]),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
+    )
+    bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale
+    if result.x is None:
+        return None, bound
+    values_UC = np.full(problem.cost_UC.shape, -1.0)
+    values_UC[units, columns] = result.x[: len(units)]
+    return values_UC.argmax(1), bound
+
+
+def _floor_rows(
+    problem: Problem, units: NDArray[np.int64], columns: NDArray[np.int64]
+) -> tuple[list[LinearConstraint], int]:
+    """Floors as constraints: z_e <= sum of allowed x_uc for every unit u of expert e, and sum_e z_e >= n per block."""
+    position = np.full(problem.cost_UC.shape, -1)
+    position[units, columns] = np.arange(len(units))
+    entries: list[tuple[int, int, float]] = []
+    lower: list[float] = []
+    auxiliary = 0
+    for group in problem.floors:
+        first = len(units) + auxiliary
+        for offset, members in enumerate(group.experts):
+            for unit in members:
+                allowed = position[unit, group.allowed_C & (position[unit] >= 0)]
+                entries += [(len(lower), int(column), 1.0) for column in allowed]
+                entries.append((len(lower), first + offset, -1.0))
+                lower.append(0.0)
+        entries += [(len(lower), first + offset, 1.0) for offset in range(len(group.experts))]
+        lower.append(float(group.num_experts))
+        auxiliary += len(group.experts)
+    if not entries:
+        return [], 0
+    rows, variables, values = (np.array(part) for part in zip(*entries, strict=True))
+    matrix = coo_array((values, (rows, variables)), shape=(len(lower), len(units) + auxiliary))
+    return [LinearConstraint(matrix.tocsr(), np.array(lower), np.inf)], auxiliary
