@@ -1,0 +1,121 @@
+"""Survey the original model before anything is quantized: costs and scores for bit allocation."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from moeq.allocation.evidence import read_evidence
+from moeq.allocation.plan import Choice
+from moeq.calibration.survey import Surveyor
+from moeq.calibration.survey_spec import Similarity, SurveySpec
+from moeq.module import MoEQuantModule
+from moeq.run import write_json
+
+
+class Survey(Callback):
+    """Writes survey.json and sets ``run.evidence``; put it before callbacks.BitAllocation.
+
+    Args:
+        costs: Tables of predicted damage: fisher, hessian, gemq, pmq, block_output, alphaq.
+        scores: Scores without data: outlier, outlier_group, kurtosis, spectral_tail.
+        choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
+            (no groups).
+        solver: Whose errors ``fisher`` and ``hessian`` judge: "gptq" as in the run, or "rtn", which is faster.
+        num_gradient_batches: Batches for backward passes and measured changes.
+        similarity: "residual" compares tokens before and after the FFN with the residual stream, "block" without.
+        predictor: Train the paper's predictor of the similarity, too.
+        seed: Of sampled tokens and of the predictor.
+    """
+
+    def __init__(
+        self,
+        costs: Sequence[str] = ("fisher",),
+        scores: Sequence[str] = (),
+        choices: Sequence[int | str] = (2, 3, 4),
+        solver: Literal["gptq", "rtn"] = "gptq",
+        num_gradient_batches: int = 8,
+        similarity: Similarity = "residual",
+        predictor: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.choices = list(choices)
+        self.settings: dict[str, Any] = {
+            "costs": tuple(costs), "scores": tuple(scores), "solver": solver, "seed": seed, "predictor": predictor,
+            "num_gradient_batches": num_gradient_batches, "similarity": similarity,
+        }  # fmt: skip
+        SurveySpec(**self.settings)  # a mistake in the configuration shows before a model is loaded
+        self._surveyor: Surveyor | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the passes of a survey."""
+        assert isinstance(pl_module, MoEQuantModule)
+        pl_module.prepare()
+        grid = pl_module.grid
+        self._spec = SurveySpec(
+            choices=parse_choices(self.choices, grid.group_size), grid=grid, solve=pl_module.solve_spec,
+            affinity_power=float(pl_module.hparams["affinity_power"]), **self.settings,
+        )  # fmt: skip
+        for choice in self._spec.choices:
+            choice.grid(grid)  # raises for widths that no grid has
+        Surveyor(pl_module.adapter, self._spec)  # raises where no choice fits a weight
+        pl_module.survey_requested = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run makes no survey: it reads the one of its first part."""
+        assert isinstance(pl_module, MoEQuantModule)
+        path = pl_module.run_dir / "survey.json"
+        if pl_module.schedule and all(each.kind != "survey" for each in pl_module.schedule) and path.exists():
+            pl_module.run.evidence = read_evidence(path)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the block of a survey pass."""
+        assert isinstance(pl_module, MoEQuantModule)
+        if pl_module.current_pass.kind != "survey":
+            return
+        if self._surveyor is None:
+            self._surveyor = Surveyor(pl_module.adapter, self._spec, pl_module.device)
+        self._surveyor.open_block(pl_module.current_pass.block)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Backward passes on the first batches of the first block; padding does not count."""
+        if self._surveyor is not None:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
+            self._surveyor.start_batch(batch_idx, inputs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish a block; after the last one write what was found."""
+        assert isinstance(pl_module, MoEQuantModule)
+        if self._surveyor is None:
+            return
+        self._surveyor.finish_block()
+        if pl_module.current_pass.block + 1 < len(pl_module.adapter.blocks):
+            return
+        evidence = pl_module.run.evidence = self._surveyor.evidence()
+        self._surveyor = None
+        found = [*evidence.costs, *evidence.scores, *(["predictor"] if self._spec.predictor else [])]
+        rank_zero_info(f"Survey: {', '.join(found) or 'expert usage and similarity'}")
+        if trainer.is_global_zero:
+            write_json(pl_module.run_dir / "survey.json", evidence.to_json())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hooks come off whatever happens."""
+        if self._surveyor is not None:
+            self._surveyor.close()
+
+
+def parse_choices(choices: Sequence[int | str], group_size: int | None) -> tuple[Choice, ...]:
+    """Choices of a configuration: bits, with the group size given here, or labels; each once, in increasing order.
+
+    Raises:
+        ValueError: A label cannot be read.
+    """
+    parsed = {
+        Choice(int(choice), group_size) if str(choice).isdecimal() else Choice.from_label(str(choice))
+        for choice in choices
+    }
+    return tuple(
+        sorted(choice if choice.group_size else dataclasses.replace(choice, group_size=None) for choice in parsed)
+    )
