@@ -1,24 +1,46 @@
 """Decide the grid of every weight and write the plan."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.plan import check_plan, plan_cost, plan_from_json, plan_to_json, uniform_plan
+from moeq.allocation.decide import AllocationSpec, Decision, Method, decide
+from moeq.allocation.evidence import read_evidence
+from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
+from moeq.allocation.problem import Budget, BudgetUnit, Floor
+from moeq.allocation.report import allocation_report, allocation_to_json
+from moeq.allocation.rules import make_rule
+from moeq.allocation.runtime import RuntimeName
 from moeq.module import MoEQuantModule
-from moeq.run import write_json
+from moeq.run import block_path, write_json
 
 
 class BitAllocation(Callback):
-    """Uniform bits (``--model.bits``), other bits for some structures, or the allocation.json of an earlier run.
+    """Bits by structure, by named rules, by an allocator under a budget, or as in the allocation.json of another run.
+
+    Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of
+    ``callbacks.survey.Survey``, which then stands before this callback, or a file of an earlier one.
 
     Args:
-        attention: Bits of attention linears; null is ``--model.bits``.
+        attention: Bits of attention linears; null is ``--model.bits`` (or what the allocator chooses).
         shared: Bits of shared experts.
         dense: Bits of dense MLP blocks.
         routed: Bits of routed experts.
-        plan: Path of an allocation.json; the other arguments must then be null.
+        plan: Path of an allocation.json; the other bits must then be left out.
+        rules: Rules such as {rule: first_blocks, num: 2, bits: 4}; each raises the bits of what it selects.  For the
+            allocator they are least widths.
+        method: "rules", or "allocate": the least predicted damage within a budget.
+        cost: Cost table of the survey that the allocator minimises, for example fisher.
+        budget: Limit of the allocator; of rules or a given plan, checked.
+        budget_unit: "code_bits" or "average_bits" per weight, "bytes", or "active_bytes" (of one token's weights).
+        choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128" and
+            "4g0" (no groups).
+        runtime: What must read the result: "research" (any width by weight), "gptqmodel" (one width per expert), "vllm"
+            (one per block's experts and per fused linear), "uniform_experts" (one for all experts).
+        floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
+        survey: Path of the survey.json of an earlier run, in place of a survey in this one.
     """
 
     def __init__(
@@ -28,28 +50,72 @@ class BitAllocation(Callback):
         dense: int | None = None,
         routed: int | None = None,
         plan: str | None = None,
+        rules: list[dict[str, Any]] | None = None,
+        method: Method = "rules",
+        cost: str | None = None,
+        budget: float | None = None,
+        budget_unit: BudgetUnit = "code_bits",
+        choices: list[int | str] | None = None,
+        runtime: RuntimeName = "research",
+        floors: list[Floor] | None = None,
+        survey: str | None = None,
     ) -> None:
         bits = {"attention": attention, "shared": shared, "dense": dense, "routed": routed}
-        self.bits_by_kind = {kind: value for kind, value in bits.items() if value is not None}
-        self.plan = plan
-        if plan is not None and self.bits_by_kind:
-            raise ValueError(f"plan ({plan}) already states all bits; leave out {', '.join(self.bits_by_kind)}")
+        self.spec = AllocationSpec(
+            bits_by_kind={kind: value for kind, value in bits.items() if value is not None},
+            plan=None if plan is None else Path(plan),
+            rules=tuple(make_rule(rule) for rule in rules or ()),
+            method=method,
+            cost=cost,
+            budget=None if budget is None else Budget(budget, budget_unit),
+            choices=(2, 3, 4, 8) if choices is None else tuple(choices),
+            runtime=runtime,
+            floors=tuple(floors or ()),
+        )
+        self.survey = survey
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make or read the plan, check it against the model, write allocation.json."""
+        """Decide, or make sure that a survey comes first."""
         assert isinstance(pl_module, MoEQuantModule)
         pl_module.prepare()
-        weights = pl_module.weight_shapes()
-        if self.plan is None:
-            plan = uniform_plan(weights, pl_module.grid, self.bits_by_kind)
-        else:
-            plan = plan_from_json(Path(self.plan))
-            check_plan(plan, weights)
-        pl_module.run.plan = plan
-        cost = plan_cost(plan, weights)
+        weights, run = pl_module.weight_shapes(), pl_module.run
+        if self.survey is not None:
+            run.evidence = read_evidence(Path(self.survey))
+        if not self.spec.needs_evidence or run.evidence is not None:
+            self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, run.evidence))
+        elif block_path(pl_module.run_dir, 0).exists() and not pl_module.hparams["restart"]:
+            # A run that continues has no survey: finished blocks follow the plan that it made then.
+            run.plan = plan_from_json(pl_module.run_dir / "allocation.json")
+            check_plan(run.plan, weights)
+        elif not pl_module.survey_requested:
+            raise ValueError(
+                "BitAllocation has rules or costs that need a survey, and nothing makes one; put "
+                "callbacks.survey.Survey before callbacks.bit_allocation.BitAllocation, or give survey: PATH"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decide at the end of the last pass of the survey."""
+        assert isinstance(pl_module, MoEQuantModule)
+        epoch, schedule = pl_module.current_epoch, pl_module.schedule
+        last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
+        if last and self.spec.needs_evidence and self.survey is None:
+            if pl_module.run.evidence is None:
+                raise ValueError(
+                    "the survey gathered nothing for BitAllocation; put callbacks.survey.Survey before "
+                    "callbacks.bit_allocation.BitAllocation"
+                )
+            weights = pl_module.weight_shapes()
+            self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, pl_module.run.evidence))
+
+    def _take(self, trainer: Trainer, module: MoEQuantModule, decision: Decision) -> None:
+        """Make a decision the plan of the run, and write it down."""
+        weights = module.weight_shapes()
+        module.run.plan = decision.plan
+        cost = plan_cost(decision.plan, weights)
         rank_zero_info(
             f"Allocation: {cost.code_bits:.3f} bits per weight, {cost.average_bits:.3f} with scales and zero points "
             f"({cost.active_average_bits:.3f} over active weights), {cost.bytes / 1e6:.2f} MB"
         )
         if trainer.is_global_zero:
-            write_json(pl_module.run_dir / "allocation.json", plan_to_json(plan, cost))
+            write_json(module.run_dir / "allocation.json", allocation_to_json(decision, weights))
+            (module.run_dir / "allocation.md").write_text(allocation_report(decision, weights), encoding="utf8")

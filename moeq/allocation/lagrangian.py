@@ -1,10 +1,10 @@
 """The Lagrangian path: linear relaxation by sorting, then exchanges between units.
 
-With a price p on size every unit decides for itself, ``min_c cost_uc + p size_uc``; the price at which the budget is just
-kept gives a lower bound on the damage of any plan (Everett, 1963).  For a multiple-choice knapsack that relaxation is
-solved by sorting (Sinha and Zoltners, 1979): walk the lower convex hull of (size, cost) of every unit, all steps of all
-units in the order of cost saved per size, until the budget is used up.  At most one step does not fit; what is left is
-spent by changing one unit, or two against each other, while that lowers the damage.
+With a price p on size every unit decides for itself, ``min_c cost_uc + p size_uc``; the price at which the budget is
+just kept gives a lower bound on the damage of any plan (Everett, 1963).  For a multiple-choice knapsack that relaxation
+is solved by sorting (Sinha and Zoltners, 1979): walk the lower convex hull of (size, cost) of every unit, all steps of
+all units in the order of cost saved per size, until the budget is used up.  At most one step does not fit; what is left
+is spent by changing one unit, or two against each other, while that lowers the damage.
 
 Floors are met before: in each block the experts for which it costs least at that price keep to the wide choices.
 
@@ -165,5 +165,5 @@ def meet_floors(problem: Problem, price: float) -> Floats:
         extra_of = dict(zip(units, extra.tolist(), strict=True))
         ranked = sorted(group.experts, key=lambda members: sum(extra_of[unit] for unit in members))
         for members in ranked[: group.num_experts]:
-            cost_UC[np.ix_(list(members), ~group.allowed_C)] = np.inf
+            cost_UC[np.ix_(np.array(members), ~group.allowed_C)] = np.inf
     return cost_UC

@@ -70,16 +70,16 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """ "4" or "4g64": bits, and the group size where there are groups."""
+        """Bits, and the group size where there are groups: "4", "4g64"."""
         return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
 
     @classmethod
     def from_label(cls, label: str) -> "Choice":
-        """The inverse of ``label``; raises ValueError for any other text."""
+        """The inverse of ``label``, "4g0" being "4"; raises ValueError for any other text."""
         bits, separator, group_size = label.partition("g")
         if not bits.isdecimal() or (separator and not group_size.isdecimal()):
             raise ValueError(f"choice ({label!r}) must be bits or bits and group size; write '4' or '4g64'")
-        return cls(int(bits), int(group_size) if separator else None)
+        return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
         """The grid of this choice, symmetric and clipped as ``like``."""

@@ -19,12 +19,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moeq.allocation.evidence import CostTable
 from moeq.allocation.plan import Choice, WeightShape, storage_bits
 from moeq.allocation.runtime import Runtime, make_units
 from moeq.quant.spec import GridSpec
 
 BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes"]
-CostTable = Mapping[str, Mapping[Choice, float]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _cost(costs: CostTable, weight: WeightShape, choice: Choice) -> float:
         cost = costs[weight.name][choice]
     except KeyError:
         raise ValueError(
-            f"the cost table has no {choice.label} for {weight.name}; add the choice to those of callbacks.survey.Survey"
+            f"the cost table has no {choice.label} for {weight.name}; add it to choices of callbacks.survey.Survey"
         ) from None
     if not math.isfinite(cost):
         raise ValueError(f"cost ({cost}) of {weight.name} at {choice.label} must be finite; check the survey's data")

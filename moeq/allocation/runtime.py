@@ -11,7 +11,7 @@ Weights that must share a width form a unit, which an allocator gives one choice
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from moeq.allocation.plan import Choice, WeightShape
 from moeq.quant.spec import GridSpec
@@ -78,7 +78,7 @@ def find_runtime(name: str) -> Runtime:
     """A runtime by name; raises ValueError for any other."""
     if name not in RUNTIMES:
         raise ValueError(f"runtime ({name}) must be one of {', '.join(get_args(RuntimeName))}")
-    return RUNTIMES[cast("RuntimeName", name)]
+    return RUNTIMES[name]
 
 
 def make_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[WeightShape, ...]]:
@@ -92,19 +92,22 @@ def make_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[W
 def check_runtime(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], runtime: Runtime) -> None:
     """Raise ValueError where the runtime cannot read a plan, naming the first weight that stands against it."""
     for unit in make_units(weights, runtime):
-        first = plan[unit[0].name]
+        first = _choice(plan[unit[0].name])
         for weight in unit:
-            grid = plan[weight.name]
-            choice = Choice(grid.bits, grid.group_size)
+            choice = _choice(plan[weight.name])
             if not runtime.admits(choice):
                 raise ValueError(
                     f"{weight.name}: {runtime.name} cannot read {choice.label}; it reads {_readable(runtime)}"
                 )
-            if (grid.bits, grid.group_size) != (first.bits, first.group_size):
+            if choice != first:
                 raise ValueError(
-                    f"{weight.name} has {choice.label}, {unit[0].name} has {Choice(first.bits, first.group_size).label}: "
+                    f"{weight.name} has {choice.label}, {unit[0].name} has {first.label}: "
                     f"{runtime.name} reads one width for these {len(unit)} weights; make them equal, or use research"
                 )
+
+
+def _choice(grid: GridSpec) -> Choice:
+    return Choice(grid.bits, grid.group_size)
 
 
 def _readable(runtime: Runtime) -> str:

@@ -1,6 +1,6 @@
-"""Solve an allocation program: exactly with ``scipy.optimize.milp`` (HiGHS), or by its Lagrangian for very many weights.
+"""Solve an allocation program: with ``scipy.optimize.milp`` (HiGHS), or by its Lagrangian for very many weights.
 
-Both give a lower bound on the damage that any plan within the budget must have, so that what a plan gives away is known.
+Both give a lower bound on the damage of any plan within the budget, so that what a plan gives away is known.
 
 Shapes: U units, C choices.
 """
