@@ -88,37 +88,57 @@ def error_by_block(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def bits_map(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Bits of every weight: blocks by linears, and by experts (the mean over an expert's linears).
+    """Bits of every weight: blocks by linears, and for each linear of the routed experts blocks by experts.
 
     Args:
         rows: One per quantized weight, with ``weight`` (its canonical name), ``block`` and ``bits``.
     """
-    cells: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        expert = _EXPERT.search(row["weight"])
-        column = str(int(expert[1])) if expert else _linear_of(row["weight"])
-        cells.setdefault((int(row["block"]), column), []).append(float(row["bits"]))
-    names = {column for _, column in cells}
-    linears = _ordered(name for name in names if not name.isdigit())
-    experts = sorted((name for name in names if name.isdigit()), key=int)
-    columns = linears + experts
-    blocks = sorted({block for block, _ in cells})
-    bits_LC = torch.full((len(blocks), len(columns)), float("nan"), dtype=torch.float64)
-    for (block, column), bits in cells.items():
-        bits_LC[blocks.index(block), columns.index(column)] = sum(bits) / len(bits)
+    from matplotlib.figure import Figure
+
+    panels = _bits_by_panel(rows)
+    blocks = sorted({int(row["block"]) for row in rows})
     low, high = int(min(row["bits"] for row in rows)), int(max(row["bits"] for row in rows))
-    figure, axes = _new_figure(len(columns), len(blocks) + 5)
     # One width for all weights would otherwise be a colour scale of no extent.
     high = max(high, low + 1)
-    image = axes.imshow(bits_LC.numpy(), cmap="viridis", aspect="auto", vmin=low, vmax=high, interpolation="nearest")
-    _write_cells(axes, bits_LC)
-    shown = [*range(len(linears)), *range(len(linears), len(columns), _thinning(len(experts)))]
-    axes.set_xticks(shown, [columns[column] for column in shown], rotation=90, fontsize=7)
-    _label(axes.yaxis, blocks)
-    axes.axvline(len(linears) - 0.5, color="white", linewidth=2)
-    figure.colorbar(image, ax=axes, label="bits", ticks=range(low, high + 1))
-    axes.set(title=f"Bits of {len(rows):,} weights", xlabel="linear, or number of the routed expert", ylabel="block")
+    widths = [max(4, len(columns)) for columns, _ in panels.values()]
+    size = (min(20.0, max(7.0, 2.5 + 0.28 * sum(widths))), min(12.0, max(3.4, 2.2 + 0.28 * len(blocks))))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, gridspec_kw={"width_ratios": widths})[0]
+    for axes, (title, (columns, cells)) in zip(all_axes, panels.items(), strict=True):
+        bits_LC = torch.full((len(blocks), len(columns)), float("nan"), dtype=torch.float64)
+        for (block, column), bits in cells.items():
+            bits_LC[blocks.index(block), columns.index(column)] = bits
+        image = axes.imshow(
+            bits_LC.numpy(), cmap="viridis", aspect="auto", vmin=low, vmax=high, interpolation="nearest"
+        )
+        _write_cells(axes, bits_LC, middle=(low + high) / 2)
+        step = _thinning(len(columns))
+        axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=90, fontsize=7)
+        axes.set(title=title, xlabel="linear" if axes is all_axes[0] and not columns[0].isdigit() else "expert")
+    _label(all_axes[0].yaxis, blocks)
+    all_axes[0].set_ylabel("block")
+    figure.colorbar(image, ax=list(all_axes), label="bits", ticks=range(low, high + 1))
+    figure.suptitle(f"Bits of {len(rows):,} weights")
     return figure
+
+
+def _bits_by_panel(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[list[str], dict[tuple[int, str], float]]]:
+    """Columns and bits by (block, column) of each panel: linears outside the experts, then one per expert linear."""
+    panels: dict[str, dict[tuple[int, str], float]] = {}
+    for row in rows:
+        expert, linear = _EXPERT.search(row["weight"]), _linear_of(row["weight"])
+        column = str(int(expert[1])) if expert else linear
+        title = linear if expert else "other linears"
+        panels.setdefault(title, {})[int(row["block"]), column] = float(row["bits"])
+    titles = [*(["other linears"] if "other linears" in panels else []), *_ordered(panels.keys() - {"other linears"})]
+    drawn = {}
+    for title in titles:
+        names = {column for _, column in panels[title]}
+        columns = sorted(names, key=int) if next(iter(names)).isdigit() else _ordered(names)
+        drawn[title] = (columns, panels[title])
+    return drawn
 
 
 def _new_figure(columns: int, rows: int) -> "tuple[Figure, Axes]":
@@ -140,11 +160,12 @@ def _thinning(count: int) -> int:
     return max(1, -(-count // MAX_TICKS))
 
 
-def _write_cells(axes: "Axes", values_RC: Tensor) -> None:
-    """Write the value into every cell of a small grid, in black on bright cells and in white on dark ones."""
+def _write_cells(axes: "Axes", values_RC: Tensor, middle: float | None = None) -> None:
+    """Write the value into every cell of a small grid, in black on bright cells (above ``middle``), else in white."""
     if values_RC.numel() > MAX_CELLS_WITH_TEXT:
         return
-    middle = (values_RC.nan_to_num(torch.inf).min() + values_RC.nan_to_num(-torch.inf).max()) / 2
+    if middle is None:
+        middle = float(values_RC.nan_to_num(torch.inf).min() + values_RC.nan_to_num(-torch.inf).max()) / 2
     for row, column in (values_RC > 0).nonzero().tolist():
         value = float(values_RC[row, column])
         color = "black" if value > middle else "white"

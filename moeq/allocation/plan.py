@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from functools import total_ordering
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> 
     shapes = {w.name: w for w in weights}
     unknown, missing = sorted(plan.keys() - shapes.keys()), sorted(shapes.keys() - plan.keys())
     if unknown:
-        raise ValueError(f"the plan names {len(unknown)} weights the model lacks, first {unknown[0]!r}; fix the names")
+        close = get_close_matches(unknown[0], shapes, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else "fix the names"
+        raise ValueError(f"the plan names {len(unknown)} weights the model lacks, first {unknown[0]!r}; {remedy}")
     if missing:
         raise ValueError(f"the plan lacks {len(missing)} weights of the model, first {missing[0]!r}; add them")
     for name, grid in plan.items():
@@ -175,6 +178,14 @@ def plan_from_json(path: Path) -> dict[str, GridSpec]:
         data = json.loads(path.read_text(encoding="utf8"))
         if data["version"] != PLAN_VERSION:
             raise ValueError(f"version ({data['version']}) must be {PLAN_VERSION}")
-        return {name: GridSpec(**grid) for name, grid in data["weights"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+        return {name: _grid_from_json(name, grid) for name, grid in data["weights"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an allocation that moeq can read: {error}") from error
+
+
+def _grid_from_json(name: str, grid: Mapping[str, Any]) -> GridSpec:
+    """A grid; errors name the weight, as a plan may have been edited by hand."""
+    try:
+        return GridSpec(**grid)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error

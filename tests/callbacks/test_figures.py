@@ -80,13 +80,21 @@ def test_error_lines_go_through_the_means_over_experts() -> None:
     assert lines["experts.up_proj"].get_ydata()[1] == pytest.approx(sum(of_block_1) / 5)
 
 
-def test_bits_map_has_a_column_for_every_linear_and_expert() -> None:
+def test_bits_map_has_a_cell_for_every_block_expert_and_linear() -> None:
     rows = errors(2, 3)
-    axes = bits_map(rows).axes[0]
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    assert names == ["self_attn.q_proj", "self_attn.o_proj", "shared_expert.up_proj", "0", "1", "2"]
-    expert_2 = [row["bits"] for row in rows if row["weight"].startswith("model.layers.1.mlp.experts.2.")]
-    assert axes.images[0].get_array()[1, 5] == pytest.approx(sum(expert_2) / 3)
+    panels = {axes.get_title(): axes for axes in bits_map(rows).axes if axes.images and axes.get_title()}
+    assert list(panels) == ["other linears", "experts.gate_proj", "experts.up_proj", "experts.down_proj"]
+    columns = {title: [label.get_text() for label in axes.get_xticklabels()] for title, axes in panels.items()}
+    assert columns["other linears"] == ["self_attn.q_proj", "self_attn.o_proj", "shared_expert.up_proj"]
+    assert columns["experts.up_proj"] == ["0", "1", "2"]
+    drawn = 0
+    for row in rows:
+        leaf, expert = row["linear"], row["weight"].partition(".experts.")[2].partition(".")[0]
+        title = f"experts.{leaf}" if expert else "other linears"
+        column = columns[title].index(expert or ".".join(row["weight"].split(".")[-2:]))
+        assert panels[title].images[0].get_array()[row["block"], column] == row["bits"]
+        drawn += 1
+    assert drawn == sum(axes.images[0].get_array().count() for axes in panels.values())
 
 
 @pytest.mark.parametrize("recorded", [{"usage": usage(2, 4), "errors": errors(2, 4)}, {"usage": {}, "errors": []}])
