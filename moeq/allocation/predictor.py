@@ -7,8 +7,8 @@ Blocks with a low similarity change their tokens much and get more bits.  The pr
     tanh(w2 . relu(W1 x)),     W1 [1024, D], w2 [1024], no biases
 
 trained on (x, cos(x, y)) with the squared error: AdamW, learning rate 1e-4, weight decay 1e-2, one sequence per step,
-at most 100 epochs, a tenth of the sequences for validation, stopped after 5 epochs without improvement; the weights of the
-best epoch are kept.  The paper trains in bfloat16, this in float32.
+at most 100 epochs, a tenth of the sequences for validation, stopped after 5 epochs without improvement; the weights of
+the best epoch are kept.  The paper trains in bfloat16, this in float32.
 
 Shapes: T tokens of one sequence, D width.
 """
@@ -81,7 +81,7 @@ def train_predictor(
     for _ in range(MAX_EPOCHS):
         with torch.enable_grad():
             for position in torch.randperm(len(training), generator=generator).tolist():
-                _loss(model, tokens, similarities, training[position], device).backward()  # type: ignore[no-untyped-call]
+                _loss(model, tokens, similarities, training[position], device).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         with torch.no_grad():
