@@ -4,12 +4,15 @@ With a price p on size every unit decides for itself, ``min_c cost_uc + p size_u
 just kept gives a lower bound on the damage of any plan (Everett, 1963).  For a multiple-choice knapsack that relaxation
 is solved by sorting (Sinha and Zoltners, 1979): walk the lower convex hull of (size, cost) of every unit, all steps of
 all units in the order of cost saved per size, until the budget is used up.  At most one step does not fit; what is left
-is spent by changing one unit, or two against each other, while that lowers the damage.
+is spent by changing one unit, or two against each other, while that lowers the damage.  With few units the result depends
+on where that starts, so it also starts from relaxations of slightly smaller budgets.
 
 Floors are met before: in each block the experts for which it costs least at that price keep to the wide choices.
 
 Shapes: U units, C choices, S hull steps, M moves.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,8 @@ Choices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 # Exchanges stop at this relative distance from the bound, or after so many.
 CLOSE_ENOUGH, MAX_EXCHANGES = 1e-7, 400
+# Shares of the budget that a start keeps for the exchanges; further starts are made while the plan is not good enough.
+KEPT, GOOD_ENOUGH = (0.0, 0.001, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03), 1e-4
 # The price of size decides who meets a floor, and meeting it changes the price.
 FLOOR_ROUNDS = 3
 
@@ -36,20 +41,20 @@ def size_of(problem: Problem, choice_U: Choices) -> int:
 
 def solve_lagrangian(problem: Problem) -> tuple[Choices, float]:
     """A plan within the budget and a lower bound on the damage of any; the smallest plan must fit the budget."""
-    choice_U, bound, price = _relax(problem.cost_UC, problem)
+    _, bound, price = _relax(problem.cost_UC, problem)
     candidates = []
     for _ in range(FLOOR_ROUNDS if problem.floors else 1):
         cost_UC = meet_floors(problem, price)
         smallest_U = smallest_choices(cost_UC, problem.size_UC)
         if size_of(problem, smallest_U) <= problem.capacity:
-            choice_U, _, price = _relax(cost_UC, problem)
-            candidates.append(_exchange(cost_UC, problem, choice_U, bound))
+            price = _relax(cost_UC, problem)[2]
+            candidates.append(_search(cost_UC, problem, bound))
         else:
             price *= 2
     if not candidates:
         # The budget is just enough for the floors: let size alone decide who meets them.
         cost_UC = meet_floors(problem, np.inf)
-        candidates.append(_exchange(cost_UC, problem, _relax(cost_UC, problem)[0], bound))
+        candidates.append(_search(cost_UC, problem, bound))
     return min(candidates, key=lambda candidate: cost_of(problem, candidate)), bound
 
 
@@ -102,6 +107,19 @@ def _hull_steps(
         return empty, empty, np.zeros(0), empty
     unit_S, target_S, gain_S, grow_S = (np.concatenate(part) for part in zip(*steps, strict=True))
     return unit_S, target_S, gain_S, grow_S
+
+
+def _search(cost_UC: Floats, problem: Problem, bound: float) -> Choices:
+    """The best plan that exchanges reach from several starts."""
+    best_U = smallest_choices(cost_UC, problem.size_UC)
+    smallest = size_of(problem, best_U)
+    for kept in KEPT:
+        start = replace(problem, capacity=max(smallest, int((1 - kept) * problem.capacity)))
+        choice_U = _exchange(cost_UC, problem, _relax(cost_UC, start)[0], bound)
+        best_U = min(best_U, choice_U, key=lambda choices: cost_of(problem, choices))
+        if cost_of(problem, best_U) - bound <= GOOD_ENOUGH * abs(bound):
+            break
+    return best_U
 
 
 def _exchange(cost_UC: Floats, problem: Problem, choice_U: Choices, bound: float) -> Choices:

@@ -69,6 +69,7 @@ class Problem:
         size_UC: What it takes, int64, in parts of the budget unit.
         capacity: The budget in the same parts, less what fixed weights take.
         parts: Parts per unit of budget (of an average: per bit per weight).
+        budget: The budget itself, for messages.
         fixed_size: Parts that weights outside the program take.
         floors: Floors by block.
     """
@@ -79,6 +80,7 @@ class Problem:
     size_UC: NDArray[np.int64]
     capacity: int
     parts: int
+    budget: Budget
     fixed_size: int
     floors: tuple[FloorGroup, ...]
 
@@ -134,7 +136,7 @@ def build_problem(
     # The widest first, as experts that meet it also meet the others.
     ordered = sorted(floors, key=lambda floor: -floor.bits)
     groups = tuple(group for floor in ordered for group in _floor_groups(floor, weights, units, readable, cost_UC))
-    return Problem(tuple(units), readable, cost_UC, size_UC, capacity, parts, fixed_size, groups)
+    return Problem(tuple(units), readable, cost_UC, size_UC, capacity, parts, budget, fixed_size, groups)
 
 
 def _fits(weight: WeightShape, choice: Choice) -> bool:

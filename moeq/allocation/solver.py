@@ -80,11 +80,10 @@ def _unreachable(problem: Problem, smallest: int) -> str:
     least_U = np.where(np.isfinite(problem.cost_UC), problem.size_UC, np.iinfo(np.int64).max).min(1)
     above_UC = np.where(np.isfinite(problem.cost_UC), problem.size_UC - least_U[:, None], 0)
     step = int(above_UC[above_UC > 0].min()) if (above_UC > 0).any() else 0
-    wanted = problem.amount(problem.capacity)
     reachable = [problem.amount(smallest), problem.amount(smallest + step)]
     return (
-        f"budget ({wanted:.6g}) is below the smallest plan; the nearest reachable budgets are "
-        f"{reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {problem.amount(largest_size(problem)):.6g}; "
+        f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the smallest plan; the nearest reachable "
+        f"budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {problem.amount(largest_size(problem)):.6g}; "
         "raise the budget, add smaller choices, or lower floors, rules and fixed bits"
     )
 

@@ -64,11 +64,15 @@ ROWS: list[tuple[str, list[dict[str, Any]], str]] = [
     ("deepseek", all_but_routed(8), "2.378"),
     *[
         ("deepseek", [*all_but_routed(4), experts(num)], bits)
-        for num, bits in zip((6, 10, 15, 20, 25, 30), "2.302 2.419 2.565 2.712 2.858 3.004".split(), strict=True)
+        for num, bits in zip(
+            (6, 10, 15, 20, 25, 30), ["2.302", "2.419", "2.565", "2.712", "2.858", "3.004"], strict=True
+        )
     ],
     *[
         ("deepseek", [*all_but_routed(8), experts(num)], bits)
-        for num, bits in zip((6, 10, 15, 20, 25, 30), "2.553 2.671 2.817 2.963 3.110 3.256".split(), strict=True)
+        for num, bits in zip(
+            (6, 10, 15, 20, 25, 30), ["2.553", "2.671", "2.817", "2.963", "3.110", "3.256"], strict=True
+        )
     ],
     ("deepseek", [attention(4), first(4)], "2.282"),
     ("deepseek", [attention(4), first(8)], "2.568"),

@@ -55,7 +55,9 @@ def test_most_used_experts_are_found_in_each_block_or_in_the_whole_model(by: str
 
 
 def test_both_ways_of_counting_usage_differ() -> None:
-    assert select(rule="most_used_experts", num=1, by="tokens") != select(rule="most_used_experts", num=1, by="affinity")
+    assert select(rule="most_used_experts", num=1, by="tokens") != select(
+        rule="most_used_experts", num=1, by="affinity"
+    )
 
 
 @pytest.mark.parametrize("by", ["measured", "predicted"])
@@ -91,7 +93,9 @@ def test_top_scored_takes_the_largest_scores_of_the_structure() -> None:
         ({"rule": "random_linears", "share": 0.25}, {"rule": "top_scored", "score": "outlier", "share": 0.25}),
     ],
 )
-def test_random_controls_follow_their_seed_and_take_as_many_weights(spec: dict[str, Any], control: dict[str, Any]) -> None:
+def test_random_controls_follow_their_seed_and_take_as_many_weights(
+    spec: dict[str, Any], control: dict[str, Any]
+) -> None:
     draws = [select(**spec, seed=seed) for seed in range(8)]
     assert select(**spec, seed=3) == draws[3]
     assert len({frozenset(draw) for draw in draws}) > 1

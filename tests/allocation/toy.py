@@ -25,7 +25,9 @@ def toy_weights(num_blocks: int = 3, num_experts: int = 4, hidden: int = 64, inn
     return weights
 
 
-def toy_costs(weights: list[WeightShape], seed: int = 0, choices: list[Choice] = CHOICES) -> dict[str, dict[Choice, float]]:
+def toy_costs(
+    weights: list[WeightShape], seed: int = 0, choices: list[Choice] = CHOICES
+) -> dict[str, dict[Choice, float]]:
     """Errors that fall about fourfold per bit, with noise, at very different levels by weight."""
     generator = np.random.default_rng(seed)
     level = np.exp(1.5 * generator.normal(size=len(weights)))

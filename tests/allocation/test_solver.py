@@ -1,0 +1,189 @@
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from moeq.allocation.plan import Choice, WeightShape, plan_cost
+from moeq.allocation.problem import Budget, Floor, Problem, build_problem
+from moeq.allocation.runtime import find_runtime
+from moeq.allocation.solver import solve
+from moeq.quant.spec import GridSpec
+from tests.allocation.toy import CHOICES, toy_costs, toy_weights
+
+GRID = GridSpec(bits=2, group_size=16)
+
+
+def problem(
+    weights: list[WeightShape], budget: Budget, runtime: str = "research", seed: int = 0, **options: object
+) -> Problem:
+    costs = toy_costs(weights, seed, options.pop("choices", CHOICES))  # type: ignore[arg-type]
+    choices = sorted(next(iter(costs.values())))
+    return build_problem(weights, costs, choices, budget, find_runtime(runtime), GRID, **options)  # type: ignore[arg-type]
+
+
+def reference_optimum(task: Problem) -> float:
+    """Least cost by trying every combination; floors are counted expert by expert."""
+    best = np.inf
+    for picked in itertools.product(*[np.flatnonzero(np.isfinite(row)) for row in task.cost_UC]):
+        rows = np.arange(len(picked))
+        if task.size_UC[rows, picked].sum() > task.capacity:
+            continue
+        wide = [
+            sum(all(group.allowed_C[picked[unit]] for unit in expert) for expert in group.experts) >= group.num_experts
+            for group in task.floors
+        ]
+        if all(wide):
+            best = min(best, task.cost_UC[rows, picked].sum())
+    return float(best)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("floors", [(), (Floor(4, 1),), (Floor(4, 1), Floor(3, 2))])
+def test_exact_solver_finds_the_optimum_of_all_combinations(seed: int, floors: tuple[Floor, ...]) -> None:
+    # One block, two experts: 6 expert linears, each a unit of its own; the other weights are fixed.
+    weights = toy_weights(num_blocks=1, num_experts=2)
+    fixed = {w.name: GridSpec(2, 16) for w in weights if w.kind != "routed"}
+    choices = CHOICES[:3]
+    task = problem(weights, Budget(2.6, "code_bits"), seed=seed, choices=choices, fixed=fixed, floors=floors)
+    optimum = reference_optimum(task)
+    found = solve(task, "exact")
+    assert found.cost == pytest.approx(optimum, rel=1e-6)
+    assert found.bound <= optimum * (1 + 1e-9)
+    relaxed = solve(task, "lagrangian")
+    assert optimum * (1 - 1e-9) <= relaxed.cost
+    assert relaxed.bound <= optimum * (1 + 1e-9)
+    for solution in (found, relaxed):
+        assert solution.size <= task.capacity
+        for group in task.floors:
+            wide = [all(group.allowed_C[solution.choice_U[unit]] for unit in expert) for expert in group.experts]
+            assert sum(wide) >= group.num_experts
+
+
+@pytest.mark.parametrize("unit_and_value", [("code_bits", 2.5), ("average_bits", 3.5), ("active_bytes", 60_000)])
+@pytest.mark.parametrize("floors", [(), (Floor(4, 2),)])
+def test_lagrangian_path_is_within_a_thousandth_of_the_exact_optimum(
+    unit_and_value: tuple[str, float], floors: tuple[Floor, ...]
+) -> None:
+    weights = toy_weights(num_blocks=4, num_experts=16)
+    choices = [Choice(bits, size) for bits in (2, 3, 4, 8) for size in (16, 32)]
+    for seed in range(3):
+        task = problem(weights, Budget(unit_and_value[1], unit_and_value[0]), seed=seed, choices=choices, floors=floors)  # type: ignore[arg-type]
+        exact, relaxed = solve(task, "exact"), solve(task, "lagrangian")
+        assert exact.gap <= 1e-5
+        assert exact.cost <= relaxed.cost <= 1.001 * exact.cost
+        assert relaxed.bound <= exact.cost * (1 + 1e-9)
+        assert relaxed.size <= task.capacity
+
+
+def test_auto_takes_the_lagrangian_path_for_very_many_variables_and_comes_close_to_the_bound() -> None:
+    weights = toy_weights(num_blocks=12, num_experts=256)
+    found = solve(problem(weights, Budget(2.5, "code_bits")))
+    assert found.solver == "lagrangian"
+    assert found.gap < 1e-4
+    assert solve(problem(toy_weights(), Budget(2.5, "code_bits"))).solver == "exact"
+
+
+@pytest.mark.parametrize("unit", ["code_bits", "average_bits", "bytes", "active_bytes"])
+def test_a_budget_of_any_unit_is_kept_as_the_cost_of_the_plan_counts_it(unit: str) -> None:
+    weights = toy_weights()
+    least = {w.name: GridSpec(2, 16) for w in weights}
+    value = 1.3 * getattr(plan_cost(least, weights), unit)
+    task = problem(weights, Budget(value, unit))  # type: ignore[arg-type]
+    found = solve(task)
+    chosen = zip(task.units, found.choice_U, strict=True)
+    plan = {w.name: task.choices[c].grid(GRID) for unit_, c in chosen for w in unit_}
+    counted = getattr(plan_cost(plan, weights), unit)
+    assert 0.97 * value < counted <= value
+    assert task.amount(found.size) == pytest.approx(counted, abs=1 if "bytes" in unit else 1e-12)
+
+
+def test_active_shares_are_exact_fractions() -> None:
+    weights = toy_weights(num_experts=6)
+    task = problem(weights, Budget(60_000, "active_bytes"))
+    routed = next(row for row, unit in enumerate(task.units) if unit[0].kind == "routed")
+    codes_and_overhead = 64 * 32 * 2 + 64 * 32 // 16 * (16 + 2)
+    assert Fraction(int(task.size_UC[routed, 0]), task.parts // 8) == Fraction(codes_and_overhead, 3)
+
+
+def test_each_constraint_can_only_raise_the_predicted_error() -> None:
+    weights = toy_weights(num_blocks=3, num_experts=6)
+    choices = [Choice(bits, 32) for bits in (2, 4, 8)]  # what every runtime reads
+    cost = {
+        runtime: solve(problem(weights, Budget(3.0, "code_bits"), runtime, choices=choices), "exact").cost
+        for runtime in ("research", "gptqmodel", "vllm", "uniform_experts")
+    }
+    assert cost["research"] < cost["gptqmodel"] < cost["vllm"]
+    assert cost["research"] < cost["uniform_experts"]
+
+
+def test_least_bits_and_fixed_weights_are_kept() -> None:
+    weights = toy_weights()
+    minimum = {w.name: 3 for w in weights if w.kind == "shared"}
+    fixed = {w.name: GridSpec(8, 16) for w in weights if w.kind == "attention"}
+    task = problem(weights, Budget(5.0, "code_bits"), minimum_bits=minimum, fixed=fixed)
+    found = solve(task)
+    assert not any(w.kind == "attention" for unit in task.units for w in unit)
+    for unit, choice in zip(task.units, found.choice_U, strict=True):
+        assert task.choices[choice].bits >= minimum.get(unit[0].name, 0)
+    total = sum(w.numel for w in weights)
+    spent = sum(task.choices[c].bits * unit[0].numel for unit, c in zip(task.units, found.choice_U, strict=True))
+    assert spent + sum(8 * w.numel for w in weights if w.kind == "attention") <= 5.0 * total
+
+
+def test_a_choice_whose_groups_do_not_fit_a_weight_is_not_offered_to_it() -> None:
+    weights = toy_weights(num_experts=2)  # down_proj has 32 in-features
+    task = problem(weights, Budget(8.0, "code_bits"), choices=[Choice(2, 32), Choice(4, 64)])
+    for unit, row in zip(task.units, task.cost_UC, strict=True):
+        assert np.isfinite(row).tolist() == [True, unit[0].in_features == 64]
+
+
+def test_more_budget_never_predicts_more_error() -> None:
+    weights = toy_weights()
+    costs = [solve(problem(weights, Budget(bits, "code_bits")), "exact").cost for bits in np.arange(2.0, 8.1, 0.5)]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(costs))
+
+
+def test_a_budget_that_cannot_be_met_names_the_nearest_reachable_ones() -> None:
+    weights = toy_weights()
+    total = sum(w.numel for w in weights)
+    step = min(w.numel for w in weights) / total
+    with pytest.raises(ValueError, match="nearest reachable budgets are") as error:
+        solve(problem(weights, Budget(1.9, "code_bits")))
+    assert (
+        f"budget (1.9 code_bits) is below the smallest plan; the nearest reachable budgets are 2 and {2 + step:.6g}"
+        in str(error.value)
+    )
+    assert "the largest is 8;" in str(error.value)
+    with pytest.raises(ValueError, match=r"budget \(2\.1 code_bits\) is below .* reachable budgets are 2\.\d+ and"):
+        solve(problem(weights, Budget(2.1, "code_bits"), floors=[Floor(4, 2)]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"choices": [Choice(3, 16)], "runtime": "vllm"}, "vllm reads none of the choices 3g16"),
+        ({"choices": [Choice(3, 64)]}, r"none of the choices 3g64 has at least 0 bits and a group size that divides"),
+        ({"floors": [Floor(4, 5)]}, r"floor: 5 experts at 4 bits in block 0, where 4 of 4 can have them"),
+        ({"floors": [Floor(6, 1)], "choices": CHOICES[:3]}, "floor: 1 experts at 6 bits in block 0, where 0 of 4"),
+        (
+            {"minimum_bits": {"model.layers.0.self_attn.q_proj": 9}},
+            r"q_proj: none of the choices .* has at least 9 bits",
+        ),
+    ],
+)
+def test_a_program_without_a_plan_says_why(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        problem(toy_weights(), Budget(3.0, "code_bits"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, r"has no 2g16 for model.layers.0.self_attn.q_proj"), ({CHOICES[0]: float("nan")}, "must be finite")],
+)
+def test_a_missing_or_broken_cost_names_the_weight(change: dict[Choice, float], message: str) -> None:
+    weights = toy_weights()
+    costs = toy_costs(weights)
+    costs["model.layers.0.self_attn.q_proj"] = change
+    with pytest.raises(ValueError, match=message):
+        build_problem(weights, costs, CHOICES, Budget(3.0), find_runtime("research"), GRID)
