@@ -19,12 +19,13 @@ class Survey(Callback):
     """Writes survey.json and sets ``run.evidence``; put it before callbacks.BitAllocation.
 
     Args:
-        costs: Tables of predicted damage: fisher, hessian, gemq, pmq, block_output, alphaq.
+        costs: Tables of predicted damage: fisher, fisher_kl, hessian, gemq, pmq, block_output, alphaq.
         scores: Scores without data: outlier, outlier_group, kurtosis, spectral_tail.
         choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
             (no groups).
-        solver: Whose errors ``fisher`` and ``hessian`` judge: "gptq" as in the run, or "rtn", which is faster.
+        solver: Whose errors fisher, fisher_kl and hessian judge: "gptq" as in the run, or "rtn", which is faster.
         num_gradient_batches: Batches for backward passes and measured changes.
+        num_kl_batches: Of those, batches on which fisher_kl measures.
         similarity: "residual" compares tokens before and after the FFN with the residual stream, "block" without.
         predictor: Train the paper's predictor of the similarity, too.
         seed: Of sampled tokens and of the predictor.
@@ -34,9 +35,10 @@ class Survey(Callback):
         self,
         costs: Sequence[str] = ("fisher",),
         scores: Sequence[str] = (),
-        choices: Sequence[int | str] = (2, 3, 4),
+        choices: Sequence[int | str] = (2, 3, 4, 8),
         solver: Literal["gptq", "rtn"] = "gptq",
         num_gradient_batches: int = 8,
+        num_kl_batches: int = 2,
         similarity: Similarity = "residual",
         predictor: bool = False,
         seed: int = 0,
@@ -44,7 +46,7 @@ class Survey(Callback):
         self.choices = list(choices)
         self.settings: dict[str, Any] = {
             "costs": tuple(costs), "scores": tuple(scores), "solver": solver, "seed": seed, "predictor": predictor,
-            "num_gradient_batches": num_gradient_batches, "similarity": similarity,
+            "num_gradient_batches": num_gradient_batches, "num_kl_batches": num_kl_batches, "similarity": similarity,
         }  # fmt: skip
         SurveySpec(**self.settings)  # a mistake in the configuration shows before a model is loaded
         self._surveyor: Surveyor | None = None

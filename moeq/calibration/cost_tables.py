@@ -32,7 +32,7 @@ from moeq.allocation.sensitivity import (
 )
 from moeq.calibration.damage import DamageState
 from moeq.calibration.fisher import GradientState
-from moeq.calibration.survey_spec import SurveySpec
+from moeq.calibration.survey_spec import FISHER, SurveySpec
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.coverage import regularize
 from moeq.quant.hessian import HessianState
@@ -67,8 +67,9 @@ class BlockFindings:
 
 
 def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites: Sequence[Site]) -> Tables:
-    """``fisher`` and ``hessian``, as far as asked for, of some sites of a block."""
-    tables: Tables = {name: defaultdict(dict) for name in ("fisher", "hessian") if name in spec.costs}
+    """``fisher`` (also where ``fisher_kl`` needs it) and ``hessian``, as asked for, of some sites of a block."""
+    wanted = [*(["fisher"] if spec.wants(FISHER) else []), *(["hessian"] if "hessian" in spec.costs else [])]
+    tables: Tables = {name: defaultdict(dict) for name in wanted}
     dtype = next(adapter.model.parameters()).dtype
     for site in sites:
         weight_EOI = adapter.get_weight(site).float()

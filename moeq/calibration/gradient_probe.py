@@ -11,7 +11,7 @@ from moeq.calibration.fisher import (
     observe_gradients,
     observe_outputs,
 )
-from moeq.calibration.survey_spec import SurveySpec
+from moeq.calibration.survey_spec import FISHER, SurveySpec
 from moeq.distributed import rank_and_world, sum_over_ranks
 from moeq.models.adapter import Adapter, Site
 
@@ -29,7 +29,7 @@ class GradientProbe:
     def __init__(self, adapter: Adapter, spec: SurveySpec, sites: tuple[Site, ...], device: torch.device) -> None:
         self.adapter, self.spec, self._sites = adapter, spec, sites
         self.states: dict[str, GradientState] = {}
-        if "fisher" in spec.costs:
+        if spec.wants(FISHER):
             self.states = {site.name: empty_gradients(site, device) for site in sites}
         self._outputs: dict[tuple[int, int], Tensor] = {}
 

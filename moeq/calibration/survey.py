@@ -22,12 +22,13 @@ from moeq.activations import ActivationStore, capture_calls, run_block
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import Choice
 from moeq.allocation.sensitivity import dequantized
+from moeq.calibration.anchor import anchor_factors, anchored
 from moeq.calibration.cost_tables import BlockFindings, Tables, measured_costs, solved_costs
 from moeq.calibration.damage import RoutedCall, add_damage, empty_damage
 from moeq.calibration.gradient_probe import GradientProbe
 from moeq.calibration.observe import TokenMask, observe
 from moeq.calibration.similarity import SimilarityProbe
-from moeq.calibration.survey_spec import MEASURED, SOLVED, SurveySpec
+from moeq.calibration.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
 from moeq.calibration.weight_scores import alphaq_table, weight_scores
 from moeq.distributed import gather_lists, rank_and_world, sum_over_ranks
 from moeq.models.adapter import Adapter, Site
@@ -56,6 +57,7 @@ class Surveyor:
         self._tables: Tables = defaultdict(dict)
         self._tokens: dict[str, Tensor] = {}
         self._affinity: dict[str, Tensor] = {}
+        self._kl_batches: list[dict[str, Tensor]] = []
         self._stack = ExitStack()
 
     def open_block(self, block: int) -> None:
@@ -86,6 +88,8 @@ class Surveyor:
         self._found.num_tokens += inputs["input_ids"].numel() if self._mask_BT is None else int(self._mask_BT.sum())
         if self._block == 0:
             self._gradients.run(batch_idx, inputs, self._mask.keep)
+            if "fisher_kl" in self.spec.costs and batch_idx < self.spec.num_kl_batches:
+                self._kl_batches.append(inputs)
         self._listening = True
 
     def finish_block(self) -> None:
@@ -104,6 +108,9 @@ class Surveyor:
         for part in gather_lists(parts):
             for cost, table in part.items():
                 self._tables[cost] |= table
+        if "fisher_kl" in self.spec.costs:
+            factors = anchor_factors(self.adapter, self.spec, found, self._kl_batches)
+            self._tables["fisher_kl"] |= anchored(self._tables["fisher"], found.sites, factors)
         self._similarity.finish(self._block)
         del self._found, self._rounded
 
@@ -168,7 +175,7 @@ class Surveyor:
         for site in sites if self.spec.wants(SOLVED) else ():
             solver[site.name] = plain[site.name] = empty_state(site.num_experts, site.in_features, self.device)
             weighted = self.spec.affinity_power and site.kind in ("routed", "shared")
-            if weighted and "fisher" in self.spec.costs:
+            if weighted and self.spec.wants(FISHER):
                 plain[site.name] = empty_state(site.num_experts, site.in_features, self.device)
         measured = self.spec.wants(MEASURED)
         return BlockFindings(

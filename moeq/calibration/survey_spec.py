@@ -9,8 +9,9 @@ from moeq.models.adapter import Site
 from moeq.quant.coverage import CoverageSpec
 from moeq.quant.spec import GridSpec, SolveSpec
 
-COSTS = ("fisher", "hessian", "gemq", "pmq", "block_output", "alphaq")
-SOLVED, MEASURED, GRADIENT = {"fisher", "hessian"}, {"gemq", "pmq", "block_output"}, {"fisher", "gemq"}
+COSTS = ("fisher", "fisher_kl", "hessian", "gemq", "pmq", "block_output", "alphaq")
+FISHER = {"fisher", "fisher_kl"}
+SOLVED, MEASURED = FISHER | {"hessian"}, {"gemq", "pmq", "block_output"}
 Similarity = Literal["residual", "block"]
 
 
@@ -26,8 +27,9 @@ class SurveySpec:
         solve: Of GPTQ.
         affinity_power: Weight of a token in the solver's Hessians, as in ``moeq.quant.hessian``.
         coverage: What experts with few tokens get.
-        solver: Errors of ``fisher`` and ``hessian`` come from GPTQ, as in the real run, or from rounding ("rtn").
+        solver: Errors of ``fisher``, ``hessian`` come from GPTQ, as in the real run, or from rounding ("rtn").
         num_gradient_batches: Batches (of each rank) for backward passes and measured changes.
+        num_kl_batches: Of those, batches on which ``fisher_kl`` measures.
         similarity: Tokens before and after the FFN with the residual stream added to both, or of the FFN alone.
         predictor: Train the paper's predictor of the similarity in each block, too.
         seed: Of sampled tokens and of the predictor.
@@ -42,6 +44,7 @@ class SurveySpec:
     coverage: CoverageSpec = field(default_factory=CoverageSpec)
     solver: Literal["gptq", "rtn"] = "gptq"
     num_gradient_batches: int = 8
+    num_kl_batches: int = 2
     similarity: Similarity = "residual"
     predictor: bool = False
     seed: int = 0
@@ -59,8 +62,11 @@ class SurveySpec:
             raise ValueError(
                 "costs are asked for but choices is empty; give the widths to choose from, such as [2, 3, 4]"
             )
-        if self.num_gradient_batches < 1:
-            raise ValueError(f"num_gradient_batches ({self.num_gradient_batches}) must be positive; choose 8")
+        for what, number, usual in (
+            ("num_gradient_batches", self.num_gradient_batches, 8), ("num_kl_batches", self.num_kl_batches, 2),
+        ):  # fmt: skip
+            if number < 1:
+                raise ValueError(f"{what} ({number}) must be positive; choose {usual}")
 
     def wants(self, names: set[str]) -> bool:
         """True where one of these costs is asked for."""

@@ -127,6 +127,29 @@ def test_gemq_and_pmq_of_an_expert_are_those_of_the_whole_expert_rounded_alone()
     assert sum(evidence.costs["pmq"][name][choice] for name in names) == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_fisher_kl_of_a_structure_is_the_measured_divergence_divided_as_fisher_divides_it() -> None:
+    model = tiny_model("qwen2_moe")
+    adapter, choice = Adapter(model), CHOICES[0]
+    costs = survey(model, costs=("fisher", "fisher_kl"), solver="rtn", num_kl_batches=2).costs
+    with torch.no_grad():
+        reference = model(IDS).logits.log_softmax(-1)
+    for kind in ("attention", "shared", "routed"):
+        sites = [site for site in adapter.sites(0) if site.kind == kind]
+        originals = {site: adapter.get_weight(site) for site in sites}
+        for site, weight in originals.items():
+            adapter.set_weight(site, rounded(weight, choice))
+        with torch.no_grad():
+            changed = model(IDS).logits.log_softmax(-1)
+        for site, weight in originals.items():
+            adapter.set_weight(site, weight)
+        measured = (reference.exp() * (reference - changed)).sum(-1).mean()
+        names = [name for site in sites for name in site.weight_names()]
+        fisher, anchored = ([costs[cost][name][choice] for name in names] for cost in ("fisher", "fisher_kl"))
+        assert sum(anchored) == pytest.approx(float(measured), rel=1e-3)
+        expected = [value / sum(fisher) for value in fisher]
+        assert [value / sum(anchored) for value in anchored] == pytest.approx(expected)
+
+
 def test_a_survey_is_reproducible_and_gptq_promises_less_damage_than_rounding() -> None:
     model = tiny_model("qwen2_moe")
     first, second = (survey(model, costs=("fisher", "hessian"), scores=("spectral_tail",)) for _ in range(2))
