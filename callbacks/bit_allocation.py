@@ -93,6 +93,18 @@ class BitAllocation(Callback):
                 "callbacks.survey.Survey before callbacks.bit_allocation.BitAllocation, or give survey: PATH"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
+        assert isinstance(pl_module, MoEQuantModule)
+        run = pl_module.run
+        for name, weight in run.quantized.items():
+            if (weight.bits, weight.group_size) != (run.plan[name].bits, run.plan[name].group_size):
+                raise ValueError(
+                    f"{name} was quantized to {weight.bits} bits before this run continued, the plan in "
+                    f"{pl_module.run_dir} now says {run.plan[name].bits}; put the old value back, or set "
+                    "--model.restart true"
+                )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide at the end of the last pass of the survey."""
         assert isinstance(pl_module, MoEQuantModule)

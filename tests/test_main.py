@@ -31,7 +31,9 @@ def small_data(config: Path) -> list[str]:
     if "moequant" in config.stem:
         options = ["--data.num_sequences=4", "--data.length=24"]
         return options + (["--data.compare_text=null"] if "w4" in config.stem else [])
-    return ["--data.length=24", f"--data.num_windows={1 if 'rtn' in config.stem else 4}"]
+    # Group sizes below 32 are none that vLLM reads.
+    groups = ["--model.group_size=32"] if "vllm" in config.stem else []
+    return [*groups, "--data.length=24", f"--data.num_windows={1 if 'rtn' in config.stem else 4}"]
 
 
 def fit(config: Path, model: Path, folder: Path, *options: str) -> None:

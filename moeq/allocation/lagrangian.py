@@ -4,8 +4,8 @@ With a price p on size every unit decides for itself, ``min_c cost_uc + p size_u
 just kept gives a lower bound on the damage of any plan (Everett, 1963).  For a multiple-choice knapsack that relaxation
 is solved by sorting (Sinha and Zoltners, 1979): walk the lower convex hull of (size, cost) of every unit, all steps of
 all units in the order of cost saved per size, until the budget is used up.  At most one step does not fit; what is left
-is spent by changing one unit, or two against each other, while that lowers the damage.  With few units the result depends
-on where that starts, so it also starts from relaxations of slightly smaller budgets.
+is spent by changing one unit, or two against each other, while that lowers the damage.  With few units the result
+depends on where that starts, so it also starts from relaxations of slightly smaller budgets.
 
 Floors are met before: in each block the experts for which it costs least at that price keep to the wide choices.
 

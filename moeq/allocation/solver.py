@@ -21,7 +21,7 @@ SolverName = Literal["auto", "exact", "lagrangian"]
 MAX_EXACT_VARIABLES = 20_000
 # A limit of nodes, not of time: the same problem gives the same plan on every machine.
 NODE_LIMIT = 20_000
-RELATIVE_GAP = 1e-6
+RELATIVE_GAP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def _unreachable(problem: Problem, smallest: int) -> str:
     above_UC = np.where(np.isfinite(problem.cost_UC), problem.size_UC - least_U[:, None], 0)
     step = int(above_UC[above_UC > 0].min()) if (above_UC > 0).any() else 0
     reachable = [problem.amount(smallest), problem.amount(smallest + step)]
+    largest = problem.amount(largest_size(problem))
     return (
         f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the smallest plan; the nearest reachable "
-        f"budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {problem.amount(largest_size(problem)):.6g}; "
+        f"budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {largest:.6g}; "
         "raise the budget, add smaller choices, or lower floors, rules and fixed bits"
     )
 

@@ -1,0 +1,166 @@
+"""When the callback decides: at the start, after the survey, or not at all in a run that continues."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks.bit_allocation import BitAllocation
+from callbacks.rtn import RTN
+from moeq.allocation.evidence import Evidence
+from moeq.allocation.plan import Choice
+from moeq.allocation.problem import Floor
+from moeq.module import MoEQuantModule
+from moeq.run import write_json
+from tests.tiny import save_tiny
+
+ALLOCATE: dict[str, Any] = {"method": "allocate", "cost": "fisher", "budget": 2.6, "choices": [2, 4]}
+
+
+class Batches(L.LightningDataModule):
+    """One batch of ids."""
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader([{"input_ids": torch.arange(1, 9)}], batch_size=1)
+
+
+class StubSurvey(L.Callback):
+    """Makes up costs at the end of the last pass of a survey: down projections are expensive."""
+
+    affects_weights = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.survey_requested = True
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.current_pass.kind == "survey":
+            pl_module.run.evidence = evidence(pl_module)
+
+
+class StopAtBlock(L.Callback):
+    """Ends a run as an error would, when a block is reached."""
+
+    affects_weights = False
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.current_pass.kind == "calibrate" and pl_module.current_pass.block == self.block:
+            raise RuntimeError("stopped")
+
+
+def evidence(module: MoEQuantModule) -> Evidence:
+    costs = {
+        w.name: {Choice(bits, 16): (10 if w.linear == "down_proj" else 1) * 4.0**-bits for bits in (2, 4)}
+        for w in module.weight_shapes()
+    }
+    return Evidence(costs={"fisher": costs})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2_moe", tmp_path_factory.mktemp("allocation") / "model", dtype=torch.float32)
+
+
+def fit(model: Path, folder: Path, *callbacks: L.Callback, **options: Any) -> MoEQuantModule:
+    module = MoEQuantModule(name=str(model), bits=2, group_size=16, sequential="block", clip_search=False, **options)
+    trainer = L.Trainer(
+        default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), logger=False, max_epochs=-1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Batches())
+    return module
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
+
+def widths(module: MoEQuantModule) -> dict[str, int]:
+    return {name: weight.bits for name, weight in module.run.quantized.items()}
+
+
+def test_a_plan_from_a_survey_is_made_before_anything_is_quantized(model: Path, tmp_path: Path) -> None:
+    module = fit(model, tmp_path, StubSurvey(), BitAllocation(**ALLOCATE), RTN())
+    data = json.loads((tmp_path / "allocation.json").read_text())
+    assert widths(module) == {name: grid["bits"] for name, grid in data["weights"].items()}
+    assert data["code_bits"] <= 2.6
+    assert data["allocation"]["runtime"] == "research"
+    down = [bits for name, bits in widths(module).items() if name.endswith("down_proj")]
+    others = [bits for name, bits in widths(module).items() if not name.endswith("down_proj")]
+    assert sum(down) / len(down) > sum(others) / len(others)
+    assert "predicted error" in (tmp_path / "allocation.md").read_text()
+
+
+def test_a_run_that_continues_keeps_the_plan_of_its_survey(model: Path, tmp_path: Path) -> None:
+    whole = fit(model, tmp_path / "whole", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN(), StopAtBlock(1))
+    written = (tmp_path / "run/allocation.json").read_bytes()
+    module = fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
+    assert all(each.kind == "calibrate" and each.block == 1 for each in module.schedule)
+    assert widths(module) == widths(whole)
+    assert set(widths(module).values()) == {2, 4}
+    assert (tmp_path / "run/allocation.json").read_bytes() == written
+    assert (tmp_path / "whole/allocation.json").read_bytes() == written
+
+
+def test_editing_the_plan_of_finished_blocks_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(model, tmp_path, StubSurvey(), BitAllocation(**ALLOCATE), RTN(), StopAtBlock(1))
+    path = tmp_path / "allocation.json"
+    data = json.loads(path.read_text())
+    name = "model.layers.0.self_attn.q_proj"
+    data["weights"][name]["bits"] = 7
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"{name} was quantized to [24] bits before .* now says 7"):
+        fit(model, tmp_path, StubSurvey(), BitAllocation(**ALLOCATE), RTN())
+
+
+def test_another_allocation_in_the_same_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    fit(model, tmp_path, BitAllocation(attention=4), RTN())
+    with pytest.raises(ValueError, match="holds blocks of a run with another configuration"):
+        fit(model, tmp_path, BitAllocation(rules=[{"rule": "attention", "bits": 3}]), RTN())
+
+
+def test_a_survey_of_an_earlier_run_needs_none_in_this_one(model: Path, tmp_path: Path) -> None:
+    module = MoEQuantModule(name=str(model))
+    module.configure_model()
+    module.prepare()
+    write_json(tmp_path / "survey.json", evidence(module).to_json())
+    surveyed = BitAllocation(**ALLOCATE, survey=str(tmp_path / "survey.json"))
+    later = fit(model, tmp_path / "later", surveyed, RTN())
+    assert all(each.kind == "calibrate" for each in later.schedule)
+    first = fit(model, tmp_path / "first", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
+    assert widths(later) == widths(first)
+
+
+def test_rules_without_evidence_are_decided_at_the_start(model: Path, tmp_path: Path) -> None:
+    rules = [{"rule": "attention", "bits": 4}, {"rule": "random_experts", "num": 1, "seed": 0, "bits": 3}]
+    module = fit(model, tmp_path, BitAllocation(shared=4, rules=rules), RTN())
+    bits = widths(module)
+    assert {bits[name] for name in bits if "self_attn" in name or "shared_expert" in name} == {4}
+    assert sum(bits[name] == 3 for name in bits) == 2 * 3
+    assert {"version", "weights", "rules"} < set(json.loads((tmp_path / "allocation.json").read_text()))
+
+
+def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Path, tmp_path: Path) -> None:
+    rules = [{"rule": "most_used_experts", "num": 1, "bits": 4}]
+    for callback in (BitAllocation(**ALLOCATE), BitAllocation(rules=rules)):
+        with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before callbacks\.bit_allocation"):
+            fit(model, tmp_path, callback, RTN())
+    assert not (tmp_path / "allocation.json").exists()
+
+
+def test_mistakes_in_the_arguments_show_before_a_model_is_loaded() -> None:
+    with pytest.raises(ValueError, match="already states all bits"):
+        BitAllocation(plan="allocation.json", attention=4)
+    with pytest.raises(ValueError, match="must be one of"):
+        BitAllocation(rules=[{"rule": "best", "bits": 4}])
+    with pytest.raises(ValueError, match="floors belong to the allocator"):
+        BitAllocation(floors=[Floor(4, 1)])
