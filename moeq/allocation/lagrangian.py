@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 # Exchanges stop at this relative distance from the bound, or after so many.
 CLOSE_ENOUGH, MAX_EXCHANGES = 1e-7, 400
 # Shares of the budget that a start keeps for the exchanges; further starts are made while the plan is not good enough.
-KEPT, GOOD_ENOUGH = (0.0, 0.001, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03), 1e-4
+KEPT, GOOD_ENOUGH = (0.0, 0.001, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03), 3e-4
 # The price of size decides who meets a floor, and meeting it changes the price.
 FLOOR_ROUNDS = 3
 
@@ -48,13 +48,13 @@ def solve_lagrangian(problem: Problem) -> tuple[Choices, float]:
         smallest_U = smallest_choices(cost_UC, problem.size_UC)
         if size_of(problem, smallest_U) <= problem.capacity:
             price = _relax(cost_UC, problem)[2]
-            candidates.append(_search(cost_UC, problem, bound))
+            candidates.append(_search(cost_UC, problem))
         else:
             price *= 2
     if not candidates:
         # The budget is just enough for the floors: let size alone decide who meets them.
         cost_UC = meet_floors(problem, np.inf)
-        candidates.append(_search(cost_UC, problem, bound))
+        candidates.append(_search(cost_UC, problem))
     return min(candidates, key=lambda candidate: cost_of(problem, candidate)), bound
 
 
@@ -109,10 +109,12 @@ def _hull_steps(
     return unit_S, target_S, gain_S, grow_S
 
 
-def _search(cost_UC: Floats, problem: Problem, bound: float) -> Choices:
+def _search(cost_UC: Floats, problem: Problem) -> Choices:
     """The best plan that exchanges reach from several starts."""
     best_U = smallest_choices(cost_UC, problem.size_UC)
     smallest = size_of(problem, best_U)
+    # Of these costs: choices that floors rule out would make the bound too low to stop at.
+    bound = _relax(cost_UC, problem)[1]
     for kept in KEPT:
         start = replace(problem, capacity=max(smallest, int((1 - kept) * problem.capacity)))
         choice_U = _exchange(cost_UC, problem, _relax(cost_UC, start)[0], bound)

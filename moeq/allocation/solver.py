@@ -59,9 +59,7 @@ def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
         raise ValueError(_unreachable(problem, smallest))
     if solver == "auto":
         solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
-    choice_U, bound = solve_lagrangian(problem)
-    if solver == "exact":
-        choice_U, bound = _solve_exact(problem, choice_U, bound)
+    choice_U, bound = _solve_exact(problem) if solver == "exact" else solve_lagrangian(problem)
     cost = cost_of(problem, choice_U)
     return Solution(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
 
@@ -89,12 +87,13 @@ def _unreachable(problem: Problem, smallest: int) -> str:
     )
 
 
-def _solve_exact(problem: Problem, start_U: Choices, bound: float) -> tuple[Choices, float]:
-    """The optimum by branch and cut; the start where that stays behind it (numerical tolerance, limit of nodes)."""
-    choice_U, milp_bound = _milp(problem)
-    if choice_U is None or size_of(problem, choice_U) > problem.capacity:
-        choice_U = start_U
-    return min(choice_U, start_U, key=lambda choices: cost_of(problem, choices)), max(bound, milp_bound)
+def _solve_exact(problem: Problem) -> tuple[Choices, float]:
+    """The optimum by branch and cut; the Lagrangian plan where that found none (limit of nodes, tolerance)."""
+    choice_U, bound = _milp(problem)
+    if choice_U is not None and size_of(problem, choice_U) <= problem.capacity:
+        return choice_U, bound
+    choice_U, lagrangian_bound = solve_lagrangian(problem)
+    return choice_U, max(bound, lagrangian_bound)
 
 
 def _milp(problem: Problem) -> tuple[Choices | None, float]:
