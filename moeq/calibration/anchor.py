@@ -42,9 +42,12 @@ def anchor_factors(
     kinds = list(dict.fromkeys(site.kind for site in found.sites))
     predicted = solved_costs(adapter, replace(spec, costs=("fisher",), solver="rtn"), found, found.sites)["fisher"]
     choices = sorted(spec.choices)
-    sums = {
-        kind: _kl_sums(adapter, spec, [s for s in found.sites if s.kind == kind], choices, batches) for kind in kinds
-    }
+    sums = {kind: torch.zeros(len(choices), 2, dtype=torch.float64, device=_device(adapter)) for kind in kinds}
+    for batch in batches:
+        reference_BTV = adapter.model(**batch, use_cache=False).logits
+        for kind in kinds:
+            structure = [site for site in found.sites if site.kind == kind]
+            sums[kind] += _kl_sums(adapter, spec, structure, choices, batch, reference_BTV)
     sum_over_ranks(list(sums.values()))
     factors: Factors = {}
     for kind in kinds:
@@ -69,32 +72,27 @@ def anchored(
 
 
 def _kl_sums(
-    adapter: Adapter,
-    spec: SurveySpec,
-    sites: Sequence[Site],
-    choices: Sequence[Choice],
-    batches: Sequence[dict[str, Tensor]],
-) -> Tensor:
-    """KL of the model's output, summed over tokens, with all weights of the sites rounded; float64 [C, 2]."""
+    adapter: Adapter, spec: SurveySpec, sites: Sequence[Site], choices: Sequence[Choice],
+    batch: dict[str, Tensor], reference_BTV: Tensor,
+) -> Tensor:  # fmt: skip
+    """KL of the model's output on a batch with all weights of the sites rounded, float64 [C, 2]."""
     originals = {site: adapter.get_weight(site) for site in sites}
-    dtype = next(iter(originals.values())).dtype
-    device = next(adapter.model.parameters()).device
-    sums = torch.zeros(len(choices), 2, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(choices), 2, dtype=torch.float64, device=_device(adapter))
     for index, choice in enumerate(choices):
-        rounded = {
-            site: dequantized(weight, choice.grid(spec.grid), dtype, None, spec.solve)
-            for site, weight in originals.items()
-            if choice in spec.choices_of(site)
-        }
-        for batch in batches:
-            reference_BTV = adapter.model(**batch, use_cache=False).logits
-            try:
-                for site, weight in rounded.items():
-                    adapter.set_weight(site, weight)
-                logits_BTV = adapter.model(**batch, use_cache=False).logits
-            finally:
-                for site, weight in originals.items():
-                    adapter.set_weight(site, weight)
-            kl_sum, _, num_tokens = kl_sum_and_agreement(reference_BTV, logits_BTV, batch.get("attention_mask"))
-            sums[index] += torch.stack([kl_sum, num_tokens.double()])
+        try:
+            for site, weight_EOI in originals.items():
+                if choice in spec.choices_of(site):
+                    grid, dtype = choice.grid(spec.grid), weight_EOI.dtype
+                    adapter.set_weight(site, dequantized(weight_EOI, grid, dtype, None, spec.solve))
+            logits_BTV = adapter.model(**batch, use_cache=False).logits
+        finally:
+            for site, weight_EOI in originals.items():
+                adapter.set_weight(site, weight_EOI)
+        kl_sum, _, num_tokens = kl_sum_and_agreement(reference_BTV, logits_BTV, batch.get("attention_mask"))
+        sums[index] = torch.stack([kl_sum, num_tokens.double()])
     return sums
+
+
+def _device(adapter: Adapter) -> torch.device:
+    device: torch.device = next(adapter.model.parameters()).device
+    return device
