@@ -43,7 +43,7 @@ class EBSSDataModule(CalibrationDataModule):
         sigma_units: Usage in sigma is the fraction of tokens (token_fraction) or of routed slots (slot_share).
         sigma_scope: Sigma of the branch (sequence) or of all sequences with it (corpus).
         prefix: First tokens of paper mode: greedy or sampled.
-        starts: Beginnings per sequence that corpus mode chooses from.
+        starts: Beginnings per sequence that corpus mode chooses from; more find rarer domains, at little cost.
         segment: Tokens after which branches compete in corpus mode.
         min_tokens_per_expert: Corpus mode stops once every expert has that many effective tokens, after num_sequences
             at the latest; 0 writes them all.
@@ -69,7 +69,7 @@ class EBSSDataModule(CalibrationDataModule):
         sigma_units: Units = "token_fraction",
         sigma_scope: Scope = "sequence",
         prefix: Prefix = "greedy",
-        starts: int = 8,
+        starts: int = 32,
         segment: int = 8,
         min_tokens_per_expert: float = 0.0,
     ) -> None:

@@ -6,7 +6,8 @@ running ones by the mean of their branches; ``moeq.calibration.shortage`` has th
 
 1. Beginnings.  ``starts`` times as many beginnings of ``prefix_length`` tokens as sequences are drawn, from distinct
    first tokens; those are picked, one after the other, that complete the use of experts best.  This is what finds a
-   rare domain: an expert that only it wakes is short, so the few beginnings that enter it are worth most.
+   rare domain: an expert that only it wakes is short, so the few beginnings that enter it are worth most, and are
+   picked several times, each time to be continued by other draws.
 2. Segments.  A picked beginning is continued by w branches, each an ordinary sample (temperature, top-p).  After every
    ``segment`` tokens the branches of a sequence compete: w of them are drawn, with replacement, with probabilities
 

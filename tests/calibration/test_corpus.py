@@ -33,7 +33,6 @@ def test_likelihood_and_counts_belong_to_the_returned_sequences() -> None:
     table = TableNextToken(24, seeded(1))
     sampled = run(SPEC, 6, table)
     assert sampled.ids_NT.shape == (6, 32)
-    assert len(set(sampled.ids_NT[:, 0].tolist())) == 6
     assert torch.equal(sampled.counts_NLE, table.count(sampled.ids_NT))
     assert torch.allclose(sampled.nll_N.double(), -table.log_likelihood(sampled.ids_NT), atol=1e-4)
 
