@@ -123,9 +123,7 @@ class Yardstick:
     def _measure(self, model: Any, domain: str) -> Divergence:
         kl = nll = 0.0
         same = positions = scored = routed_same = routed = 0
-        for ids_BL, (original_BLV, original_routing) in zip(
-            self._batches(domain), self._original[domain], strict=True
-        ):
+        for ids_BL, (original_BLV, original_routing) in zip(self._batches(domain), self._original[domain], strict=True):
             with record_routing(model) as routing:
                 logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
             kl_sum, num_same, num_positions = kl_sum_and_agreement(original_BLV, logits_BLV)

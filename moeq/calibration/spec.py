@@ -77,7 +77,13 @@ class EBSSSpec:
     min_tokens_per_expert: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, usual in {"num_sequences": 128, "branches": 4, "prefix_length": 4, "starts": 32, "segment": 8}.items():
+        for name, usual in {
+            "num_sequences": 128,
+            "branches": 4,
+            "prefix_length": 4,
+            "starts": 32,
+            "segment": 8,
+        }.items():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; the usual value is {usual}")
         if self.length <= self.prefix_length:
