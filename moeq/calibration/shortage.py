@@ -42,8 +42,8 @@ def worth(counts_NLE: Tensor, weights_LE: Tensor) -> Tensor:
 def pick(counts_MLE: Tensor, num: int, finished_LE: Tensor, scale: float) -> Tensor:
     """Candidates whose use of experts completes a set best, one after the other, int64 [num] in increasing order.
 
-    Each pick maximises sum log(n + s) of what is there with it, s held at that of the expected whole.  A candidate may be
-    picked again: what goes on from it is drawn anew, and where experts are short because hardly any candidate wakes
+    Each pick maximises sum log(n + s) of what is there with it, s held at that of the expected whole.  A candidate may
+    be picked again: what goes on from it is drawn anew, and where experts are short because hardly any candidate wakes
     them, those few are needed more than once.
 
     Args:
