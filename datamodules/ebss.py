@@ -146,7 +146,7 @@ class EBSSDataModule(CalibrationDataModule):
 
     def _report(self, path: Path) -> None:
         """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
-        from moeq.calibration.columns import decision_columns, scalars
+        from moeq.calibration.columns import decision_columns, decision_steps, scalars
         from moeq.calibration.next_token import score_sequences
         from moeq.calibration.store import load_sampled
         from moeq.run import write_json
@@ -157,7 +157,7 @@ class EBSSDataModule(CalibrationDataModule):
         report: dict[str, Any] = {
             "ids": path.name,
             "settings": asdict(self.spec),
-            "decisions": decision_columns(sampled.decisions_N3, sampled.redrawn_N),
+            "decisions": decision_columns(sampled.decisions_NS3, sampled.redrawn_N),
             "sampled": self._columns(sampled.ids_NT, sampled.counts_NLE, sampled.nll_N),
         }
         if self.compare_text is not None:
@@ -171,6 +171,8 @@ class EBSSDataModule(CalibrationDataModule):
         if self.trainer.logger is not None:
             for name in ("decisions", "sampled", "text"):
                 self.trainer.logger.log_metrics(scalars(report.get(name, {}), f"ebss_{name}"))
+            for step, columns in enumerate(decision_steps(sampled.decisions_NS3)):
+                self.trainer.logger.log_metrics(scalars(columns, "ebss_steps"), step=step)
 
     def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
         from moeq.calibration.columns import set_columns

@@ -136,14 +136,14 @@ class Sampled:
         ids_NT: int64 token ids.
         nll_N: float32 nats under the model at temperature 1, summed over all tokens but the first.
         counts_NLE: int32 tokens of each sequence that chose each expert; its last token counts too.
-        decisions_N3: float32, means over the steps in which branches compete: range over the branches of the balance
-            term (sigma / tau), range over the best candidates of the likelihood term (nats per token), share of steps
-            in which the balance term changed what was kept.  Zero where there is no balance term.
+        decisions_NS3: float32, for each of the S steps (corpus mode: segments) in which branches compete: range over
+            the branches of the balance term (sigma / tau), range over the best candidates of the likelihood term (nats
+            per token), 1 where the balance term changed what was kept.  Without that term S is 0, or it is zeros.
         redrawn_N: int32 degenerate sequences that were drawn in its place before it.
     """
 
     ids_NT: Tensor
     nll_N: Tensor
     counts_NLE: Tensor
-    decisions_N3: Tensor
+    decisions_NS3: Tensor
     redrawn_N: Tensor
