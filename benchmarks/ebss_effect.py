@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from calibration_sets import LENGTH, calibration_set
 from ebss_effect_report import write_report
+from origin import origin
 from trial import Yardstick, fit
 
 MODEL = "assets/reference-moe"
@@ -83,8 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if case.seed % num_parts == part and not case.path(options.folder).is_file():
             measure(yardstick, case, options.folder)
     rows = [json.loads(case.path(options.folder).read_text()) for case in cases if case.path(options.folder).is_file()]
-    command = "OMP_NUM_THREADS=1 python benchmarks/ebss_effect.py " + " ".join(sys.argv[1:] if args is None else args)
-    write_report(rows, command, options.json)
+    write_report(rows, origin(__file__, args), options.json)
 
 
 if __name__ == "__main__":

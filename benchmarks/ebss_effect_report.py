@@ -1,9 +1,6 @@
 """Table and figure of ``ebss_effect.py``: means and standard deviations over seeds, and corpus mode over the oracle."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,20 +11,18 @@ METHOD = {0: "GPTQ", 1: "AGQ"}
 COLOURS = {"prose": "tab:gray", "mixture": "tab:green", "paper": "tab:red", "corpus": "tab:blue"}
 
 
-def write_report(rows: Sequence[Row], command: str, path: Path | None) -> None:
+def write_report(rows: Sequence[Row], source: str, path: Path | None) -> None:
     """Print the tables; with a path, write the rows as JSON, the tables as Markdown and the curves beside it."""
     tables = f"{kl_table(rows)}\n## Corpus mode over the oracle mixture\n\n{ratio_table(rows)}"
     print(f"\n{tables}")
     if path is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    origin = f"`{command}` at {commit.strip()} on {platform.machine()}, {os.cpu_count()} cores, CPU"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"origin": origin, "rows": list(rows)}, indent=1) + "\n")
-    figure = path.with_name(f"{path.stem}_effect.png")
+    path.write_text(json.dumps({"origin": source, "rows": list(rows)}, indent=1) + "\n")
+    figure = path.with_suffix(".png")
     draw(rows, figure)
-    path.with_name(f"{path.stem}_effect.md").write_text(
-        f"# What calibration data is worth\n\n{origin}. KL to the original in nats per token, mean and standard "
+    path.with_suffix(".md").write_text(
+        f"# What calibration data is worth\n\n{source}. KL to the original in nats per token, mean and standard "
         f"deviation over seeds; 32 windows of 256 tokens of each domain.\n\n![curves]({figure.name})\n\n{tables}"
     )
 

@@ -9,7 +9,6 @@ other windows of the domains is printed with it.  Sets have 128 windows of 256 t
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from calibration_sets import SAMPLED, calibration_set, domain_windows
+from origin import origin
 from trial import Yardstick
 
 from moeq.calibration.balance import imbalance
@@ -74,31 +74,20 @@ def main(args: Sequence[str] | None = None) -> None:
     yardstick = Yardstick(MODEL)
     domains = list(yardstick.streams)
     known = {domain: score_sequences(yardstick.model, yardstick.windows(domain))[1] for domain in domains}
-    signature_DLE = signatures(known)
     lines = [f"| set | {' | '.join(domains)} | least tokens / even | sigma | nats per token |"]
     lines.append("|---" * (4 + len(domains)) + "|")
     shown: dict[str, Tensor] = {}
     for name in (*domains, "mixture", *SAMPLED):
-        sampled = name in SAMPLED and not (options.folder / f"{name}-512-{seeds[0]}.safetensors").is_file()
-        if sampled and options.quick:
+        written = name not in SAMPLED or (options.folder / f"{name}-512-{seeds[0]}.safetensors").is_file()
+        if options.quick and not written:
             continue
         rows = []
         for seed in seeds:
-            if name in domains:
-                ids_NL = domain_windows(yardstick, name, NUM_WINDOWS, seed)
-            else:
-                ids_NL = calibration_set(yardstick, name, NUM_WINDOWS, seed, options.folder)
-            nll_N, counts_NLE = score_sequences(yardstick.model, ids_NL)
-            total_LE = counts_NLE.sum(0).double()
-            found_N = nearest(counts_NLE, signature_DLE)
-            shares = [100 * float((found_N == index).double().mean()) for index in range(len(domains))]
-            least = float((total_LE / total_LE.mean(-1, keepdim=True)).min())
-            sigma = float(imbalance(total_LE, ids_NL.numel()))
-            rows.append([*shares, least, sigma, float(nll_N.mean()) / (ids_NL.shape[1] - 1)])
+            row, total_LE = _measure(yardstick, name, seed, options.folder, signatures(known))
+            rows.append(row)
             shown.setdefault(name, total_LE)
         digits = [0] * len(domains) + [2, 4, 2]
-        cells = [_cell([row[i] for row in rows], digits[i]) for i in range(len(digits))]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(_cell([row[i] for row in rows], d) for i, d in enumerate(digits))} |")
         print(lines[-1], flush=True)
     table = "\n".join(lines) + "\n"
     print(f"\n{table}")
@@ -106,13 +95,28 @@ def main(args: Sequence[str] | None = None) -> None:
         _write(options.output, table, {name: shown[name] for name in SHOWN if name in shown}, args)
 
 
+def _measure(
+    yardstick: Yardstick, name: str, seed: int, folder: Path, signature_DLE: Tensor
+) -> tuple[list[float], Tensor]:
+    """Percent of the sequences by domain, least tokens, sigma, nats per token; and tokens per expert, [L, E]."""
+    if name in yardstick.streams:
+        ids_NL = domain_windows(yardstick, name, NUM_WINDOWS, seed)
+    else:
+        ids_NL = calibration_set(yardstick, name, NUM_WINDOWS, seed, folder)
+    nll_N, counts_NLE = score_sequences(yardstick.model, ids_NL)
+    total_LE = counts_NLE.sum(0).double()
+    found_N = nearest(counts_NLE, signature_DLE)
+    shares = [100 * float((found_N == index).double().mean()) for index in range(len(signature_DLE))]
+    least = float((total_LE / total_LE.mean(-1, keepdim=True)).min())
+    nats = float(nll_N.mean()) / (ids_NL.shape[1] - 1)
+    return [*shares, least, float(imbalance(total_LE, ids_NL.numel())), nats], total_LE
+
+
 def _write(path: Path, table: str, shown: Mapping[str, Tensor], args: Sequence[str] | None) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    command = "OMP_NUM_THREADS=1 python benchmarks/ebss_reach.py " + " ".join(sys.argv[1:] if args is None else args)
     figure = path.with_suffix(".png")
     draw(shown, figure)
     path.write_text(
-        f"# Which domains a calibration set reaches\n\n`{command}` at {commit.strip()}. Percent of the sequences by "
+        f"# Which domains a calibration set reaches\n\n{origin(__file__, args)}. Percent of the sequences by "
         "the domain whose use of experts is nearest (the rows of the domains themselves are the accuracy of that "
         "rule on windows it has not seen); tokens of the least used expert over those of an even routing; sigma of "
         f"the set (fraction of tokens).\n\n{table}\n![tokens per expert]({figure.name})\n"

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,9 +25,12 @@ from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from datamodules.calibration import CalibrationDataModule
 from datamodules.evaluation import EvaluationSpec
+from moeq.calibration.observe import observe
 from moeq.documents import read_documents, token_stream
+from moeq.models.adapter import Adapter, Site
 from moeq.models.loading import load_model, load_tokenizer
 from moeq.module import MoEQuantModule
+from moeq.quant.hessian import accumulate, empty_state, mean_hessian
 from moeq.tasks.divergence import kl_sum_and_agreement
 from moeq.tasks.perplexity import nll_sum_and_count
 from moeq.tasks.routing import count_same_routing, record_routing
@@ -111,6 +115,43 @@ class Yardstick:
     def measure(self, model: Any) -> dict[str, Divergence]:
         """Divergence of a model by domain."""
         return {domain: self._measure(model, domain) for domain in self.streams}
+
+    @torch.no_grad()
+    def expert_errors(self, model: Any) -> Tensor:
+        """Relative output error of the linears of every routed expert on the tokens the evaluation sends it, [X].
+
+        tr(D H D^T) / tr(W H W^T), W of the original, D what quantization changed, H of the original's inputs; for each
+        block the experts' gate and up together, then their down projections.
+        """
+        original, changed = Adapter(self.model), Adapter(model)
+        errors = []
+        for site, hessian_EII in self._expert_hessians().items():
+            weight_EOI = original.get_weight(site).float()
+            delta_EOI = changed.get_weight(site).float() - weight_EOI
+            damage_E, energy_E = (
+                torch.einsum("eoi,eij,eoj->e", stack, hessian_EII, stack) for stack in (delta_EOI, weight_EOI)
+            )
+            errors.append(damage_E / energy_E)
+        return torch.cat(errors)
+
+    @cache  # noqa: B019  one yardstick per process
+    def _expert_hessians(self) -> dict[Site, Tensor]:
+        adapter = Adapter(self.model)
+        sites = [site for site in adapter.all_sites() if site.kind == "routed"]
+        states = {site.name: empty_state(site.num_experts, site.in_features, torch.device("cpu")) for site in sites}
+
+        def on_rows(site: Site, expert: int, x_TI: Tensor, _: Tensor | None) -> None:
+            accumulate(states[site.name], expert, x_TI, None, 0.0)
+
+        with torch.no_grad():
+            # Inputs of gate and up come from a hook, those of down from an implementation of its own.
+            for stage in ("mlp_in", "mlp_down"):
+                group = tuple(site for site in sites if site.stage == stage)
+                with observe(adapter, group, on_rows):
+                    for domain in self.streams:
+                        for ids_BL in self._batches(domain):
+                            self.model(input_ids=ids_BL, use_cache=False)
+        return {site: mean_hessian(states[site.name]) for site in sites}
 
     def _batches(self, domain: str) -> list[Tensor]:
         return list(self.windows(domain).split(BATCH))

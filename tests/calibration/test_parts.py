@@ -126,3 +126,10 @@ def test_more_sequences_than_first_tokens_are_refused(tmp_path: Path) -> None:
     for mode in ("stochastic", "corpus"):
         with pytest.raises(ValueError, match=r"num_sequences \(41\) must not exceed the 40 tokens"):
             sample_set(sampler(tmp_path, 64, mode=mode, num_sequences=41), table(), CPU)
+
+
+@pytest.mark.parametrize("mode", ["paper", "stochastic", "corpus"])
+def test_the_first_chunks_of_a_set_are_the_set_that_fewer_sequences_make(tmp_path: Path, mode: str) -> None:
+    large = sample_set(sampler(tmp_path / "large", mode=mode, num_sequences=20), table(), CPU)
+    small = sample_set(sampler(tmp_path / "small", mode=mode, num_sequences=16), table(), CPU)
+    assert torch.equal(large.ids_NT[:16], small.ids_NT)
