@@ -34,8 +34,8 @@ LENGTH = 256
 PROSE = Path("assets/reference-moe/texts/wikitext2_validation.txt")
 SEQUENCES_AT_ONCE = 32
 SAMPLED: dict[str, EBSSSpec] = {
-    "plain": EBSSSpec(branches=1, balance=False),
-    "stochastic": EBSSSpec(),
+    "plain": EBSSSpec(mode="stochastic", branches=1, balance=False),
+    "stochastic": EBSSSpec(mode="stochastic"),
     "paper": EBSSSpec(mode="paper"),
     "corpus": EBSSSpec(mode="corpus"),
 }

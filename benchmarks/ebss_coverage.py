@@ -23,7 +23,7 @@ from moeq.calibration.spec import EBSSSpec
 from moeq.models.loading import load_model, load_tokenizer
 
 MODEL = "assets/reference-moe"
-BASE = EBSSSpec(num_sequences=32, length=128)
+BASE = EBSSSpec(num_sequences=32, length=128, mode="stochastic")
 ARMS = {
     "plain sampling": replace(BASE, branches=1),
     "stochastic": BASE,

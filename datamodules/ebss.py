@@ -29,8 +29,8 @@ class EBSSDataModule(CalibrationDataModule):
         branches: Branches per sequence that the search keeps (w of the paper).
         tau: Divides the expert imbalance in the cost of a branch; a large tau is little balance.
         prefix_length: Tokens that are grown before a sequence branches.
-        mode: stochastic draws the text; paper always takes the most likely tokens, and a small model then loops; corpus
-            draws it and steers the set as a whole toward experts that are still short.
+        mode: corpus draws the text and steers the set as a whole toward experts that are still short; stochastic
+            balances each sequence for itself; paper always takes the most likely tokens, and a small model then loops.
         temperature: Of the drawing.
         balance: False leaves the expert imbalance out of the cost.
         seed: Of first tokens and draws.
@@ -56,7 +56,7 @@ class EBSSDataModule(CalibrationDataModule):
         branches: int = 4,
         tau: float = 1.2,
         prefix_length: int = 4,
-        mode: Mode = "stochastic",
+        mode: Mode = "corpus",
         temperature: float = 1.0,
         balance: bool = True,
         seed: int = 0,

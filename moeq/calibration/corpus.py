@@ -50,8 +50,12 @@ def search_corpus(
         first_tokens_M: int64, at least N, on the device of the model; one beginning is written from each.
         generator: On the CPU.
         finished_LE: Tokens that each expert has in the finished ones; broadcast, so a zero will do.
+
+    Raises:
+        ValueError: More branches than tokens in the vocabulary.
     """
     rows = _begin(next_token, spec, num_sequences, first_tokens_M, generator, finished_LE)
+    spec.check_vocabulary(rows.next_log_prob_RV.shape[-1])
     decisions = []
     parent_R = torch.arange(num_sequences, device=first_tokens_M.device).repeat_interleave(spec.branches)
     starts = range(spec.prefix_length, spec.length, spec.segment)

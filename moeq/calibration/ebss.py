@@ -76,10 +76,7 @@ def search(
     streams = _Streams(first_tokens_N.numel(), generator)
     state = _start(next_token, first_tokens_N)
     sigma = _Sigma(spec, finished)
-    if spec.branches > state.next_log_prob_NWV.shape[-1]:
-        raise ValueError(
-            f"branches ({spec.branches}) must not exceed the vocabulary ({state.next_log_prob_NWV.shape[-1]}); choose 4"
-        )
+    spec.check_vocabulary(state.next_log_prob_NWV.shape[-1])
     for length in range(2, spec.length + 1):
         in_prefix = length <= spec.prefix_length
         if length == spec.prefix_length + 1:

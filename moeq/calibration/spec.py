@@ -64,7 +64,7 @@ class EBSSSpec:
     branches: int = 4
     tau: float = 1.2
     prefix_length: int = 4
-    mode: Mode = "stochastic"
+    mode: Mode = "corpus"
     temperature: float = 1.0
     balance: bool = True
     seed: int = 0
@@ -113,6 +113,11 @@ class EBSSSpec:
             )
         if self.min_tokens_per_expert < 0:
             raise ValueError(f"min_tokens_per_expert ({self.min_tokens_per_expert}) must be at least 0; 0 turns it off")
+
+    def check_vocabulary(self, num_tokens: int) -> None:
+        """Raise ValueError where there are more branches than tokens that could tell them apart."""
+        if self.branches > num_tokens:
+            raise ValueError(f"branches ({self.branches}) must not exceed the vocabulary ({num_tokens}); choose 4")
 
     @property
     def sequential(self) -> bool:

@@ -112,3 +112,8 @@ def test_the_least_covered_expert_of_the_reference_model_gets_several_times_the_
 def test_a_last_short_segment_ends_at_the_length(branches: int) -> None:
     spec = replace(SPEC, length=12, segment=4, branches=branches)
     assert run(spec, 3, TableNextToken(24, seeded())).ids_NT.shape == (3, 12)
+
+
+def test_more_branches_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"branches \(30\) must not exceed the vocabulary \(24\)"):
+        run(replace(SPEC, branches=30), 2, TableNextToken(24, seeded()))

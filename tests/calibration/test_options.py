@@ -112,7 +112,7 @@ def test_top_p_keeps_the_smallest_likely_set_but_enough_to_branch() -> None:
 
 def test_a_stochastic_search_with_top_p_takes_only_kept_tokens() -> None:
     table = TableNextToken(12, seeded(4), sharpness=2.0)
-    spec = EBSSSpec(length=24, branches=1, top_p=0.5)
+    spec = EBSSSpec(length=24, branches=1, top_p=0.5, mode="stochastic")
     sampled = search(table, spec, torch.arange(12), seeded())
     allowed_VVV = tempered(table.log_prob_VVV.flatten(0, 1), 1.0, 0.5, 1).unflatten(0, (12, 12)).isfinite()
     ids_NT = sampled.ids_NT
@@ -124,7 +124,10 @@ def test_a_stochastic_search_with_top_p_takes_only_kept_tokens() -> None:
     [
         ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0"),
         ({"top_p": 0.9, "mode": "paper"}, r"top_p \(0.9\) must be 1 in paper mode"),
-        ({"min_tokens_per_expert": 5.0}, r"min_tokens_per_expert \(5.0\) must be 0 in stochastic mode"),
+        (
+            {"min_tokens_per_expert": 5.0, "mode": "stochastic"},
+            r"min_tokens_per_expert \(5.0\) must be 0 in stochastic mode",
+        ),
         ({"min_tokens_per_expert": -1.0, "mode": "corpus"}, r"min_tokens_per_expert \(-1.0\) must be at least 0"),
         ({"starts": 0}, r"starts \(0\) must be at least 1"),
         ({"segment": 0}, r"segment \(0\) must be at least 1"),

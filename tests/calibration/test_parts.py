@@ -11,7 +11,14 @@ from moeq.calibration.spec import EBSSSpec, Sampled
 from tests.calibration.tables import TableNextToken
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {"num_sequences": 20, "length": 12, "branches": 2, "tau": 0.3, "starts": 2}
+SMALL: dict[str, Any] = {
+    "mode": "stochastic",
+    "num_sequences": 20,
+    "length": 12,
+    "branches": 2,
+    "tau": 0.3,
+    "starts": 2,
+}
 
 
 class Dying(TableNextToken):
@@ -108,7 +115,9 @@ def test_a_set_of_loops_only_ends_after_the_last_redraw(tmp_path: Path) -> None:
 
 
 def test_ranks_divide_every_chunk_completely(tmp_path: Path) -> None:
-    ranks = Sampler(EBSSSpec(num_sequences=20), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3)
+    ranks = Sampler(
+        EBSSSpec(num_sequences=20, mode="stochastic"), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3
+    )
     shares = [list(share) for chunk in ranks.chunks() for share in ranks.shares(chunk)]
     assert [i for share in shares for i in share] == list(range(20))
     assert [len(share) for share in shares] == [2, 3, 3, 2, 3, 3, 1, 1, 2]

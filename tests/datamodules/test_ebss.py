@@ -18,7 +18,7 @@ from moeq.calibration.store import load_sampled
 from tests.datamodules.stub import StubTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
-SMALL = {"num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
+SMALL = {"mode": "stochastic", "num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def ids_file(run_dir: Path) -> Path:
     return path
 
 
-def test_defaults_are_those_of_the_paper_with_the_stochastic_mode() -> None:
+def test_defaults_are_those_of_the_paper_with_the_corpus_mode() -> None:
     spec = EBSSDataModule().spec
-    assert (spec.num_sequences, spec.length, spec.branches, spec.tau, spec.mode) == (128, 512, 4, 1.2, "stochastic")
+    assert (spec.num_sequences, spec.length, spec.branches, spec.tau, spec.mode) == (128, 512, 4, 1.2, "corpus")
 
 
 def test_first_tokens_are_distinct_and_never_special(tmp_path: Path, model: nn.Module) -> None:
