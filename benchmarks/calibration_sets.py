@@ -41,7 +41,9 @@ SAMPLED: dict[str, EBSSSpec] = {
 }
 
 
-def calibration_set(yardstick: Yardstick, arm: str, num_windows: int, seed: int, folder: Path) -> Tensor:
+def calibration_set(
+    yardstick: Yardstick, arm: str, num_windows: int, seed: int, folder: Path, num_written: int = 0
+) -> Tensor:
     """int64 [N, L].
 
     Args:
@@ -50,12 +52,13 @@ def calibration_set(yardstick: Yardstick, arm: str, num_windows: int, seed: int,
         num_windows: N.
         seed: Of windows and draws.
         folder: Keeps sampled sets.
+        num_written: Sequences that a sampled set gets when it is written, for later calls that need more.
     """
     if arm == "prose":
         return text_windows(token_stream(read_documents(PROSE), yardstick.tokenizer), LENGTH, num_windows, seed)
     if arm == "mixture":
         return mixture(yardstick, num_windows, seed)
-    return sampled_set(yardstick, SAMPLED[arm], arm, seed, folder, num_windows)
+    return sampled_set(yardstick, SAMPLED[arm], arm, seed, folder, num_windows, num_written)
 
 
 def domain_windows(yardstick: Yardstick, domain: str, num_windows: int, seed: int) -> Tensor:
@@ -80,18 +83,21 @@ def mixture(yardstick: Yardstick, num_windows: int, seed: int) -> Tensor:
 
 
 def sampled_set(
-    yardstick: Yardstick, spec: EBSSSpec, label: str, seed: int, folder: Path, num_windows: int, num_written: int = 512
+    yardstick: Yardstick, spec: EBSSSpec, label: str, seed: int, folder: Path, num_windows: int, num_written: int = 0
 ) -> Tensor:
-    """The first ``num_windows`` of ``num_written`` sequences that the model writes; written once, then read."""
+    """The first ``num_windows`` sequences of a file that holds as many, or one that is written now."""
+    name = label.replace(" ", "_")
+    for path in folder.glob(f"{name}-*-{seed}.safetensors"):
+        if int(path.stem.split("-")[-2]) >= num_windows:
+            return load_sampled(path).ids_NT[:num_windows]
     spec = replace(spec, num_sequences=max(num_written, num_windows), length=LENGTH, seed=seed)
-    path = folder / f"{label.replace(' ', '_')}-{spec.num_sequences}-{seed}.safetensors"
-    if not path.is_file():
-        model, decode = yardstick.model, yardstick.tokenizer.batch_decode
-        sampler = Sampler(
-            spec, SEQUENCES_AT_ONCE, first_token_candidates(model, yardstick.tokenizer),
-            lambda ids_NL: [is_degenerate(text) for text in decode(ids_NL)],
-            lambda ids_NL: measure_evidence(model, ids_NL), path.with_suffix(".parts"),
-        )  # fmt: skip
-        with ModelNextToken(model) as next_token:
-            save_sampled(path, sample_set(sampler, next_token, model.device))
+    path = folder / f"{name}-{spec.num_sequences}-{seed}.safetensors"
+    model, decode = yardstick.model, yardstick.tokenizer.batch_decode
+    sampler = Sampler(
+        spec, SEQUENCES_AT_ONCE, first_token_candidates(model, yardstick.tokenizer),
+        lambda ids_NL: [is_degenerate(text) for text in decode(ids_NL)],
+        lambda ids_NL: measure_evidence(model, ids_NL), path.with_suffix(".parts"),
+    )  # fmt: skip
+    with ModelNextToken(model) as next_token:
+        save_sampled(path, sample_set(sampler, next_token, model.device))
     return load_sampled(path).ids_NT[:num_windows]

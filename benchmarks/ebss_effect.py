@@ -44,10 +44,10 @@ class Case:
         return folder / f"{self.arm}-{self.num_windows}-{self.seed}-{self.bits}bit-power{self.affinity_power}.json"
 
 
-def measure(yardstick: Yardstick, case: Case, folder: Path) -> None:
+def measure(yardstick: Yardstick, case: Case, folder: Path, num_written: int) -> None:
     """Calibrate, quantize, compare, and keep the result."""
     start = time.perf_counter()
-    ids_NL = calibration_set(yardstick, case.arm, case.num_windows, case.seed, folder)
+    ids_NL = calibration_set(yardstick, case.arm, case.num_windows, case.seed, folder, num_written)
     module = fit(ids_NL, name=MODEL, bits=case.bits, group_size=64, affinity_power=float(case.affinity_power))
     found = {domain: asdict(divergence) for domain, divergence in yardstick.measure(module.model).items()}
     row = {**asdict(case), "tokens": case.num_windows * LENGTH, "domains": found}
@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for case in cases:
         # By seeds, so that no two processes write the same sampled set.
         if case.seed % num_parts == part and not case.path(options.folder).is_file():
-            measure(yardstick, case, options.folder)
+            measure(yardstick, case, options.folder, max(options.windows))
     rows = [json.loads(case.path(options.folder).read_text()) for case in cases if case.path(options.folder).is_file()]
     write_report(rows, origin(__file__, args), options.json)
 

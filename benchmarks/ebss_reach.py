@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
     lines.append("|---" * (4 + len(domains)) + "|")
     shown: dict[str, Tensor] = {}
     for name in (*domains, "mixture", *SAMPLED):
-        written = name not in SAMPLED or (options.folder / f"{name}-512-{seeds[0]}.safetensors").is_file()
+        written = name not in SAMPLED or any(options.folder.glob(f"{name}-*-{seeds[0]}.safetensors"))
         if options.quick and not written:
             continue
         rows = []
