@@ -1,7 +1,7 @@
 """What EBSS and AGQ are worth: KL to the original for every combination, over several calibration seeds.
 
 Arms (3 bits, group 64, equal token counts): RTN; GPTQ and AGQ on prose; GPTQ and AGQ on text that the model samples
-without the balance term; GPTQ and AGQ (MoEQuant) on stochastic EBSS; MoEQuant on the paper's deterministic EBSS.
+without the balance term; GPTQ and AGQ on stochastic EBSS; AGQ on EBSS of the corpus (MoEQuant) and of the paper.
 ``python benchmarks/calibration_study.py --seeds 0 1 2 --json benchmarks/results/calibration.json``
 """
 
@@ -23,15 +23,17 @@ from main import main as moeq
 from moeq.report import read_results
 
 EBSS, PROSE = "configs/moequant_w3.yaml", "configs/gptq_text_w3.yaml"
-UNBALANCED, PAPER = "--data.balance=false", "--data.mode=paper"
+DRAWN, PAPER = "--data.mode=stochastic", "--data.mode=paper"
+UNBALANCED = (DRAWN, "--data.balance=false")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "RTN": ("configs/rtn_w3.yaml", ()),
     "GPTQ, prose": (PROSE, ("--model.affinity_power=0",)),
     "AGQ, prose": (PROSE, ("--model.affinity_power=1",)),
-    "GPTQ, self-sampled": (EBSS, (UNBALANCED, "--model.affinity_power=0")),
-    "AGQ, self-sampled": (EBSS, (UNBALANCED, "--model.affinity_power=1")),
-    "GPTQ, EBSS": (EBSS, ("--model.affinity_power=0",)),
-    "MoEQuant (AGQ, EBSS)": (EBSS, ("--model.affinity_power=1",)),
+    "GPTQ, self-sampled": (EBSS, (*UNBALANCED, "--model.affinity_power=0")),
+    "AGQ, self-sampled": (EBSS, (*UNBALANCED, "--model.affinity_power=1")),
+    "GPTQ, EBSS": (EBSS, (DRAWN, "--model.affinity_power=0")),
+    "AGQ, EBSS": (EBSS, (DRAWN, "--model.affinity_power=1")),
+    "MoEQuant (AGQ, EBSS of the corpus)": (EBSS, ("--model.affinity_power=1",)),
     "MoEQuant, paper EBSS": (EBSS, (PAPER, "--model.affinity_power=1")),
 }
 EVALUATE = ["--data.evaluation.num_arithmetic=0", "--trainer.enable_progress_bar=false"]

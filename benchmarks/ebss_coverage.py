@@ -23,7 +23,7 @@ from moeq.calibration.spec import EBSSSpec
 from moeq.models.loading import load_model, load_tokenizer
 
 MODEL = "assets/reference-moe"
-BASE = EBSSSpec(num_sequences=32, length=128)
+BASE = EBSSSpec(num_sequences=32, length=128, mode="stochastic")
 ARMS = {
     "plain sampling": replace(BASE, branches=1),
     "stochastic": BASE,
@@ -31,7 +31,7 @@ ARMS = {
     "corpus": replace(BASE, mode="corpus"),
     "corpus, 1 start": replace(BASE, mode="corpus", starts=1),
     "corpus, 1 branch": replace(BASE, mode="corpus", branches=1),
-    "corpus, 32 starts": replace(BASE, mode="corpus", starts=32),
+    "corpus, 8 starts": replace(BASE, mode="corpus", starts=8),
 }
 KEYS = ("tokens_per_expert_min", "effective", "sigma_token_fraction", "nll_mean", "degenerate_share", "seconds")
 

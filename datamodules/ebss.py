@@ -29,8 +29,8 @@ class EBSSDataModule(CalibrationDataModule):
         branches: Branches per sequence that the search keeps (w of the paper).
         tau: Divides the expert imbalance in the cost of a branch; a large tau is little balance.
         prefix_length: Tokens that are grown before a sequence branches.
-        mode: stochastic draws the text; paper always takes the most likely tokens, and a small model then loops; corpus
-            draws it and steers the set as a whole toward experts that are still short.
+        mode: corpus draws the text and steers the set as a whole toward experts that are still short; stochastic
+            balances each sequence for itself; paper always takes the most likely tokens, and a small model then loops.
         temperature: Of the drawing.
         balance: False leaves the expert imbalance out of the cost.
         seed: Of first tokens and draws.
@@ -43,7 +43,7 @@ class EBSSDataModule(CalibrationDataModule):
         sigma_units: Usage in sigma is the fraction of tokens (token_fraction) or of routed slots (slot_share).
         sigma_scope: Sigma of the branch (sequence) or of all sequences with it (corpus).
         prefix: First tokens of paper mode: greedy or sampled.
-        starts: Beginnings per sequence that corpus mode chooses from.
+        starts: Beginnings per sequence that corpus mode chooses from; more find rarer domains, at little cost.
         segment: Tokens after which branches compete in corpus mode.
         min_tokens_per_expert: Corpus mode stops once every expert has that many effective tokens, after num_sequences
             at the latest; 0 writes them all.
@@ -56,7 +56,7 @@ class EBSSDataModule(CalibrationDataModule):
         branches: int = 4,
         tau: float = 1.2,
         prefix_length: int = 4,
-        mode: Mode = "stochastic",
+        mode: Mode = "corpus",
         temperature: float = 1.0,
         balance: bool = True,
         seed: int = 0,
@@ -69,7 +69,7 @@ class EBSSDataModule(CalibrationDataModule):
         sigma_units: Units = "token_fraction",
         sigma_scope: Scope = "sequence",
         prefix: Prefix = "greedy",
-        starts: int = 8,
+        starts: int = 32,
         segment: int = 8,
         min_tokens_per_expert: float = 0.0,
     ) -> None:
@@ -146,7 +146,7 @@ class EBSSDataModule(CalibrationDataModule):
 
     def _report(self, path: Path) -> None:
         """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
-        from moeq.calibration.columns import decision_columns, scalars
+        from moeq.calibration.columns import decision_columns, decision_steps, scalars
         from moeq.calibration.next_token import score_sequences
         from moeq.calibration.store import load_sampled
         from moeq.run import write_json
@@ -157,7 +157,7 @@ class EBSSDataModule(CalibrationDataModule):
         report: dict[str, Any] = {
             "ids": path.name,
             "settings": asdict(self.spec),
-            "decisions": decision_columns(sampled.decisions_N3, sampled.redrawn_N),
+            "decisions": decision_columns(sampled.decisions_NS3, sampled.redrawn_N),
             "sampled": self._columns(sampled.ids_NT, sampled.counts_NLE, sampled.nll_N),
         }
         if self.compare_text is not None:
@@ -171,6 +171,8 @@ class EBSSDataModule(CalibrationDataModule):
         if self.trainer.logger is not None:
             for name in ("decisions", "sampled", "text"):
                 self.trainer.logger.log_metrics(scalars(report.get(name, {}), f"ebss_{name}"))
+            for step, columns in enumerate(decision_steps(sampled.decisions_NS3)):
+                self.trainer.logger.log_metrics(scalars(columns, "ebss_steps"), step=step)
 
     def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
         from moeq.calibration.columns import set_columns

@@ -1,10 +1,12 @@
-"""A callback that ends the process as a power cut would."""
+"""Callbacks that end the process as a power cut would."""
 
 import os
 import signal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moeq.calibration import parts
 from moeq.module import MoEQuantModule
 
 
@@ -20,3 +22,23 @@ class KillAtBlock(Callback):
         assert isinstance(pl_module, MoEQuantModule)
         if pl_module.current_pass.block == self.block:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWhileSampling(Callback):
+    """SIGKILL when some parts of the calibration set are written."""
+
+    affects_weights = False
+
+    def __init__(self, num_parts: int) -> None:
+        self.num_parts = num_parts
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write, written = parts.save_part, []
+
+        def save_part(*args: Any) -> None:
+            write(*args)
+            written.append(args)
+            if len(written) == self.num_parts:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        parts.save_part = save_part

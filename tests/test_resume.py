@@ -1,5 +1,6 @@
 """A run that is killed continues, and two ranks give the codes of one; each in processes of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from main import main
+from moeq.calibration.store import load_sampled
 from moeq.export.checkpoint import read_quantized
 from tests.test_main import QUIET, fit, small_data
 from tests.tiny import save_tiny
@@ -35,10 +37,10 @@ def run(args: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def killing_config(folder: Path, block: int) -> Path:
+def killing_config(folder: Path, killer: str = "KillAtBlock", **options: int) -> Path:
     """The configuration with a killer added to its callbacks."""
     config = yaml.safe_load(CONFIG.read_text())
-    config["trainer"]["callbacks"].append({"class_path": "tests.killer.KillAtBlock", "init_args": {"block": block}})
+    config["trainer"]["callbacks"].append({"class_path": f"tests.killer.{killer}", "init_args": options})
     path = folder / "killing.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -59,6 +61,37 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(model: Path, tmp_pa
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     whole, killed_errors = ((tmp_path / name / "errors.csv").read_text() for name in ("whole", "killed"))
     assert whole == killed_errors
+
+
+SAMPLING = ["--data.mode=corpus", "--data.sequences_at_once=2", "--data.num_sequences=6"]
+
+
+def sampled_ids(folder: Path) -> torch.Tensor:
+    (path,) = (folder / "calibration").glob("ebss-*.safetensors")
+    return load_sampled(path).ids_NT
+
+
+def test_a_run_killed_while_it_samples_continues_and_ends_with_the_same_ids(model: Path, tmp_path: Path) -> None:
+    fit(CONFIG, model, tmp_path / "whole", *SAMPLING)
+    killing = killing_config(tmp_path, "KillWhileSampling", num_parts=2)
+    killed = run([*arguments(killing, model, tmp_path / "killed"), *SAMPLING])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    calibration = tmp_path / "killed/calibration"
+    assert len(list(calibration.glob("*.parts/*.safetensors"))) == 2
+    assert not list(calibration.glob("*.safetensors"))
+    fit(CONFIG, model, tmp_path / "killed", *SAMPLING)
+    assert torch.equal(sampled_ids(tmp_path / "whole"), sampled_ids(tmp_path / "killed"))
+    exports = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert exports[0] == exports[1]
+
+
+def test_two_ranks_sample_a_share_each_and_calibrate_on_the_whole_set(model: Path, tmp_path: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1", *SAMPLING]
+    done = run([*arguments(CONFIG, model, tmp_path), *two])
+    assert done.returncode == 0, done.stderr
+    assert sampled_ids(tmp_path).shape == (6, 24)
+    (usage, *_) = json.loads((tmp_path / "expert_usage.json").read_text()).values()
+    assert sum(usage) == 6 * 24 * 2  # every sequence once, two experts per token
 
 
 def test_a_run_killed_before_its_export_only_exports(model: Path, tmp_path: Path) -> None:

@@ -42,15 +42,22 @@ def distinct_ngrams(ids_NT: Tensor, n: int) -> float:
     return len(torch.unique(ngrams_Xn, dim=0)) / len(ngrams_Xn)
 
 
-def decision_columns(decisions_N3: Tensor, redrawn_N: Tensor) -> dict[str, float]:
-    """What the balance term decided while the set was written, and how many sequences were drawn again."""
-    balance, likelihood, changed = decisions_N3.double().mean(0).tolist()
-    return {
-        "balance_term_range": balance,
-        "likelihood_term_range": likelihood,
-        "steps_changed_by_balance": changed,
-        "redrawn_sequences": float(redrawn_N.sum()),
-    }
+DECISIONS = ("balance_term_range", "likelihood_term_range", "steps_changed_by_balance")
+
+
+def decision_columns(decisions_NS3: Tensor, redrawn_N: Tensor) -> dict[str, float]:
+    """What the balance term decided while the set was written, and how many sequences were drawn again.
+
+    Means over sequences and steps; 0 where no branches competed.
+    """
+    steps = decision_steps(decisions_NS3)
+    means = {name: sum(step[name] for step in steps) / max(len(steps), 1) for name in DECISIONS}
+    return {**means, "redrawn_sequences": float(redrawn_N.sum())}
+
+
+def decision_steps(decisions_NS3: Tensor) -> list[dict[str, float]]:
+    """The same three columns of every step, means over sequences."""
+    return [dict(zip(DECISIONS, step_3, strict=True)) for step_3 in decisions_NS3.double().mean(0).tolist()]
 
 
 def scalars(columns: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -6,7 +6,8 @@ running ones by the mean of their branches; ``moeq.calibration.shortage`` has th
 
 1. Beginnings.  ``starts`` times as many beginnings of ``prefix_length`` tokens as sequences are drawn, from distinct
    first tokens; those are picked, one after the other, that complete the use of experts best.  This is what finds a
-   rare domain: an expert that only it wakes is short, so the few beginnings that enter it are worth most.
+   rare domain: an expert that only it wakes is short, so the few beginnings that enter it are worth most, and are
+   picked several times, each time to be continued by other draws.
 2. Segments.  A picked beginning is continued by w branches, each an ordinary sample (temperature, top-p).  After every
    ``segment`` tokens the branches of a sequence compete: w of them are drawn, with replacement, with probabilities
 
@@ -49,9 +50,13 @@ def search_corpus(
         first_tokens_M: int64, at least N, on the device of the model; one beginning is written from each.
         generator: On the CPU.
         finished_LE: Tokens that each expert has in the finished ones; broadcast, so a zero will do.
+
+    Raises:
+        ValueError: More branches than tokens in the vocabulary.
     """
     rows = _begin(next_token, spec, num_sequences, first_tokens_M, generator, finished_LE)
-    decisions_N3 = torch.zeros(num_sequences, 3, device=first_tokens_M.device)
+    spec.check_vocabulary(rows.next_log_prob_RV.shape[-1])
+    decisions = []
     parent_R = torch.arange(num_sequences, device=first_tokens_M.device).repeat_interleave(spec.branches)
     starts = range(spec.prefix_length, spec.length, spec.segment)
     for length in starts:
@@ -60,8 +65,8 @@ def search_corpus(
             rows = _draw(next_token, spec, rows, parent_R, generator)
             parent_R = torch.arange(len(rows.ids_RT), device=parent_R.device)
         parent_R, decision_N3 = _compete(spec, before, rows, generator, finished_LE)
-        decisions_N3 += decision_N3 / len(starts)
-    return _best(spec, rows, decisions_N3, finished_LE)
+        decisions.append(decision_N3)
+    return _best(spec, rows, torch.stack(decisions, 1), finished_LE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _begin(
 def _compete(
     spec: EBSSSpec, before: _Rows, after: _Rows, generator: torch.Generator, finished_LE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Parents of the next segment [R], and the decision of each sequence as in ``Sampled.decisions_N3``."""
+    """Parents of the next segment [R], and the decision of each sequence as in ``Sampled.decisions_NS3``."""
     branches, num_tokens = spec.branches, after.ids_RT.shape[1] - before.ids_RT.shape[1]
     uniform_N1 = torch.rand(len(after.ids_RT) // branches, 1, generator=generator, dtype=torch.float64)
     uniform_N1 = uniform_N1.to(after.ids_RT.device)
@@ -158,7 +163,7 @@ def _running(counts_RLE: Tensor, branches: int) -> Tensor:
     return counts_RLE.unflatten(0, (-1, branches)).double().mean(1).sum(0)
 
 
-def _best(spec: EBSSSpec, rows: _Rows, decisions_N3: Tensor, finished_LE: Tensor) -> Sampled:
+def _best(spec: EBSSSpec, rows: _Rows, decisions_NS3: Tensor, finished_LE: Tensor) -> Sampled:
     """The branch of each sequence that is worth most to the set; any of them, so the first, without balance."""
     branches = spec.branches
     weights_LE = weights(finished_LE + _running(rows.counts_RLE, branches))
@@ -170,6 +175,6 @@ def _best(spec: EBSSSpec, rows: _Rows, decisions_N3: Tensor, finished_LE: Tensor
         ids_NT=rows.ids_RT[best_N],
         nll_N=-rows.log_prob_R[best_N].float(),
         counts_NLE=rows.counts_RLE[best_N],
-        decisions_N3=decisions_N3,
+        decisions_NS3=decisions_NS3,
         redrawn_N=torch.zeros_like(best_N, dtype=torch.int32),
     )

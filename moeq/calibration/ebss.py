@@ -76,10 +76,7 @@ def search(
     streams = _Streams(first_tokens_N.numel(), generator)
     state = _start(next_token, first_tokens_N)
     sigma = _Sigma(spec, finished)
-    if spec.branches > state.next_log_prob_NWV.shape[-1]:
-        raise ValueError(
-            f"branches ({spec.branches}) must not exceed the vocabulary ({state.next_log_prob_NWV.shape[-1]}); choose 4"
-        )
+    spec.check_vocabulary(state.next_log_prob_NWV.shape[-1])
     for length in range(2, spec.length + 1):
         in_prefix = length <= spec.prefix_length
         if length == spec.prefix_length + 1:
@@ -99,7 +96,7 @@ class _State:
     log_prob_NW: Tensor  # R_S at temperature 1, float64
     tempered_NW: Tensor  # log-probability at the temperature, since the branches parted
     perturbed_NW: Tensor  # G, a Gumbel variable around tempered_NW
-    decisions_N3: Tensor  # sums of Sampled.decisions_N3 over the steps so far
+    decisions_NS3: Tensor  # of the steps so far, as in Sampled
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def _start(next_token: NextToken, first_tokens_N: Tensor) -> _State:
     zeros_NW = torch.zeros(first_tokens_N.numel(), 1, dtype=torch.float64, device=first_tokens_N.device)
     return _State(
         first_tokens_N[:, None, None], log_prob_NV[:, None], counts_NLE[:, None], zeros_NW, zeros_NW, zeros_NW,
-        zeros_NW.expand(-1, 3).float(),
+        zeros_NW.new_zeros(len(zeros_NW), 0, 3, dtype=torch.float32),
     )  # fmt: skip
 
 
@@ -170,9 +167,9 @@ def _extend(
         cost_NWC = likelihood_NWC + balance_NW.unsqueeze(-1)
     # In the order of their parents, not of their cost: where every branch has one child, the cache stays as it is.
     chosen_NW = cost_NWC.flatten(1).topk(keep, largest=False).indices.sort().values
-    decisions_N3 = state.decisions_N3
+    decisions_NS3 = state.decisions_NS3
     if balance_NW is not None:
-        decisions_N3 = decisions_N3 + _decision(likelihood_NWC, balance_NW, chosen_NW)
+        decisions_NS3 = torch.cat([decisions_NS3, _decision(likelihood_NWC, balance_NW, chosen_NW)], 1)
     sequence_N1 = torch.arange(num_sequences, device=chosen_NW.device).unsqueeze(1)
     parent_NW = sequence_N1 * branches + chosen_NW // keep
     token_NW = found.token_NWC.flatten(1).gather(1, chosen_NW)
@@ -185,16 +182,16 @@ def _extend(
         log_prob_NW=found.log_prob_NWC.flatten(1).gather(1, chosen_NW),
         tempered_NW=found.tempered_NWC.flatten(1).gather(1, chosen_NW),
         perturbed_NW=found.perturbed_NWC.flatten(1).gather(1, chosen_NW),
-        decisions_N3=decisions_N3,
+        decisions_NS3=decisions_NS3,
     )
 
 
 def _decision(likelihood_NWC: Tensor, balance_NW: Tensor, chosen_NW: Tensor) -> Tensor:
-    """What the balance term did in one step, the columns of ``Sampled.decisions_N3``."""
+    """What the balance term did in one step, the columns of ``Sampled.decisions_NS3``, [N, 1, 3]."""
     best = likelihood_NWC.flatten(1).topk(chosen_NW.shape[1], largest=False)
     changed_N = (best.indices.sort().values != chosen_NW).any(1)
     likelihood_N = best.values.amax(1) - best.values.amin(1)
-    return torch.stack([balance_NW.amax(1) - balance_NW.amin(1), likelihood_N, changed_N], -1).float()
+    return torch.stack([balance_NW.amax(1) - balance_NW.amin(1), likelihood_N, changed_N], -1).float().unsqueeze(1)
 
 
 def _most_likely(state: _State, num: int) -> _Candidates:
@@ -233,12 +230,10 @@ def _best(spec: EBSSSpec, state: _State, sigma: _Sigma) -> Sampled:
         cost_NW = cost_NW + sigma(state.counts_NWLE, length) / spec.tau
     best_N = cost_NW.argmin(-1)
     sequence_N = torch.arange(best_N.numel(), device=best_N.device)
-    # Branches compete from the second step after the prefix on.
-    num_steps = max(1, spec.length - spec.prefix_length - 1)
     return Sampled(
         ids_NT=state.ids_NWT[sequence_N, best_N],
         nll_N=-state.log_prob_NW[sequence_N, best_N].float(),
         counts_NLE=state.counts_NWLE[sequence_N, best_N],
-        decisions_N3=state.decisions_N3 / num_steps,
+        decisions_NS3=state.decisions_NS3,
         redrawn_N=torch.zeros_like(best_N, dtype=torch.int32),
     )

@@ -148,7 +148,8 @@ def _write_corpus(
     for attempt in range(REDRAWS + 1):
         name = digest([sampler.spec.seed, index, sampler.rank, sampler.world_size, attempt])
         generator = torch.Generator().manual_seed(int(name, 16) % 2**63)
-        pool = max(len(again), min(len(again) * sampler.spec.starts, sampler.candidates_V.numel()))
+        starts = sampler.spec.starts if sampler.spec.balance else 1
+        pool = max(len(again), min(len(again) * starts, sampler.candidates_V.numel()))
         first_M = draw_first_tokens(sampler.candidates_V, pool, generator).to(device)
         finished_LE = torch.zeros((), dtype=torch.int64, device=device) if usage is None else usage.counts_LE
         if part is not None:

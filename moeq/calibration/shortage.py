@@ -42,7 +42,9 @@ def worth(counts_NLE: Tensor, weights_LE: Tensor) -> Tensor:
 def pick(counts_MLE: Tensor, num: int, finished_LE: Tensor, scale: float) -> Tensor:
     """Candidates whose use of experts completes a set best, one after the other, int64 [num] in increasing order.
 
-    Each pick maximises sum log(n + s) of what is there with it, s held at that of the expected whole.
+    Each pick maximises sum log(n + s) of what is there with it, s held at that of the expected whole.  A candidate may
+    be picked again: what goes on from it is drawn anew, and where experts are short because hardly any candidate wakes
+    them, those few are needed more than once.
 
     Args:
         counts_MLE: Tokens of each candidate that chose each expert.
@@ -53,12 +55,9 @@ def pick(counts_MLE: Tensor, num: int, finished_LE: Tensor, scale: float) -> Ten
     gain_MLE = counts_MLE.double() * scale
     total_LE = finished_LE.double().expand(counts_MLE.shape[1:])
     smoothing_L1 = smoothing(total_LE + num * gain_MLE.mean(0))
-    free_M = torch.ones(len(counts_MLE), dtype=torch.bool, device=counts_MLE.device)
     picked = []
     for _ in range(num):
-        use_M = (total_LE + gain_MLE + smoothing_L1).log().sum((-1, -2)).masked_fill(~free_M, -torch.inf)
-        best = use_M.argmax()
-        free_M[best] = False
+        best = (total_LE + gain_MLE + smoothing_L1).log().sum((-1, -2)).argmax()
         total_LE = total_LE + gain_MLE[best]
         picked.append(best)
     return torch.stack(picked).sort().values

@@ -64,7 +64,7 @@ class EBSSSpec:
     branches: int = 4
     tau: float = 1.2
     prefix_length: int = 4
-    mode: Mode = "stochastic"
+    mode: Mode = "corpus"
     temperature: float = 1.0
     balance: bool = True
     seed: int = 0
@@ -72,12 +72,18 @@ class EBSSSpec:
     sigma_units: Units = "token_fraction"
     sigma_scope: Scope = "sequence"
     prefix: Prefix = "greedy"
-    starts: int = 8
+    starts: int = 32
     segment: int = 8
     min_tokens_per_expert: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, usual in {"num_sequences": 128, "branches": 4, "prefix_length": 4, "starts": 8, "segment": 8}.items():
+        for name, usual in {
+            "num_sequences": 128,
+            "branches": 4,
+            "prefix_length": 4,
+            "starts": 32,
+            "segment": 8,
+        }.items():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; the usual value is {usual}")
         if self.length <= self.prefix_length:
@@ -108,6 +114,11 @@ class EBSSSpec:
         if self.min_tokens_per_expert < 0:
             raise ValueError(f"min_tokens_per_expert ({self.min_tokens_per_expert}) must be at least 0; 0 turns it off")
 
+    def check_vocabulary(self, num_tokens: int) -> None:
+        """Raise ValueError where there are more branches than tokens that could tell them apart."""
+        if self.branches > num_tokens:
+            raise ValueError(f"branches ({self.branches}) must not exceed the vocabulary ({num_tokens}); choose 4")
+
     @property
     def sequential(self) -> bool:
         """True where a chunk of sequences depends on those finished before it."""
@@ -130,14 +141,14 @@ class Sampled:
         ids_NT: int64 token ids.
         nll_N: float32 nats under the model at temperature 1, summed over all tokens but the first.
         counts_NLE: int32 tokens of each sequence that chose each expert; its last token counts too.
-        decisions_N3: float32, means over the steps in which branches compete: range over the branches of the balance
-            term (sigma / tau), range over the best candidates of the likelihood term (nats per token), share of steps
-            in which the balance term changed what was kept.  Zero where there is no balance term.
+        decisions_NS3: float32, for each of the S steps (corpus mode: segments) in which branches compete: range over
+            the branches of the balance term (sigma / tau), range over the best candidates of the likelihood term (nats
+            per token), 1 where the balance term changed what was kept.  Without that term S is 0, or it is zeros.
         redrawn_N: int32 degenerate sequences that were drawn in its place before it.
     """
 
     ids_NT: Tensor
     nll_N: Tensor
     counts_NLE: Tensor
-    decisions_N3: Tensor
+    decisions_NS3: Tensor
     redrawn_N: Tensor

@@ -20,7 +20,7 @@ from moeq.calibration.spec import EBSSSpec, Sampled
 from moeq.models.digest import model_digest
 from moeq.run import digest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_once: int, world_size: int) -> str:

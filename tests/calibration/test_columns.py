@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moeq.calibration.columns import decision_columns, distinct_ngrams, scalars, set_columns
+from moeq.calibration.columns import decision_columns, decision_steps, distinct_ngrams, scalars, set_columns
 from moeq.calibration.effective import Evidence, measure_evidence
 from moeq.calibration.next_token import score_sequences
 from moeq.models.adapter import is_experts_module
@@ -62,7 +62,12 @@ def test_an_expert_without_tokens_has_no_effective_samples() -> None:
 
 
 def test_decisions_are_means_and_redrawn_sequences_a_sum() -> None:
-    columns = decision_columns(torch.tensor([[0.2, 1.0, 0.5], [0.4, 3.0, 0.0]]), torch.tensor([2, 1]))
+    decisions_NS3 = torch.tensor([[[0.1, 2.0, 1.0], [0.3, 0.0, 0.0]], [[0.4, 3.0, 0.0], [0.4, 3.0, 0.0]]])
+    columns = decision_columns(decisions_NS3, torch.tensor([2, 1]))
     assert columns["balance_term_range"] == pytest.approx(0.3)
     assert columns["likelihood_term_range"] == pytest.approx(2.0)
     assert (columns["steps_changed_by_balance"], columns["redrawn_sequences"]) == (0.25, 3.0)
+    steps = decision_steps(decisions_NS3)
+    assert [step["likelihood_term_range"] for step in steps] == [2.5, 1.5]
+    assert [step["steps_changed_by_balance"] for step in steps] == [0.5, 0.0]
+    assert decision_columns(decisions_NS3[:, :0], torch.tensor([0, 0]))["balance_term_range"] == 0

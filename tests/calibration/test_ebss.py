@@ -75,7 +75,14 @@ def exact_distribution(table: TableNextToken, first: int, length: int, temperatu
 def test_without_balance_stochastic_mode_samples_exactly(branches: int, prefix_length: int, temperature: float) -> None:
     """Chi-square of 4000 sequences of 4 tokens over all 27 continuations: 26 degrees of freedom."""
     table = TableNextToken(3, seeded(5))
-    spec = EBSSSpec(length=4, branches=branches, prefix_length=prefix_length, temperature=temperature, balance=False)
+    spec = EBSSSpec(
+        length=4,
+        branches=branches,
+        prefix_length=prefix_length,
+        temperature=temperature,
+        balance=False,
+        mode="stochastic",
+    )
     num = 4000
     sampled = search(table, spec, torch.ones(num, dtype=torch.int64), seeded(2))
     observed = dict.fromkeys(itertools.product((1,), range(3), range(3), range(3)), 0)
@@ -98,7 +105,7 @@ def test_balance_lowers_imbalance_on_average(mode: str) -> None:
 
 
 def test_sequences_do_not_depend_on_their_batch() -> None:
-    spec = EBSSSpec(length=12, branches=3)
+    spec = EBSSSpec(length=12, branches=3, mode="stochastic")
     first = torch.arange(8)
     whole = search(TableNextToken(8, seeded(6)), spec, first, seeded(9))
     generator = seeded(9)
@@ -107,7 +114,7 @@ def test_sequences_do_not_depend_on_their_batch() -> None:
 
 
 def test_the_seed_decides_the_draws() -> None:
-    spec = EBSSSpec(length=12, branches=2)
+    spec = EBSSSpec(length=12, branches=2, mode="stochastic")
 
     def run(seed: int) -> Sampled:
         return search(TableNextToken(8, seeded(6)), spec, torch.arange(8), seeded(seed))
@@ -158,4 +165,6 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
 
 def test_more_branches_than_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match=r"branches \(8\) must not exceed the vocabulary \(7\)"):
-        search(TableNextToken(7, seeded()), EBSSSpec(length=6, branches=8), torch.arange(2), seeded())
+        search(
+            TableNextToken(7, seeded()), EBSSSpec(length=6, branches=8, mode="stochastic"), torch.arange(2), seeded()
+        )

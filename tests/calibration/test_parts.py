@@ -11,7 +11,14 @@ from moeq.calibration.spec import EBSSSpec, Sampled
 from tests.calibration.tables import TableNextToken
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {"num_sequences": 20, "length": 12, "branches": 2, "tau": 0.3, "starts": 2}
+SMALL: dict[str, Any] = {
+    "mode": "stochastic",
+    "num_sequences": 20,
+    "length": 12,
+    "branches": 2,
+    "tau": 0.3,
+    "starts": 2,
+}
 
 
 class Dying(TableNextToken):
@@ -108,7 +115,9 @@ def test_a_set_of_loops_only_ends_after_the_last_redraw(tmp_path: Path) -> None:
 
 
 def test_ranks_divide_every_chunk_completely(tmp_path: Path) -> None:
-    ranks = Sampler(EBSSSpec(num_sequences=20), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3)
+    ranks = Sampler(
+        EBSSSpec(num_sequences=20, mode="stochastic"), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3
+    )
     shares = [list(share) for chunk in ranks.chunks() for share in ranks.shares(chunk)]
     assert [i for share in shares for i in share] == list(range(20))
     assert [len(share) for share in shares] == [2, 3, 3, 2, 3, 3, 1, 1, 2]
@@ -126,3 +135,10 @@ def test_more_sequences_than_first_tokens_are_refused(tmp_path: Path) -> None:
     for mode in ("stochastic", "corpus"):
         with pytest.raises(ValueError, match=r"num_sequences \(41\) must not exceed the 40 tokens"):
             sample_set(sampler(tmp_path, 64, mode=mode, num_sequences=41), table(), CPU)
+
+
+@pytest.mark.parametrize("mode", ["paper", "stochastic", "corpus"])
+def test_the_first_chunks_of_a_set_are_the_set_that_fewer_sequences_make(tmp_path: Path, mode: str) -> None:
+    large = sample_set(sampler(tmp_path / "large", mode=mode, num_sequences=20), table(), CPU)
+    small = sample_set(sampler(tmp_path / "small", mode=mode, num_sequences=16), table(), CPU)
+    assert torch.equal(large.ids_NT[:16], small.ids_NT)

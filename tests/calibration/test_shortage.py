@@ -21,7 +21,7 @@ def reference_pick(counts_MLE: Tensor, num: int, finished_LE: Tensor, scale: flo
                 for expert, n in enumerate(row)
             )
 
-        best = max((m for m in range(len(counts_MLE)) if m not in picked), key=use)
+        best = max(range(len(counts_MLE)), key=use)
         picked.append(best)
         total = (torch.tensor(total) + scale * counts_MLE[best]).tolist()
     return sorted(picked)
@@ -38,6 +38,12 @@ def test_picks_are_those_of_a_greedy_search_in_loops(generator: torch.Generator)
 def test_a_candidate_that_wakes_a_starved_expert_is_picked_first() -> None:
     counts_MLE = torch.tensor([[[4, 0, 0]], [[0, 4, 0]], [[3, 0, 1]]])
     assert pick(counts_MLE, 1, torch.tensor([[50, 50, 0]]), 1.0).tolist() == [2]
+
+
+def test_the_only_candidate_that_wakes_a_starved_expert_is_picked_again_until_others_are_shorter() -> None:
+    counts_MLE = torch.tensor([[[8, 0]], [[8, 0]], [[0, 2]]])
+    picked = pick(counts_MLE, 6, torch.tensor([[8, 0]]), 1.0).tolist()
+    assert picked == [0, 0, 0, 2, 2, 2]
 
 
 def test_even_use_weighs_one_and_a_starved_expert_at_most_seventeen() -> None:

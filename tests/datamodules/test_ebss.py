@@ -18,7 +18,7 @@ from moeq.calibration.store import load_sampled
 from tests.datamodules.stub import StubTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
-SMALL = {"num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
+SMALL = {"mode": "stochastic", "num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def ids_file(run_dir: Path) -> Path:
     return path
 
 
-def test_defaults_are_those_of_the_paper_with_the_stochastic_mode() -> None:
+def test_defaults_are_those_of_the_paper_with_the_corpus_mode() -> None:
     spec = EBSSDataModule().spec
-    assert (spec.num_sequences, spec.length, spec.branches, spec.tau, spec.mode) == (128, 512, 4, 1.2, "stochastic")
+    assert (spec.num_sequences, spec.length, spec.branches, spec.tau, spec.mode) == (128, 512, 4, 1.2, "corpus")
 
 
 def test_first_tokens_are_distinct_and_never_special(tmp_path: Path, model: nn.Module) -> None:
@@ -223,14 +223,18 @@ def test_corpus_mode_survives_a_kill_and_reports_and_logs(
     assert len(list((tmp_path / "killed").rglob("*.parts/*.safetensors"))) == 1
     logged: list[dict[str, float]] = []
     datamodule = attached(tmp_path / "killed", model, mode="corpus")
-    datamodule.trainer.logger = SimpleNamespace(log_metrics=logged.append)
+    datamodule.trainer.logger = SimpleNamespace(log_metrics=lambda metrics, step=None: logged.append(metrics))
     assert torch.equal(datamodule.calibration_ids(), expected)
     assert len(calls) == 3
     report = json.loads((tmp_path / "killed" / "calibration" / "report.json").read_text())
     assert report["decisions"]["redrawn_sequences"] == 0.0
     assert len(report["sampled"]["effective_samples_per_expert"]) == 2
     names = set().union(*logged)
-    assert {"ebss_sampled/sigma_slot_share", "ebss_decisions/steps_changed_by_balance"} < names
+    assert {
+        "ebss_sampled/sigma_slot_share",
+        "ebss_decisions/steps_changed_by_balance",
+        "ebss_steps/balance_term_range",
+    } < names
 
 
 def test_a_cache_folder_with_other_files_is_refused(tmp_path: Path, model: nn.Module) -> None:
