@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from datamodules.evaluation import EvaluationSpec
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice, plan_cost
 from moeq.calibration.survey import survey_model
-from moeq.calibration.survey_spec import SurveySpec
+from moeq.calibration.survey_spec import MEASURED, SurveySpec
 from moeq.documents import read_documents
 from moeq.module import MoEQuantModule
 from moeq.quant.spec import GridSpec
@@ -84,10 +84,14 @@ class Bench:
         path = self.folder / f"survey-{seed}.json"
         if not path.is_file():
             spec = SurveySpec(
-                costs=(*COSTS, "pmq"), scores=SCORES, choices=tuple(Choice(bits, GROUP) for bits in WIDTHS), grid=GRID,
-                num_gradient_batches=4, predictor=True, seed=seed,
+                costs=tuple(cost for cost in COSTS if cost not in MEASURED), scores=SCORES, grid=GRID, seed=seed,
+                choices=tuple(Choice(bits, GROUP) for bits in WIDTHS), num_gradient_batches=4, predictor=True,
             )  # fmt: skip
-            write_json(path, survey_model(self.yardstick.model, self.ids(seed).split(8), spec).to_json())
+            # Every weight is rounded alone at every width there: one batch of 2,048 tokens takes as long as all else.
+            measured = replace(spec, costs=tuple(MEASURED), scores=(), num_gradient_batches=1, predictor=False)
+            batches = self.ids(seed).split(8)
+            first, second = (survey_model(self.yardstick.model, batches, each) for each in (spec, measured))
+            write_json(path, replace(first, costs={**first.costs, **second.costs}).to_json())
         return read_evidence(path)
 
     def measure(self, row: str, budget: float, seed: int) -> dict[str, Any] | None:
