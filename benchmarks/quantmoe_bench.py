@@ -28,9 +28,8 @@ from measure import exact_match
 from origin import origin
 from quantmoe_report import write_report
 from quantmoe_rows import COSTS, SCORES, WIDTHS, Plan, Setting, bits_by_structure, make_plan, rows
-from trial import Yardstick, fit
+from trial import CachedGridGPTQ, Yardstick, fit
 
-from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from datamodules.evaluation import EvaluationSpec
 from moeq.allocation.evidence import Evidence, read_evidence
@@ -99,7 +98,7 @@ class Bench:
         plan = make_plan(row, budget, Setting(self.weights, self.evidence(seed), GRID, seed))
         if plan is None:
             return None
-        steps = [GivenPlan(plan), HessianCalibration(), GPTQ()]
+        steps = [GivenPlan(plan), HessianCalibration(), CachedGridGPTQ()]
         module = fit(self.ids(seed), steps, name=self.model, bits=2, group_size=GROUP, affinity_power=1.0)
         domains = {domain: asdict(found) for domain, found in self.yardstick.measure(module.model).items()}
         return {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -30,13 +30,43 @@ from moeq.documents import read_documents, token_stream
 from moeq.models.adapter import Adapter, Site
 from moeq.models.loading import load_model, load_tokenizer
 from moeq.module import MoEQuantModule
+from moeq.quant.gptq import gptq_solve
+from moeq.quant.grid import QParams, choose_qparams
 from moeq.quant.hessian import accumulate, empty_state, mean_hessian
+from moeq.quant.solution import Solution
+from moeq.quant.spec import GridSpec
+from moeq.solve import Unit
 from moeq.tasks.divergence import kl_sum_and_agreement
 from moeq.tasks.perplexity import nll_sum_and_count
 from moeq.tasks.routing import count_same_routing, record_routing
 from moeq.tasks.text import spread_windows
 
 BATCH = 8
+
+
+class CachedGridGPTQ(GPTQ):
+    """GPTQ that searches the clipping ranges of a weight once per width: they depend on the original weight alone."""
+
+    affects_weights = False
+    _cache: ClassVar[dict[tuple[str, str, GridSpec], QParams]] = {}
+
+    def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
+        scales, zero_points = [], []
+        model, dtype = str(module.hparams["name"]), module.model.dtype
+        for position, expert in enumerate(unit.experts):
+            start, rows = 0, []
+            for leaf in unit.leaves:
+                stop = start + unit.site.rows[leaf]
+                key = model, unit.site.weight_name(expert, unit.site.leaves[leaf]), unit.grid
+                if key not in self._cache:
+                    one_EOI = weight_EOI[position : position + 1, start:stop]
+                    self._cache[key] = choose_qparams(one_EOI, unit.grid, dtype)
+                rows.append(self._cache[key])
+                start = stop
+            scales.append(torch.cat([part.scale_EOG for part in rows], 1))
+            zero_points.append(torch.cat([part.zero_point_EOG for part in rows if part.zero_point_EOG is not None], 1))
+        known = QParams(torch.cat(scales), torch.cat(zero_points))
+        return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, dtype, qparams=known)
 
 
 class GivenIds(CalibrationDataModule):

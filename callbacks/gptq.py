@@ -43,7 +43,10 @@ class GPTQ(Callback):
             hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
 
         def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
-            hessian_EII = hessians[unit.site.name][list(unit.experts)]
-            return gptq_solve(weight_EOI, hessian_EII, unit.grid, pl_module.solve_spec, pl_module.model.dtype)
+            return self.solve(pl_module, unit, weight_EOI, hessians[unit.site.name][list(unit.experts)])
 
         quantize_sites(pl_module.adapter, run, current.sites, solver)
+
+    def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
+        """Solve one stack of weights on its Hessians: what a variant of GPTQ overrides."""
+        return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, module.model.dtype)

@@ -48,6 +48,7 @@ def gptq_solve(
     solve: SolveSpec,
     scale_dtype: torch.dtype,
     energy_E: Tensor | None = None,
+    qparams: QParams | None = None,
 ) -> Solution:
     """Quantize a stack of experts; the result does not depend on which experts are stacked (bit for bit on a CPU).
 
@@ -59,9 +60,12 @@ def gptq_solve(
         scale_dtype: Storage dtype of the scales.
         energy_E: ``output_energy`` of each expert where it is known already, as when one weight is solved at several
             widths; else those of large weights are computed in bfloat16, right to about four digits.
+        qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
+            solved on several Hessians.  Groups that are chosen on the way (without act-order) have none beforehand.
 
     Raises:
-        ValueError: The group size does not divide the in features, or the shapes of weight and Hessian disagree.
+        ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
+            parameters are given for groups that are chosen on the way.
     """
     num_experts, out_features, in_features = weight_EOI.shape
     if hessian_EII.shape != (num_experts, in_features, in_features):
@@ -69,6 +73,8 @@ def gptq_solve(
             f"the Hessian's shape {tuple(hessian_EII.shape)} must be {(num_experts, in_features, in_features)} for "
             f"weights of shape {tuple(weight_EOI.shape)}; pass the Hessian of this weight's own input"
         )
+    if qparams is not None and grid.group_size is not None and not solve.act_order:
+        raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
     size = 1
     if weight_EOI.device.type != "cpu":
         size = max(1, GPU_WORKSPACE_BYTES // (4 * in_features * (3 * in_features + 6 * out_features)))
@@ -78,12 +84,12 @@ def gptq_solve(
         pairs = zip(weight_EOI.float(), hessian_EII.float(), strict=True)
         energies = [output_energy(*pair, torch.bfloat16 if large else torch.float32) for pair in pairs]
         energy_E = torch.stack(energies)
-    parts = [
-        _solve_together(weight, hessian, energy, grid, solve, scale_dtype)
-        for weight, hessian, energy in zip(
-            weight_EOI.split(size), hessian_EII.split(size), energy_E.split(size), strict=True
-        )
-    ]
+    parts = []
+    for start in range(0, num_experts, size):
+        part = slice(start, start + size)
+        known = None if qparams is None else qparams.experts(part)
+        stacks = weight_EOI[part], hessian_EII[part], energy_E[part]
+        parts.append(_solve_together(*stacks, grid, solve, scale_dtype, known))
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point_EOG for part in parts if part.zero_point_EOG is not None]
@@ -123,6 +129,7 @@ def _solve_together(
     grid: GridSpec,
     solve: SolveSpec,
     scale_dtype: torch.dtype,
+    qparams: QParams | None,
 ) -> Solution:
     """Solve some experts in one sweep."""
     factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
@@ -131,7 +138,7 @@ def _solve_together(
         visited = [weight_OI.index_select(1, f.order_I) for weight_OI, f in zip(visited, factors, strict=True)]
     weight_IO = _stack([weight_OI.mT.contiguous() for weight_OI in visited])
     if grid.group_size is None or solve.act_order:
-        qparams = choose_qparams(weight_EOI, grid, scale_dtype)
+        qparams = choose_qparams(weight_EOI, grid, scale_dtype) if qparams is None else qparams
         columns = _static_columns(qparams, factors, grid)
         codes_EOI, error_E = _sweep(weight_IO, factors, columns, solve.column_block)
     else:
@@ -141,7 +148,7 @@ def _solve_together(
         qparams = _moved_qparams(columns, grid.group_size)
     for expert_idx, factor in enumerate(factors):
         if factor.failed:  # its residuals were not weighed by the Hessian
-            one = qparams.expert(expert_idx)
+            one = qparams.experts(slice(expert_idx, expert_idx + 1))
             codes_1OI = codes_EOI[expert_idx : expert_idx + 1]
             rounded_1OI = dequantize(codes_1OI, one.scale_EOG, one.zero_point_EOG, grid.bits)
             delta_OI = weight_EOI[expert_idx].float() - rounded_1OI[0]

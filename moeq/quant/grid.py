@@ -39,10 +39,9 @@ class QParams:
     scale_EOG: Tensor
     zero_point_EOG: Tensor | None
 
-    def expert(self, expert_idx: int) -> "QParams":
-        """One expert's parameters, still as a stack (of one)."""
-        one = slice(expert_idx, expert_idx + 1)
-        return QParams(self.scale_EOG[one], None if self.zero_point_EOG is None else self.zero_point_EOG[one])
+    def experts(self, part: slice) -> "QParams":
+        """Parameters of some experts, still as a stack."""
+        return QParams(self.scale_EOG[part], None if self.zero_point_EOG is None else self.zero_point_EOG[part])
 
 
 def choose_qparams(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> QParams:

@@ -32,7 +32,7 @@ def round_to_nearest(
     error_E = torch.zeros(len(weight_EOI), dtype=torch.float64, device=weight_EOI.device)
     energy_E = torch.zeros_like(error_E)
     for expert_idx, weight_OI in enumerate(weight_EOI):
-        expert = qparams.expert(expert_idx)
+        expert = qparams.experts(slice(expert_idx, expert_idx + 1))
         weight_1OI = weight_OI.float().unsqueeze(0)
         codes_1OI = quantize(weight_1OI, expert, grid)
         codes_EOI[expert_idx] = codes_1OI[0]

@@ -245,3 +245,16 @@ def test_shapes_and_groups_that_do_not_fit_are_refused() -> None:
     for solve in SOLVES:
         with pytest.raises(ValueError, match=r"group_size \(20\) must divide in_features \(96\)"):
             gptq_solve(weight_EOI, hessian_EII, GridSpec(4, 20), solve, torch.bfloat16)
+
+
+def test_known_parameters_give_the_same_solution(generator: torch.Generator) -> None:
+    weight_EOI = torch.randn(2, 6, 32, generator=generator)
+    x_ETI = torch.randn(2, 90, 32, generator=generator)
+    hessian_EII, grid, solve = x_ETI.mT @ x_ETI, GridSpec(bits=3, group_size=8), SolveSpec(act_order=True)
+    known = choose_qparams(weight_EOI, grid, torch.float32)
+    first = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.float32)
+    again = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.float32, qparams=known)
+    assert torch.equal(first.codes_EOI, again.codes_EOI)
+    assert torch.equal(first.scale_EOG, again.scale_EOG)
+    with pytest.raises(ValueError, match="qparams are given, but groups without act-order are chosen on the way"):
+        gptq_solve(weight_EOI, hessian_EII, grid, SolveSpec(act_order=False), torch.float32, qparams=known)
