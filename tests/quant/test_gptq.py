@@ -110,7 +110,7 @@ def test_experts_together_equal_experts_one_by_one(grid: GridSpec, solve: SolveS
 def test_the_batched_sweep_of_a_gpu_gives_the_same_solution(grid: GridSpec, solve: SolveSpec) -> None:
     weight_EOI, hessian_EII = problem(2, experts=3)
     energy_E = torch.ones(3, dtype=torch.float64)
-    batched = gptq._solve_together(weight_EOI, hessian_EII, energy_E, grid, solve, torch.bfloat16)
+    batched = gptq._solve_together(weight_EOI, hessian_EII, energy_E, grid, solve, torch.bfloat16, None)
     expected = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16, energy_E)
     errors = [output_error(weight_EOI, rounded(s, grid.bits), hessian_EII) for s in (batched, expected)]
     torch.testing.assert_close(*errors, rtol=1e-5, atol=0.0)
