@@ -1,6 +1,5 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.evidence import read_evidence
-from moeq.allocation.plan import Choice
+from moeq.allocation.plan import parse_choices
 from moeq.calibration.survey import Surveyor
 from moeq.calibration.survey_spec import Similarity, SurveySpec
 from moeq.module import MoEQuantModule
@@ -106,18 +105,3 @@ class Survey(Callback):
         """Hooks come off whatever happens."""
         if self._surveyor is not None:
             self._surveyor.close()
-
-
-def parse_choices(choices: Sequence[int | str], group_size: int | None) -> tuple[Choice, ...]:
-    """Choices of a configuration: bits, with the group size given here, or labels; each once, in increasing order.
-
-    Raises:
-        ValueError: A label cannot be read.
-    """
-    parsed = {
-        Choice(int(choice), group_size) if str(choice).isdecimal() else Choice.from_label(str(choice))
-        for choice in choices
-    }
-    return tuple(
-        sorted(choice if choice.group_size else dataclasses.replace(choice, group_size=None) for choice in parsed)
-    )
