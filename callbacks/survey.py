@@ -1,12 +1,13 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.evidence import read_evidence
+from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import parse_choices
 from moeq.calibration.survey import Surveyor
 from moeq.calibration.survey_spec import Similarity, SurveySpec
@@ -15,7 +16,7 @@ from moeq.run import write_json
 
 
 class Survey(Callback):
-    """Writes survey.json and sets ``run.evidence``; put it before callbacks.BitAllocation.
+    """Writes survey.json and sets ``run.evidence``; put it before callbacks.bit_allocation.BitAllocation.
 
     Args:
         costs: Tables of predicted damage: fisher, fisher_kl, hessian, gemq, pmq, block_output, alphaq.
@@ -51,7 +52,7 @@ class Survey(Callback):
         self._surveyor: Surveyor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the passes of a survey."""
+        """Ask for the passes of a survey, and say what it will hold."""
         assert isinstance(pl_module, MoEQuantModule)
         pl_module.prepare()
         grid = pl_module.grid
@@ -63,13 +64,20 @@ class Survey(Callback):
             choice.grid(grid)  # raises for widths that no grid has
         Surveyor(pl_module.adapter, self._spec)  # raises where no choice fits a weight
         pl_module.survey_requested = True
+        spec = self._spec
+        pl_module.run.promised = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run makes no survey: it reads the one of its first part."""
         assert isinstance(pl_module, MoEQuantModule)
-        path = pl_module.run_dir / "survey.json"
-        if pl_module.schedule and all(each.kind != "survey" for each in pl_module.schedule) and path.exists():
-            pl_module.run.evidence = read_evidence(path)
+        run, path = pl_module.run, pl_module.run_dir / "survey.json"
+        if any(each.kind == "survey" for each in pl_module.schedule):
+            if not run.survey_needed and trainer.is_global_zero:
+                logging.getLogger(__name__).warning(
+                    f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
+                )
+        elif path.exists():
+            run.evidence = read_evidence(path, pl_module.weight_shapes())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the block of a survey pass."""

@@ -130,18 +130,25 @@ def find_costs(evidence: Evidence | None, name: str) -> CostTable:
     return tables[name]
 
 
-def _allocate(
+def fixed_and_least(
     spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
-) -> Decision:
-    assert spec.cost is not None
-    assert spec.budget is not None
+) -> tuple[dict[str, GridSpec], dict[str, int]]:
+    """What bounds the allocator: grids of structures with bits of their own, and the least widths that rules state."""
     base = uniform_plan(weights, grid, spec.bits_by_kind)
     minimum: dict[str, int] = {}
     for rule in spec.rules:
         for name in rule.apply(weights, evidence):
             minimum[name] = max(rule.bits, minimum.get(name, 0))
+    return {w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind}, minimum
+
+
+def _allocate(
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
+) -> Decision:
+    assert spec.cost is not None
+    assert spec.budget is not None
+    fixed, minimum = fixed_and_least(spec, weights, grid, evidence)
     given = (find_costs(evidence, spec.cost), parse_choices(spec.choices, grid.group_size), spec.budget, grid)
-    fixed = {w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind}
     found = allocate(weights, *given, runtime=spec.runtime, floors=spec.floors, minimum_bits=minimum, fixed=fixed)
     check_runtime(found.plan, weights, find_runtime(spec.runtime))
     prices = runtime_prices(weights, *given, floors=spec.floors, minimum_bits=minimum, fixed=fixed)

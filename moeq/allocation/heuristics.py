@@ -172,7 +172,8 @@ def _similarity(weights: Weights, evidence: Evidence, by: str) -> dict[int, floa
     """Similarity of each block with routed experts."""
     values_L = evidence.similarity_L if by == "measured" else evidence.predicted_similarity_L
     if values_L is None:
-        raise ValueError(f"the survey holds no {by} similarity of blocks; let callbacks.survey.Survey gather it")
+        remedy = "set predictor: true in" if by == "predicted" else "make it again with"
+        raise ValueError(f"the survey holds no {by} similarity of blocks; {remedy} callbacks.survey.Survey")
     return {block: float(values_L[block]) for block in _blocks(w for w in weights if w.kind == "routed")}
 
 
@@ -196,7 +197,9 @@ def top_scored(
     """The weights of a structure with the largest data-free score (``outlier`` is the scorer of the paper)."""
     if score not in evidence.scores:
         known = ", ".join(evidence.scores) or "none"
-        raise ValueError(f"the survey holds no score {score!r} (it has: {known}); add it to scores of Survey")
+        raise ValueError(
+            f"the survey holds no score {score!r} (it has: {known}); add it to scores of callbacks.survey.Survey"
+        )
     names = [w.name for w in weights if w.kind == kind]
     return set(_top(names, evidence.scores[score], num, share))
 

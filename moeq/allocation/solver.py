@@ -54,14 +54,19 @@ def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
     Raises:
         ValueError: The budget is too small; the nearest reachable budgets are named.
     """
-    smallest = smallest_size(problem)
-    if smallest > problem.capacity:
-        raise ValueError(_unreachable(problem, smallest))
+    check_reachable(problem)
     if solver == "auto":
         solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
     choice_U, bound = _solve_exact(problem) if solver == "exact" else solve_lagrangian(problem)
     cost = cost_of(problem, choice_U)
     return Solution(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
+
+
+def check_reachable(problem: Problem) -> None:
+    """Raise ValueError where the budget is below the smallest plan; the nearest reachable ones are named."""
+    smallest = smallest_size(problem)
+    if smallest > problem.capacity:
+        raise ValueError(_unreachable(problem, smallest))
 
 
 def smallest_size(problem: Problem) -> int:
