@@ -121,7 +121,8 @@ class BitAllocation(Callback):
     def _take(self, trainer: Trainer, module: MoEQuantModule, decision: Decision) -> None:
         """Make a decision the plan of the run, and write it down."""
         weights = module.weight_shapes()
-        module.run.plan = decision.plan
+        # Accelerators may differ in last digits, which can tip a choice: all ranks follow the first.
+        module.run.plan = trainer.strategy.broadcast(decision.plan)
         cost = plan_cost(decision.plan, weights)
         rank_zero_info(
             f"Allocation: {cost.code_bits:.3f} bits per weight, {cost.average_bits:.3f} with scales and zero points "

@@ -24,7 +24,7 @@ class Survey(Callback):
         choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
             (no groups).
         solver: Whose errors fisher, fisher_kl and hessian judge: "gptq" as in the run, or "rtn", which is faster.
-        num_gradient_batches: Batches for backward passes and measured changes.
+        num_gradient_batches: Batches, of all ranks together, for backward passes and measured changes.
         num_kl_batches: Of those, batches on which fisher_kl measures.
         similarity: "residual" compares tokens before and after the FFN with the residual stream, "block" without.
         predictor: Train the paper's predictor of the similarity, too.
