@@ -102,7 +102,11 @@ def _solve_exact(problem: Problem) -> tuple[Choices, float]:
 
 
 def _milp(problem: Problem) -> tuple[Choices | None, float]:
-    """One call of HiGHS: (choice of every unit, or None where it found none; lower bound)."""
+    """One call of HiGHS: (choice of every unit, or None where it found none; lower bound).
+
+    HiGHS 1.12 (scipy 1.17) may print "HighsMipSolverData::transformNewIntegerFeasibleSolution" whatever its options
+    say: https://github.com/ERGO-Code/HiGHS/issues/2783.
+    """
     units, columns = np.isfinite(problem.cost_UC).nonzero()
     cost_N, size_N = problem.cost_UC[units, columns], problem.size_UC[units, columns]
     # Costs are brought to the order of one, sizes to the smallest whole numbers: the solver's tolerances are absolute.
