@@ -10,6 +10,7 @@ from moeq.allocation.decide import AllocationSpec, Decision, Method, decide
 from moeq.allocation.evidence import read_evidence
 from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
 from moeq.allocation.problem import Budget, BudgetUnit, Floor
+from moeq.allocation.rehearsal import rehearse
 from moeq.allocation.report import allocation_report, allocation_to_json
 from moeq.allocation.rules import make_rule
 from moeq.allocation.runtime import RuntimeName
@@ -75,23 +76,26 @@ class BitAllocation(Callback):
         self.survey = survey
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide, or make sure that a survey comes first."""
+        """Decide, or make sure that a survey comes first and holds what the decision needs."""
         assert isinstance(pl_module, MoEQuantModule)
         pl_module.prepare()
         weights, run = pl_module.weight_shapes(), pl_module.run
         if self.survey is not None:
-            run.evidence = read_evidence(Path(self.survey))
+            run.evidence = read_evidence(Path(self.survey), weights)
         if not self.spec.needs_evidence or run.evidence is not None:
             self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, run.evidence))
         elif block_path(pl_module.run_dir, 0).exists() and not pl_module.hparams["restart"]:
             # A run that continues has no survey: finished blocks follow the plan that it made then.
             run.plan = plan_from_json(pl_module.run_dir / "allocation.json")
             check_plan(run.plan, weights)
-        elif not pl_module.survey_requested:
+        elif run.promised is None:
             raise ValueError(
                 "BitAllocation has rules or costs that need a survey, and nothing makes one; put "
                 "callbacks.survey.Survey before callbacks.bit_allocation.BitAllocation, or give survey: PATH"
             )
+        else:
+            run.survey_needed = True
+            rehearse(self.spec, weights, pl_module.grid, run.promised)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
@@ -111,18 +115,14 @@ class BitAllocation(Callback):
         epoch, schedule = pl_module.current_epoch, pl_module.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
-            if pl_module.run.evidence is None:
-                raise ValueError(
-                    "the survey gathered nothing for BitAllocation; put callbacks.survey.Survey before "
-                    "callbacks.bit_allocation.BitAllocation"
-                )
             weights = pl_module.weight_shapes()
             self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, pl_module.run.evidence))
 
     def _take(self, trainer: Trainer, module: MoEQuantModule, decision: Decision) -> None:
         """Make a decision the plan of the run, and write it down."""
         weights = module.weight_shapes()
-        module.run.plan = decision.plan
+        # Accelerators may differ in last digits, which can tip a choice: all ranks follow the first.
+        module.run.plan = trainer.strategy.broadcast(decision.plan)
         cost = plan_cost(decision.plan, weights)
         rank_zero_info(
             f"Allocation: {cost.code_bits:.3f} bits per weight, {cost.average_bits:.3f} with scales and zero points "

@@ -1,14 +1,14 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
-import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.evidence import read_evidence
-from moeq.allocation.plan import Choice
+from moeq.allocation.evidence import Promise, read_evidence
+from moeq.allocation.plan import parse_choices
 from moeq.calibration.survey import Surveyor
 from moeq.calibration.survey_spec import Similarity, SurveySpec
 from moeq.module import MoEQuantModule
@@ -16,7 +16,7 @@ from moeq.run import write_json
 
 
 class Survey(Callback):
-    """Writes survey.json and sets ``run.evidence``; put it before callbacks.BitAllocation.
+    """Writes survey.json and sets ``run.evidence``; put it before callbacks.bit_allocation.BitAllocation.
 
     Args:
         costs: Tables of predicted damage: fisher, fisher_kl, hessian, gemq, pmq, block_output, alphaq.
@@ -24,7 +24,7 @@ class Survey(Callback):
         choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
             (no groups).
         solver: Whose errors fisher, fisher_kl and hessian judge: "gptq" as in the run, or "rtn", which is faster.
-        num_gradient_batches: Batches for backward passes and measured changes.
+        num_gradient_batches: Batches, of all ranks together, for backward passes and measured changes.
         num_kl_batches: Of those, batches on which fisher_kl measures.
         similarity: "residual" compares tokens before and after the FFN with the residual stream, "block" without.
         predictor: Train the paper's predictor of the similarity, too.
@@ -52,7 +52,7 @@ class Survey(Callback):
         self._surveyor: Surveyor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the passes of a survey."""
+        """Ask for the passes of a survey, and say what it will hold."""
         assert isinstance(pl_module, MoEQuantModule)
         pl_module.prepare()
         grid = pl_module.grid
@@ -64,13 +64,20 @@ class Survey(Callback):
             choice.grid(grid)  # raises for widths that no grid has
         Surveyor(pl_module.adapter, self._spec)  # raises where no choice fits a weight
         pl_module.survey_requested = True
+        spec = self._spec
+        pl_module.run.promised = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run makes no survey: it reads the one of its first part."""
         assert isinstance(pl_module, MoEQuantModule)
-        path = pl_module.run_dir / "survey.json"
-        if pl_module.schedule and all(each.kind != "survey" for each in pl_module.schedule) and path.exists():
-            pl_module.run.evidence = read_evidence(path)
+        run, path = pl_module.run, pl_module.run_dir / "survey.json"
+        if any(each.kind == "survey" for each in pl_module.schedule):
+            if not run.survey_needed and trainer.is_global_zero:
+                logging.getLogger(__name__).warning(
+                    f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
+                )
+        elif path.exists():
+            run.evidence = read_evidence(path, pl_module.weight_shapes())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the block of a survey pass."""
@@ -106,18 +113,3 @@ class Survey(Callback):
         """Hooks come off whatever happens."""
         if self._surveyor is not None:
             self._surveyor.close()
-
-
-def parse_choices(choices: Sequence[int | str], group_size: int | None) -> tuple[Choice, ...]:
-    """Choices of a configuration: bits, with the group size given here, or labels; each once, in increasing order.
-
-    Raises:
-        ValueError: A label cannot be read.
-    """
-    parsed = {
-        Choice(int(choice), group_size) if str(choice).isdecimal() else Choice.from_label(str(choice))
-        for choice in choices
-    }
-    return tuple(
-        sorted(choice if choice.group_size else dataclasses.replace(choice, group_size=None) for choice in parsed)
-    )

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moeq.allocation.evidence import Evidence
+from moeq.allocation.evidence import Evidence, Promise
 from moeq.quant.hessian import HessianState
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 
@@ -34,7 +34,9 @@ class Run:
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
-        evidence: What a survey of the original model found; None where no step made one.
+        promised: What a survey of the original model will find; None where no step makes one.
+        survey_needed: Whether a step of this run decides from it.
+        evidence: What it found; None before its end.
     """
 
     plan: dict[str, GridSpec] = field(default_factory=dict)
@@ -44,6 +46,8 @@ class Run:
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    promised: Promise | None = None
+    survey_needed: bool = False
     evidence: Evidence | None = None
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from main import main
+from moeq.allocation.evidence import read_evidence
 from moeq.calibration.store import load_sampled
 from moeq.export.checkpoint import read_quantized
 from tests.test_main import QUIET, fit, small_data
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(config: Path, model: Path, folder: Path) -> list[str]:
     options = ["--model.name", str(model), "--model.group_size=16", "--trainer.default_root_dir", str(folder)]
-    return ["fit", "--config", str(config), *options, *small_data(CONFIG), *QUIET]
+    return ["fit", "--config", str(config), *options, *small_data(config), *QUIET]
 
 
 def run(args: list[str]) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,7 @@ def killing_config(folder: Path, killer: str = "KillAtBlock", **options: int) ->
     """The configuration with a killer added to its callbacks."""
     config = yaml.safe_load(CONFIG.read_text())
     config["trainer"]["callbacks"].append({"class_path": f"tests.killer.{killer}", "init_args": options})
-    path = folder / "killing.yaml"
+    path = folder / "moequant_killing.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -167,6 +168,35 @@ def test_two_ranks_give_the_codes_of_one(model: Path, tmp_path: Path) -> None:
         assert torch.equal(one[name].scale_OG, both[name].scale_OG)
     usage = [(tmp_path / name / "expert_usage.json").read_text() for name in ("one", "two")]
     assert usage[0] == usage[1]
+
+
+def test_two_ranks_survey_and_allocate_as_one(model: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(Path("configs/allocate_w25.yaml").read_text())
+    config["model"]["clip_search"] = False
+    # Of four batches three have backward passes: two of the first rank, one of the second.
+    survey = {"costs": ["fisher", "fisher_kl", "gemq"], "choices": [2, 4], "num_gradient_batches": 3}
+    survey["num_kl_batches"] = 1
+    allocation = {"method": "allocate", "cost": "fisher", "budget": 2.6, "choices": [2, 4]}
+    config["trainer"]["callbacks"] = [
+        {"class_path": "callbacks.survey.Survey", "init_args": survey},
+        {"class_path": "callbacks.bit_allocation.BitAllocation", "init_args": allocation},
+    ]
+    path = tmp_path / "allocate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"]
+    done = run([*arguments(path, model, tmp_path / "two"), "--data.batch_size=1", *two])
+    assert done.returncode == 0, done.stderr
+    fit(path, model, tmp_path / "one", "--data.batch_size=1")
+    plans = [json.loads((tmp_path / name / "allocation.json").read_text()) for name in ("one", "two")]
+    assert plans[0]["weights"] == plans[1]["weights"]
+    assert {grid["bits"] for grid in plans[0]["weights"].values()} == {2, 4}
+    one, both = (read_evidence(tmp_path / name / "survey.json") for name in ("one", "two"))
+    for cost, table in one.costs.items():
+        for weight, by_choice in table.items():
+            assert both.costs[cost][weight] == pytest.approx(by_choice, rel=1e-3), (cost, weight)
+    assert {path: counts.tolist() for path, counts in one.tokens.items()} == {
+        path: counts.tolist() for path, counts in both.tokens.items()
+    }
 
 
 def test_two_ranks_evaluate_as_one(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
 from moeq.allocation.evidence import CostTable, Evidence
-from moeq.allocation.plan import Choice, WeightShape, check_plan, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.plan import WeightShape, check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
 from moeq.allocation.problem import Budget, Floor
 from moeq.allocation.rules import Rule, RuleEffect, apply_rules
 from moeq.allocation.runtime import RuntimeName, check_runtime, find_runtime
@@ -119,13 +119,6 @@ def check_budget(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], b
         )
 
 
-def make_choices(labels: Sequence[int | str], group_size: int | None) -> list[Choice]:
-    """Choices from YAML: a number is bits with the group size of the model, a text such as "4g64" states both."""
-    return [
-        Choice(int(entry), group_size) if str(entry).isdecimal() else Choice.from_label(str(entry)) for entry in labels
-    ]
-
-
 def find_costs(evidence: Evidence | None, name: str) -> CostTable:
     """A cost table of the survey; raises ValueError where it was not gathered, naming those that were."""
     tables = {} if evidence is None else evidence.costs
@@ -137,18 +130,25 @@ def find_costs(evidence: Evidence | None, name: str) -> CostTable:
     return tables[name]
 
 
-def _allocate(
+def fixed_and_least(
     spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
-) -> Decision:
-    assert spec.cost is not None
-    assert spec.budget is not None
+) -> tuple[dict[str, GridSpec], dict[str, int]]:
+    """What bounds the allocator: grids of structures with bits of their own, and the least widths that rules state."""
     base = uniform_plan(weights, grid, spec.bits_by_kind)
     minimum: dict[str, int] = {}
     for rule in spec.rules:
         for name in rule.apply(weights, evidence):
             minimum[name] = max(rule.bits, minimum.get(name, 0))
-    given = (find_costs(evidence, spec.cost), make_choices(spec.choices, grid.group_size), spec.budget, grid)
-    fixed = {w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind}
+    return {w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind}, minimum
+
+
+def _allocate(
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
+) -> Decision:
+    assert spec.cost is not None
+    assert spec.budget is not None
+    fixed, minimum = fixed_and_least(spec, weights, grid, evidence)
+    given = (find_costs(evidence, spec.cost), parse_choices(spec.choices, grid.group_size), spec.budget, grid)
     found = allocate(weights, *given, runtime=spec.runtime, floors=spec.floors, minimum_bits=minimum, fixed=fixed)
     check_runtime(found.plan, weights, find_runtime(spec.runtime))
     prices = runtime_prices(weights, *given, floors=spec.floors, minimum_bits=minimum, fixed=fixed)

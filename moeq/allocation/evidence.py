@@ -8,7 +8,7 @@ Shapes: E experts of a block, L blocks.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.allocation.plan import Choice
+from moeq.allocation.plan import Choice, WeightShape
 
 EVIDENCE_VERSION = 1
 # Weight name -> choice -> predicted damage: lower is better, and the costs of different weights may be added up.
 CostTable = Mapping[str, Mapping[Choice, float]]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a survey will hold besides expert usage and similarity, known before it is made.
+
+    Attributes:
+        costs: Names of its cost tables.
+        scores: Names of its scores.
+        choices: What its cost tables know of every weight that they fit.
+        predictor: Whether it holds the predicted similarity.
+    """
+
+    costs: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    predictor: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +103,52 @@ class Evidence:
             raise ValueError(f"this is not a survey that moeq wrote ({error!r}); make the survey again") from error
 
 
-def read_evidence(path: Path) -> Evidence:
-    """Read a ``survey.json``; raises ValueError where there is none or it cannot be read."""
+def num_experts_by_path(weights: Sequence[WeightShape]) -> dict[str, int]:
+    """Number of routed experts by path of the experts module, the keys of ``Evidence.tokens``."""
+    experts: dict[str, int] = {}
+    for weight in weights:
+        if weight.expert is not None:
+            path = weight.name.rsplit(".", 2)[0]
+            experts[path] = max(experts.get(path, 0), weight.expert + 1)
+    return experts
+
+
+def check_evidence(evidence: Evidence, weights: Sequence[WeightShape]) -> None:
+    """Raise ValueError where findings are not about these weights; what a survey was not asked for may be missing."""
+    experts = num_experts_by_path(weights)
+    for usage in (evidence.tokens, evidence.affinity):
+        found = {path: len(values) for path, values in usage.items()}
+        if found and found != experts:
+            path, _ = min(experts.items() ^ found.items())
+            given, surveyed = experts.get(path, 0), found.get(path, 0)
+            raise ValueError(
+                f"{path} has {given} experts and {surveyed} in the survey: it is of another model; make it again"
+            )
+    names = {weight.name for weight in weights}
+    for table in (*evidence.scores.values(), *evidence.costs.values()):
+        if different := names ^ table.keys():
+            first = min(different)
+            lacks = "the survey lacks" if first in names else "the model lacks"
+            raise ValueError(f"{lacks} {first}: they are of different models; make the survey again")
+
+
+def read_evidence(path: Path, weights: Sequence[WeightShape] | None = None) -> Evidence:
+    """Read a ``survey.json``.
+
+    Args:
+        path: The file.
+        weights: All quantizable weights of the model that it must be about; None does not check.
+
+    Raises:
+        ValueError: There is none, it cannot be read, or it is about another model.
+    """
     if not path.is_file():
         raise ValueError(f"no survey at {path}; give the survey.json of a run with callbacks.survey.Survey")
     try:
-        return Evidence.from_json(json.loads(path.read_text(encoding="utf8")))
+        evidence = Evidence.from_json(json.loads(path.read_text(encoding="utf8")))
+        if weights is not None:
+            check_evidence(evidence, weights)
+        return evidence
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

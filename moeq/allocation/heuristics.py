@@ -99,7 +99,7 @@ def random_experts(
     generator = random.Random(seed)
     value = dict.fromkeys(sorted({(w.block, w.expert) for w in weights if w.expert is not None}), 0.0)
     groups = _groups(value, scope)
-    return _experts(weights, [generator.sample(g, _count(num, share, len(g), "experts")) for g in groups])
+    return _experts(weights, [_draw(generator, group, num, share, "experts") for group in groups])
 
 
 def _groups(experts: Iterable[Expert], scope: str) -> list[list[Expert]]:
@@ -143,7 +143,7 @@ def random_blocks(
 ) -> set[str]:  # fmt: skip
     """Blocks with routed experts, drawn at random: the control of first, last and (least) similar blocks."""
     blocks = _blocks(w for w in weights if w.kind == "routed")
-    return _of_blocks(weights, random.Random(seed).sample(blocks, _count(num, share, len(blocks), "blocks")), part)
+    return _of_blocks(weights, _draw(random.Random(seed), blocks, num, share, "blocks"), part)
 
 
 @surveyed
@@ -172,7 +172,8 @@ def _similarity(weights: Weights, evidence: Evidence, by: str) -> dict[int, floa
     """Similarity of each block with routed experts."""
     values_L = evidence.similarity_L if by == "measured" else evidence.predicted_similarity_L
     if values_L is None:
-        raise ValueError(f"the survey holds no {by} similarity of blocks; let callbacks.survey.Survey gather it")
+        remedy = "set predictor: true in" if by == "predicted" else "make it again with"
+        raise ValueError(f"the survey holds no {by} similarity of blocks; {remedy} callbacks.survey.Survey")
     return {block: float(values_L[block]) for block in _blocks(w for w in weights if w.kind == "routed")}
 
 
@@ -196,7 +197,9 @@ def top_scored(
     """The weights of a structure with the largest data-free score (``outlier`` is the scorer of the paper)."""
     if score not in evidence.scores:
         known = ", ".join(evidence.scores) or "none"
-        raise ValueError(f"the survey holds no score {score!r} (it has: {known}); add it to scores of Survey")
+        raise ValueError(
+            f"the survey holds no score {score!r} (it has: {known}); add it to scores of callbacks.survey.Survey"
+        )
     names = [w.name for w in weights if w.kind == kind]
     return set(_top(names, evidence.scores[score], num, share))
 
@@ -208,12 +211,17 @@ def random_linears(
 ) -> set[str]:  # fmt: skip
     """The control of ``top_scored``: as many weights, drawn at random."""
     names = [w.name for w in weights if w.kind == kind]
-    return set(random.Random(seed).sample(names, _count(num, share, len(names), f"{kind} linears")))
+    return set(_draw(random.Random(seed), names, num, share, f"{kind} linears"))
 
 
 def _top(items: Sequence[Any], value: Mapping[Any, float], num: int | None, share: float | None) -> list[Any]:
     """The items of largest value; ties go to the first."""
     return sorted(items, key=lambda item: -value[item])[: _count(num, share, len(items), "of them")]
+
+
+def _draw(generator: random.Random, items: Sequence[Any], num: int | None, share: float | None, what: str) -> list[Any]:
+    """Items at random; with the same seed more items are the fewer ones and others, as for the rules they control."""
+    return generator.sample(items, len(items))[: _count(num, share, len(items), what)]
 
 
 def _count(num: int | None, share: float | None, available: int, what: str) -> int:

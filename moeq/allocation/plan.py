@@ -8,7 +8,7 @@ Published averages (QuantMoE-Bench, MC-MoE, GEMQ) are code bits; files and memor
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import total_ordering
@@ -85,6 +85,20 @@ class Choice:
     def grid(self, like: GridSpec) -> GridSpec:
         """The grid of this choice, symmetric and clipped as ``like``."""
         return replace(like, bits=self.bits, group_size=self.group_size)
+
+
+def parse_choices(entries: Sequence[int | str], group_size: int | None) -> tuple[Choice, ...]:
+    """Choices of a configuration, each once, in increasing order.
+
+    Args:
+        entries: Bits, in groups of ``group_size``, or labels such as "4g128" and "4g0" (no groups).
+        group_size: That of the model.
+
+    Raises:
+        ValueError: An entry is neither.
+    """
+    labels = map(str, entries)
+    return tuple(sorted({Choice(int(e), group_size) if e.isdecimal() else Choice.from_label(e) for e in labels}))
 
 
 @dataclass(frozen=True)

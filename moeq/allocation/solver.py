@@ -54,14 +54,19 @@ def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
     Raises:
         ValueError: The budget is too small; the nearest reachable budgets are named.
     """
-    smallest = smallest_size(problem)
-    if smallest > problem.capacity:
-        raise ValueError(_unreachable(problem, smallest))
+    check_reachable(problem)
     if solver == "auto":
         solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
     choice_U, bound = _solve_exact(problem) if solver == "exact" else solve_lagrangian(problem)
     cost = cost_of(problem, choice_U)
     return Solution(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
+
+
+def check_reachable(problem: Problem) -> None:
+    """Raise ValueError where the budget is below the smallest plan; the nearest reachable ones are named."""
+    smallest = smallest_size(problem)
+    if smallest > problem.capacity:
+        raise ValueError(_unreachable(problem, smallest))
 
 
 def smallest_size(problem: Problem) -> int:
@@ -97,7 +102,11 @@ def _solve_exact(problem: Problem) -> tuple[Choices, float]:
 
 
 def _milp(problem: Problem) -> tuple[Choices | None, float]:
-    """One call of HiGHS: (choice of every unit, or None where it found none; lower bound)."""
+    """One call of HiGHS: (choice of every unit, or None where it found none; lower bound).
+
+    HiGHS 1.12 (scipy 1.17) may print "HighsMipSolverData::transformNewIntegerFeasibleSolution" whatever its options
+    say: https://github.com/ERGO-Code/HiGHS/issues/2783.
+    """
     units, columns = np.isfinite(problem.cost_UC).nonzero()
     cost_N, size_N = problem.cost_UC[units, columns], problem.size_UC[units, columns]
     # Costs are brought to the order of one, sizes to the smallest whole numbers: the solver's tolerances are absolute.

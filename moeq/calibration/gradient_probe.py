@@ -12,7 +12,7 @@ from moeq.calibration.fisher import (
     observe_outputs,
 )
 from moeq.calibration.survey_spec import FISHER, SurveySpec
-from moeq.distributed import rank_and_world, sum_over_ranks
+from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Adapter, Site
 
 
@@ -33,19 +33,25 @@ class GradientProbe:
             self.states = {site.name: empty_gradients(site, device) for site in sites}
         self._outputs: dict[tuple[int, int], Tensor] = {}
 
-    def run(self, batch_idx: int, inputs: dict[str, Tensor], keep_N: Tensor | None) -> None:
-        """Backward passes on one batch; nothing where no cost needs them or enough batches were seen."""
-        if batch_idx >= self.spec.num_gradient_batches:
+    def run(self, batch: int, inputs: dict[str, Tensor], keep_N: Tensor | None) -> None:
+        """Backward passes on one batch; nothing where no cost needs them or enough batches were seen.
+
+        Args:
+            batch: Its number in the whole set, of which each rank has a share.
+            inputs: The batch.
+            keep_N: Which of its tokens are no padding; None is all.
+        """
+        if batch >= self.spec.num_gradient_batches:
             return
         if self.states:
-            # A seed of its own for every batch and rank, whatever the other batches are.
-            seed = hash((self.spec.seed, batch_idx, rank_and_world()[0])) % 2**63
+            # A seed of its own for every batch, whichever rank has it; the 0 keeps the tokens of recorded measurements.
+            seed = hash((self.spec.seed, batch, 0)) % 2**63
             with observe_gradients(self.adapter, self._sites, add_squares(self.states), keep_N):
                 backward(self.adapter.model, inputs, torch.Generator().manual_seed(seed))
         if "gemq" in self.spec.costs:
 
             def store(block: int, gradient_ND: Tensor) -> None:
-                self._outputs[batch_idx, block] = gradient_ND.cpu()
+                self._outputs[batch, block] = gradient_ND.cpu()
 
             with observe_outputs(self.adapter.blocks, store):
                 backward(self.adapter.model, inputs, None)
@@ -55,7 +61,7 @@ class GradientProbe:
         for state in self.states.values():
             sum_over_ranks([state.sum_EO, state.num_tokens_E])
 
-    def at_output(self, batch_idx: int, block: int, device: torch.device) -> Tensor | None:
+    def at_output(self, batch: int, block: int, device: torch.device) -> Tensor | None:
         """Gradient [N, D] of the data's log-likelihood at a block's output; it is kept no longer."""
-        gradient_ND = self._outputs.pop((batch_idx, block), None)
+        gradient_ND = self._outputs.pop((batch, block), None)
         return None if gradient_ND is None else gradient_ND.to(device)

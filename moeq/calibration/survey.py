@@ -5,7 +5,7 @@ and token ids.  Every sum is added up over ranks, and solves are divided over th
 
 Memory of one block: the Hessians of all its sites in float64 (twice where the solver's are weighted by affinity and the
 Fisher cost needs plain ones), and for measured costs its rounded weights at every choice.  For ``gemq`` the gradients
-at all blocks' outputs wait on the CPU: ``num_gradient_batches`` bounds them, and the memory of the backward passes.
+at all blocks' outputs wait on the CPU: ``num_gradient_batches`` bounds them.
 
 Shapes: B batch, T tokens of a sequence, N = B T, D width, E experts, K experts of a token, I in features.
 """
@@ -82,13 +82,19 @@ class Surveyor:
         self._stack.callback(hook.remove)
 
     def start_batch(self, batch_idx: int, inputs: dict[str, Tensor]) -> None:
-        """Before the block runs on a batch; in the first block this is where backward passes are made."""
-        self._batch, self._mask_BT = batch_idx, inputs.get("attention_mask")
+        """Before the block runs on a batch; in the first block this is where backward passes are made.
+
+        Args:
+            batch_idx: Number of the batch on this rank; batch i of rank r is number i * ranks + r of the whole set.
+            inputs: The batch.
+        """
+        rank, world = rank_and_world()
+        self._batch, self._mask_BT = batch_idx * world + rank, inputs.get("attention_mask")
         self._mask.keep = None if self._mask_BT is None else self._mask_BT.flatten().bool()
         self._found.num_tokens += inputs["input_ids"].numel() if self._mask_BT is None else int(self._mask_BT.sum())
         if self._block == 0:
-            self._gradients.run(batch_idx, inputs, self._mask.keep)
-            if "fisher_kl" in self.spec.costs and batch_idx < self.spec.num_kl_batches:
+            self._gradients.run(self._batch, inputs, self._mask.keep)
+            if "fisher_kl" in self.spec.costs and self._batch < self.spec.num_kl_batches:
                 self._kl_batches.append(inputs)
         self._listening = True
 

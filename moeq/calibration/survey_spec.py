@@ -28,7 +28,7 @@ class SurveySpec:
         affinity_power: Weight of a token in the solver's Hessians, as in ``moeq.quant.hessian``.
         coverage: What experts with few tokens get.
         solver: Errors of ``fisher``, ``hessian`` come from GPTQ, as in the real run, or from rounding ("rtn").
-        num_gradient_batches: Batches (of each rank) for backward passes and measured changes.
+        num_gradient_batches: Batches, of all ranks together, for backward passes and measured changes.
         num_kl_batches: Of those, batches on which ``fisher_kl`` measures.
         similarity: Tokens before and after the FFN with the residual stream added to both, or of the FFN alone.
         predictor: Train the paper's predictor of the similarity in each block, too.

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from moeq.allocation.allocate import predicted_cost
-from moeq.allocation.decide import AllocationSpec, decide, make_choices
+from moeq.allocation.decide import AllocationSpec, decide
 from moeq.allocation.evidence import Evidence
-from moeq.allocation.plan import Choice, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.plan import plan_cost, plan_from_json, uniform_plan
 from moeq.allocation.problem import Budget, Floor
 from moeq.allocation.report import allocation_report, allocation_to_json, describe
 from moeq.allocation.rules import make_rule
@@ -158,13 +158,3 @@ def test_a_cost_that_was_not_gathered_names_those_that_were() -> None:
         decide(allocate_spec(), WEIGHTS, GRID, Evidence())
     with pytest.raises(ValueError, match=r"no 5g16 for model\.layers\.0\.self_attn\.q_proj; add it to choices"):
         decide(allocate_spec(choices=(2, 5)), WEIGHTS, GRID, EVIDENCE)
-
-
-def test_choices_are_bits_in_the_groups_of_the_model_or_labels() -> None:
-    assert make_choices([2, "3", "4g128", "8g0"], 64) == [Choice(2, 64), Choice(3, 64), Choice(4, 128), Choice(8, None)]
-    assert sorted([Choice(4, 64), Choice(3, 16), Choice(4), Choice(4, 128)]) == [
-        Choice(3, 16), Choice(4), Choice(4, 128), Choice(4, 64)
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="write '4' or '4g64'"):
-        make_choices(["4x64"], 64)
-    assert [Choice.from_label(choice.label) for choice in (Choice(4), Choice(3, 64))] == [Choice(4), Choice(3, 64)]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.allocation.evidence import Evidence, read_evidence
+from moeq.allocation.evidence import Evidence, check_evidence, read_evidence
 from moeq.allocation.plan import Choice
+from tests.allocation.toy import toy_evidence, toy_weights
 
 FOUND = Evidence(
     tokens={"layers.1.mlp.experts": torch.tensor([3, 0])},
@@ -52,3 +53,18 @@ def test_a_survey_of_another_kind_is_refused_with_its_path(
 def test_a_missing_survey_says_who_writes_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"callbacks\.survey\.Survey"):
         read_evidence(tmp_path / "survey.json")
+
+
+def test_findings_about_other_weights_are_refused() -> None:
+    weights = toy_weights()
+    check_evidence(toy_evidence(weights), weights)
+    check_evidence(Evidence(), weights)
+    deeper = toy_evidence(toy_weights(num_blocks=4))
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.experts has 0 experts and 4 in the survey"):
+        check_evidence(deeper, weights)
+    with pytest.raises(ValueError, match=r"experts has 4 experts and 6 in the survey"):
+        check_evidence(toy_evidence(toy_weights(num_experts=6)), weights)
+    with pytest.raises(ValueError, match=r"the model lacks model\.layers\.3\.mlp"):
+        check_evidence(Evidence(costs=deeper.costs), weights)
+    with pytest.raises(ValueError, match=r"the survey lacks model\.layers\.2\.mlp"):
+        check_evidence(Evidence(scores=toy_evidence(toy_weights(num_blocks=2)).scores), weights)

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from moeq.allocation.plan import (
+    Choice,
     WeightShape,
     check_plan,
+    parse_choices,
     plan_cost,
     plan_from_json,
     plan_to_json,
@@ -97,3 +99,14 @@ def test_damaged_plans_are_refused(tmp_path: Path, content: str, message: str) -
 def test_missing_plan_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no allocation file at"):
         plan_from_json(tmp_path / "none.json")
+
+
+def test_choices_are_bits_in_the_groups_of_the_model_or_labels_each_once_from_small_to_large() -> None:
+    parsed = parse_choices([4, "8g0", "3", 2, "4g128", "4g64"], 64)
+    assert parsed == (Choice(2, 64), Choice(3, 64), Choice(4, 128), Choice(4, 64), Choice(8, None))
+    assert sorted([Choice(4, 64), Choice(3, 16), Choice(4), Choice(4, 128)]) == [
+        Choice(3, 16), Choice(4), Choice(4, 128), Choice(4, 64)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="write '4' or '4g64'"):
+        parse_choices(["4x64"], 64)
+    assert [Choice.from_label(choice.label) for choice in (Choice(4), Choice(3, 64))] == [Choice(4), Choice(3, 64)]

@@ -102,6 +102,12 @@ def test_random_controls_follow_their_seed_and_take_as_many_weights(
     assert {len(draw) for draw in draws} == {len(select(**control))}
 
 
+@pytest.mark.parametrize("rule", ["random_experts", "random_blocks", "random_linears"])
+def test_a_larger_random_control_holds_the_smaller_ones(rule: str) -> None:
+    draws = [select(rule=rule, num=num, seed=5) for num in (1, 2, 3)]
+    assert draws[0] < draws[1] < draws[2]
+
+
 def test_rules_only_raise_and_their_order_does_not_change_the_plan() -> None:
     specs = [
         {"rule": "attention", "bits": 8},

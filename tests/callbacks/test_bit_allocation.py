@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.bit_allocation import BitAllocation
+from callbacks.expert_usage import ExpertUsage
 from callbacks.rtn import RTN
-from moeq.allocation.evidence import Evidence
+from callbacks.survey import Survey
+from moeq.allocation.evidence import Evidence, Promise
 from moeq.allocation.plan import Choice
 from moeq.allocation.problem import Floor
 from moeq.module import MoEQuantModule
@@ -36,6 +38,7 @@ class StubSurvey(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.survey_requested = True
+        pl_module.run.promised = Promise(costs=("fisher",), choices=(Choice(2, 16), Choice(4, 16)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if pl_module.current_pass.kind == "survey":
@@ -53,6 +56,13 @@ class StopAtBlock(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if pl_module.current_pass.kind == "calibrate" and pl_module.current_pass.block == self.block:
             raise RuntimeError("stopped")
+
+
+class NoPass(L.Callback):
+    """Fails where a pass starts."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise AssertionError("a pass was started")
 
 
 def evidence(module: MoEQuantModule) -> Evidence:
@@ -151,10 +161,61 @@ def test_rules_without_evidence_are_decided_at_the_start(model: Path, tmp_path: 
 
 def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Path, tmp_path: Path) -> None:
     rules = [{"rule": "most_used_experts", "num": 1, "bits": 4}]
-    for callback in (BitAllocation(**ALLOCATE), BitAllocation(rules=rules)):
-        with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before callbacks\.bit_allocation"):
-            fit(model, tmp_path, callback, RTN())
+    # A survey of expert usage is none that an allocation can read.
+    for before in ([], [ExpertUsage(survey=True)]):
+        for callback in (BitAllocation(**ALLOCATE), BitAllocation(rules=rules)):
+            with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before callbacks\.bit_allocation"):
+                fit(model, tmp_path, *before, callback, RTN())
+    with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before"):
+        fit(model, tmp_path, BitAllocation(**ALLOCATE), Survey(choices=[2, 4]), RTN())
     assert not (tmp_path / "allocation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("survey", "allocation", "remedy"),
+    [
+        ({"costs": ["hessian"]}, ALLOCATE, "add fisher to costs of callbacks.survey.Survey"),
+        ({"choices": [2, 3]}, ALLOCATE, r"no 4g16 for .*; add it to choices of callbacks\.survey\.Survey"),
+        (
+            {"scores": ["kurtosis"]},
+            {"rules": [{"rule": "top_scored", "score": "outlier", "num": 1, "bits": 4}]},
+            r"no score 'outlier' .* add it to scores of callbacks\.survey\.Survey",
+        ),
+        (
+            {},
+            {"rules": [{"rule": "least_similar_blocks", "by": "predicted", "num": 1, "bits": 4}]},
+            r"set predictor: true in callbacks\.survey\.Survey",
+        ),
+    ],
+)
+def test_what_the_survey_was_not_asked_for_is_an_error_before_the_first_pass(
+    survey: dict[str, Any], allocation: dict[str, Any], remedy: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        fit(model, tmp_path, Survey(**survey), BitAllocation(**allocation), RTN(), NoPass())
+
+
+def test_a_survey_of_another_model_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
+    module = MoEQuantModule(name=str(model))
+    module.configure_model()
+    module.prepare()
+    data = evidence(module).to_json()
+    del data["costs"]["fisher"]["model.layers.1.self_attn.o_proj"]
+    write_json(tmp_path / "survey.json", data)
+    given = BitAllocation(attention=4, survey=str(tmp_path / "survey.json"))
+    with pytest.raises(ValueError, match=r"survey\.json: the survey lacks model\.layers\.1\.self_attn\.o_proj"):
+        fit(model, tmp_path, given, RTN())
+
+
+def test_a_survey_that_no_step_needs_is_said_to_be_so(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = {"costs": [], "choices": [2, 4]}
+    rules = [{"rule": "most_used_experts", "num": 1, "bits": 4}]
+    fit(model, tmp_path / "needed", Survey(**free), BitAllocation(rules=rules))
+    assert "No step" not in caplog.text
+    fit(model, tmp_path / "spare", Survey(**free), BitAllocation(attention=4))
+    assert caplog.text.count("No step of this run needs its survey") == 1
 
 
 def test_mistakes_in_the_arguments_show_before_a_model_is_loaded() -> None:

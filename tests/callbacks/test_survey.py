@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
-from callbacks.survey import Survey, parse_choices
+from callbacks.survey import Survey
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice
 from moeq.calibration.survey import survey_model
@@ -96,13 +96,6 @@ def test_the_survey_sees_the_original_weights_although_the_run_quantizes(model: 
     assert alone is not None
     assert before is not None
     same(before, alone)
-
-
-def test_choices_are_bits_with_the_group_size_of_the_run_or_labels() -> None:
-    parsed = parse_choices([4, 2, "4g128", "3g0", 4], 64)
-    assert parsed == tuple(sorted([Choice(2, 64), Choice(4, 64), Choice(4, 128), Choice(3, None)]))
-    with pytest.raises(ValueError, match="4x"):
-        parse_choices(["4x"], 64)
 
 
 @pytest.mark.parametrize(("settings", "complaint"), [({"costs": ["loss"]}, "fisher"), ({"choices": [9]}, "bits")])

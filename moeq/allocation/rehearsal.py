@@ -1,0 +1,58 @@
+"""Decisions that wait for a survey, rehearsed on made-up findings: mistakes show before the first pass.
+
+A survey promises which costs, scores and choices it will hold.  Findings of that form, all zero, show whether every
+rule finds what it selects by, whether the allocator has a cost for every choice, and whether its budget can be reached.
+What depends on real findings, such as which experts a rule makes larger, is left to the decision itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moeq.allocation.decide import AllocationSpec, find_costs, fixed_and_least
+from moeq.allocation.evidence import Evidence, Promise, num_experts_by_path
+from moeq.allocation.plan import WeightShape, parse_choices, uniform_plan
+from moeq.allocation.problem import build_problem
+from moeq.allocation.rules import apply_rules
+from moeq.allocation.runtime import find_runtime
+from moeq.allocation.solver import check_reachable
+from moeq.quant.spec import GridSpec
+
+
+def rehearse(spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, promised: Promise) -> None:
+    """Raise ValueError where a survey will not hold what a decision needs, or no findings make the decision possible.
+
+    Args:
+        spec: What the run asks for.
+        weights: All quantizable weights.
+        grid: Base width, group size and symmetry.
+        promised: What the survey will hold.
+    """
+    findings = placeholder(promised, weights)
+    apply_rules(uniform_plan(weights, grid, spec.bits_by_kind), spec.rules, weights, findings)
+    if spec.cost is None or spec.budget is None:
+        return
+    certain = replace(spec, rules=tuple(rule for rule in spec.rules if not rule.needs_evidence))
+    fixed, minimum = fixed_and_least(certain, weights, grid, None)
+    problem = build_problem(
+        weights, find_costs(findings, spec.cost), parse_choices(spec.choices, grid.group_size), spec.budget,
+        find_runtime(spec.runtime), grid, floors=spec.floors, minimum_bits=minimum, fixed=fixed,
+    )  # fmt: skip
+    check_reachable(problem)
+
+
+def placeholder(promised: Promise, weights: Sequence[WeightShape]) -> Evidence:
+    """Findings of the promised form, all zero."""
+    names = [w.name for w in weights]
+    experts = num_experts_by_path(weights)
+    zeros_L = torch.zeros(1 + max(w.block for w in weights), dtype=torch.float64)
+    table = {name: dict.fromkeys(promised.choices, 0.0) for name in names}
+    return Evidence(
+        tokens={path: torch.zeros(number, dtype=torch.int64) for path, number in experts.items()},
+        affinity={path: torch.zeros(number, dtype=torch.float64) for path, number in experts.items()},
+        similarity_L=zeros_L,
+        predicted_similarity_L=zeros_L if promised.predictor else None,
+        scores={score: dict.fromkeys(names, 0.0) for score in promised.scores},
+        costs=dict.fromkeys(promised.costs, table),
+    )
