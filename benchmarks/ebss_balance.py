@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/reference-moe", help="folder of a model with the same tokenizer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 32, 128], help=f"of {LENGTH} tokens")
+    parser.add_argument("--windows", type=int, nargs="+", default=[8, 32], help=f"of {LENGTH} tokens")
     parser.add_argument(
         "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=str(list(ARMS))
     )

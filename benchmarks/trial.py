@@ -89,7 +89,7 @@ def fit(ids_NL: Tensor, callbacks: Sequence[pl.Callback] | None = None, **settin
         settings: Of ``MoEQuantModule``: name, bits, group_size, affinity_power, ...
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    steps = [BitAllocation(), HessianCalibration(), GPTQ()] if callbacks is None else list(callbacks)
+    steps = [BitAllocation(), HessianCalibration(), CachedGridGPTQ()] if callbacks is None else list(callbacks)
     module = MoEQuantModule(**settings)
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         # Few workers, no logger: advice for training runs.
