@@ -83,7 +83,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.set(xscale="log", title=f"{bits} bits, {title}", ylabel="KL to the original, nats")
     for axes in panels[-1]:
         axes.set(xlabel="calibration tokens")
-    panels[0, -1].legend(fontsize="small", frameon=False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 
 
