@@ -88,7 +88,9 @@ def sampled_set(
     """The first ``num_windows`` sequences of a file that holds as many, or one that is written now."""
     name = label.replace(" ", "_")
     for path in folder.glob(f"{name}-*-{seed}.safetensors"):
-        if int(path.stem.split("-")[-2]) >= num_windows:
+        num_there = int(path.stem.split("-")[-2])
+        # Part of a chunk is not what a smaller set would be: sequences of a chunk complete each other.
+        if num_there == num_windows or (num_there > num_windows and num_windows % SEQUENCES_AT_ONCE == 0):
             return load_sampled(path).ids_NT[:num_windows]
     spec = replace(spec, num_sequences=max(num_written, num_windows), length=LENGTH, seed=seed)
     path = folder / f"{name}-{spec.num_sequences}-{seed}.safetensors"
