@@ -92,7 +92,8 @@ def sampled_set(
         # Part of a chunk is not what a smaller set would be: sequences of a chunk complete each other.
         if num_there == num_windows or (num_there > num_windows and num_windows % SEQUENCES_AT_ONCE == 0):
             return load_sampled(path).ids_NT[:num_windows]
-    spec = replace(spec, num_sequences=max(num_written, num_windows), length=LENGTH, seed=seed)
+    num_sequences = num_windows if num_windows % SEQUENCES_AT_ONCE else max(num_written, num_windows)
+    spec = replace(spec, num_sequences=num_sequences, length=LENGTH, seed=seed)
     path = folder / f"{name}-{spec.num_sequences}-{seed}.safetensors"
     model, decode = yardstick.model, yardstick.tokenizer.batch_decode
     sampler = Sampler(
