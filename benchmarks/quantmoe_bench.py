@@ -1,6 +1,6 @@
 """QuantMoE-Bench: ways to give bits to the weights of a trained MoE, at equal bits, and what each costs.
 
-    OMP_NUM_THREADS=1 python benchmarks/quantmoe_bench.py --json benchmarks/results/allocation.json
+    OMP_NUM_THREADS=1 python benchmarks/quantmoe_bench.py --json benchmarks/results/allocation_reference.json
     ... --model runs/mixtral_moe/model --label Mixtral --json benchmarks/results/allocation_mixtral.json
 
 The rows are in ``quantmoe_rows.py``.  Every seed has its own calibration set, which the model writes (EBSS in corpus
