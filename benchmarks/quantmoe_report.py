@@ -77,6 +77,7 @@ def findings(entries: Sequence[Entry]) -> str:
 def draw(entries: Sequence[Entry], label: str, path: Path) -> None:
     """Mean KL of every row, one panel per budget, on a logarithmic axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     budgets = sorted({entry["budget"] for entry in entries})
     figure = Figure(figsize=(5.2 * len(budgets), 7.5), layout="constrained")
@@ -92,6 +93,9 @@ def draw(entries: Sequence[Entry], label: str, path: Path) -> None:
             )
         axes.set_yticks(range(len(groups)), [row for row, _ in groups], fontsize=8)
         axes.set(xscale="log", title=f"{label}, {budget} bits", xlabel="mean KL to the original, nats")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
 
