@@ -12,7 +12,6 @@ its own linears inside the experts module, so the routing weight is part of the 
 Shapes: B batch, T tokens of a sequence, V vocabulary, E experts, O out features, N tokens of a batch.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeq.calibration.observe import routed_tokens
+from moeq.calibration.observe import experts_run_by, routed_tokens
 from moeq.models.adapter import Adapter, Site
 
 
@@ -166,15 +165,12 @@ def _hook_linears(
 def _differentiable_experts(
     module: Any, sites: Sequence[Site], on_gradient: OnGradient, keep_N: Tensor | None
 ) -> Iterator[None]:
-    config = module.config
-    module.config = copy.copy(config)
-    module.config._experts_implementation = "moeq_gradients"
-    module.moeq_gradients = ({site.stage: site for site in sites}, on_gradient, keep_N)
-    try:
-        yield
-    finally:
-        module.config = config
-        del module.moeq_gradients
+    with experts_run_by("moeq_gradients", module):
+        module.moeq_gradients = ({site.stage: site for site in sites}, on_gradient, keep_N)
+        try:
+            yield
+        finally:
+            del module.moeq_gradients
 
 
 def _gradient_forward(module: Any, hidden_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:

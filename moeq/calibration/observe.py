@@ -115,15 +115,24 @@ def routed_tokens(ids_TK: Tensor, num_experts: int, keep_T: Tensor | None) -> It
 def _observing_experts(adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask) -> Iterator[None]:
     """Run one experts module with ``_observing_forward``, which also sees the input of every down projection."""
     module: Any = adapter.model.get_submodule(site.modules[0])
+    with experts_run_by("moeq_observe", module):
+        module.moeq_observer = (site, on_rows, mask)
+        try:
+            yield
+        finally:
+            del module.moeq_observer
+
+
+@contextmanager
+def experts_run_by(implementation: str, module: Any) -> Iterator[None]:
+    """Give one experts module, and no other, an implementation that is registered with transformers."""
     config = module.config
     module.config = copy.copy(config)
-    module.config._experts_implementation = "moeq_observe"
-    module.moeq_observer = (site, on_rows, mask)
+    module.config._experts_implementation = implementation
     try:
         yield
     finally:
         module.config = config
-        del module.moeq_observer
 
 
 def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
