@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moeq.models.adapter import Site
 from moeq.models.digest import model_digest, tensor_digest
 from moeq.run import block_path, digest, load_block, save_block
-from moeq.solve import commit
+from moeq.solve import change_parameters, commit
 
 if TYPE_CHECKING:
     from moeq.module import MoEQuantModule
@@ -42,6 +42,7 @@ class Resume:
         while block < len(self.sites) and block_path(folder, block).exists():
             load_block(folder, block, self.module.run, self.fingerprint)
             commit(self.module.adapter, self.sites[block], self.module.run.quantized)
+            change_parameters(self.module.adapter, self.module.run, dict(self.module.run.changed))
             block += 1
         return block
 
@@ -49,7 +50,9 @@ class Resume:
         """Write a finished block (by the first rank), where its weights were quantized at all."""
         names = [name for site in self.sites[block] for name in site.weight_names()]
         if self.module.global_rank == 0 and all(name in self.module.run.quantized for name in names):
-            save_block(self.module.run_dir, block, self.module.run, names, self.fingerprint)
+            prefix = f"{self.module.adapter.block_prefix}.{block}."
+            changed = [name for name in self.module.run.changed if name.startswith(prefix)]
+            save_block(self.module.run_dir, block, self.module.run, names, changed, self.fingerprint)
 
 
 def fingerprint(module: "MoEQuantModule") -> dict[str, str]:

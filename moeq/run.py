@@ -31,6 +31,7 @@ class Run:
         hessians: Hessian statistics of the current pass, by site name.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights so far, on the CPU, by canonical name.
+        changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
@@ -43,6 +44,7 @@ class Run:
     hessians: dict[str, HessianState] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,9 +85,11 @@ def block_path(folder: Path, block: int) -> Path:
     return folder / "blocks" / f"block_{block:03d}.safetensors"
 
 
-def save_block(folder: Path, block: int, run: Run, names: list[str], fingerprint: dict[str, str]) -> None:
-    """Write a finished block: its quantized weights, errors, fallbacks and usage, with what they depend on."""
-    tensors: dict[str, Tensor] = {}
+def save_block(
+    folder: Path, block: int, run: Run, names: list[str], changed: list[str], fingerprint: dict[str, str]
+) -> None:
+    """Write a finished block: its quantized weights, changed parameters, errors, fallbacks and usage."""
+    tensors: dict[str, Tensor] = {f"changed:{name}": run.changed[name] for name in changed}
     for name in names:
         weight = run.quantized[name]
         tensors |= {f"{name}.codes": weight.codes_OI, f"{name}.scale": weight.scale_OG}
@@ -128,6 +132,7 @@ def load_block(folder: Path, block: int, run: Run, fingerprint: dict[str, str]) 
             tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.zero_point"), bits, group_size
         )
     run.usage |= {key.removeprefix("usage:"): counts for key, counts in tensors.items() if key.startswith("usage:")}
+    run.changed |= {key.removeprefix("changed:"): value for key, value in tensors.items() if key.startswith("changed:")}
     run.errors += metadata["errors"]
     run.fallbacks += [Fallback(**fallback) for fallback in metadata["fallbacks"]]
     return list(metadata["grids"])

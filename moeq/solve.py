@@ -126,6 +126,15 @@ def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fal
     return ()
 
 
+@torch.no_grad()
+def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) -> None:
+    """Give parameters that are not quantized (norms, routers) new values, by name, and record them for resume."""
+    for name, value in values.items():
+        parameter = adapter.model.get_parameter(name)
+        parameter.copy_(value)
+        run.changed[name] = parameter.detach().cpu().clone()
+
+
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
     """Write the dequantized weights of the sites into the model, in the model's dtype."""
     for site in sites:

@@ -18,6 +18,7 @@ def finished_run() -> Run:
     return Run(
         quantized={"layers.0.a": weight, "layers.0.b": symmetric, "layers.1.a": weight},
         usage={"layers.0.mlp.experts": torch.tensor([3, 1]), "layers.1.mlp.experts": torch.tensor([2, 2])},
+        changed={"layers.0.norm.weight": torch.rand(8), "layers.1.norm.weight": torch.rand(8)},
         errors=[{"weight": "layers.0.a", "relative_error": 0.125}, {"weight": "layers.1.a", "relative_error": 0.5}],
         fallbacks=[Fallback("layers.0.b", "few", "3 tokens"), Fallback("layers.1.a", "few", "4 tokens")],
     )
@@ -25,7 +26,7 @@ def finished_run() -> Run:
 
 def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
     run, again = finished_run(), Run()
-    save_block(tmp_path, 0, run, ["layers.0.a", "layers.0.b"], FINGERPRINT)
+    save_block(tmp_path, 0, run, ["layers.0.a", "layers.0.b"], ["layers.0.norm.weight"], FINGERPRINT)
     assert load_block(tmp_path, 0, again, FINGERPRINT) == ["layers.0.a", "layers.0.b"]
     for name, weight in again.quantized.items():
         expected = run.quantized[name]
@@ -35,13 +36,15 @@ def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
         assert (weight.bits, weight.group_size) == (expected.bits, expected.group_size)
     assert again.errors == run.errors[:1]
     assert again.fallbacks == run.fallbacks[:1]
+    assert again.changed.keys() == {"layers.0.norm.weight"}
+    assert torch.equal(again.changed["layers.0.norm.weight"], run.changed["layers.0.norm.weight"])
     # A survey has counted the blocks to come, and a resumed run does not repeat it.
     assert again.usage.keys() == run.usage.keys()
 
 
 @pytest.mark.parametrize("key", list(FINGERPRINT))
 def test_a_block_of_another_run_is_refused_by_what_changed(key: str, tmp_path: Path) -> None:
-    save_block(tmp_path, 0, finished_run(), ["layers.0.a"], FINGERPRINT)
+    save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT)
     with pytest.raises(ValueError, match=f"with another {key}; set --trainer.default_root_dir"):
         load_block(tmp_path, 0, Run(), {**FINGERPRINT, key: "changed"})
 
@@ -54,7 +57,7 @@ def test_files_appear_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     for write in (
         lambda: write_json(tmp_path / "a.json", {"a": 1}),
         lambda: write_csv(tmp_path / "a.csv", [{"a": 1}]),
-        lambda: save_block(tmp_path, 0, finished_run(), ["layers.0.a"], FINGERPRINT),
+        lambda: save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT),
     ):
         with pytest.raises(KeyboardInterrupt):
             write()
