@@ -128,6 +128,7 @@ class MoEQuantModule(L.LightningModule):
         # An evaluation inside fit would measure a half-quantized model; validate is its own command.
         self.trainer.limit_val_batches = 0
         self.prepare()
+        self.run.fallbacks += self.adapter.kept()
         self.model.to(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)

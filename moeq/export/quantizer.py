@@ -22,8 +22,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq.export.names import expert_modules, expert_weight, num_experts, packed_conversions, weight_names
-from moeq.kernels.packed import PROJECTIONS, PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.export.names import packed_conversions, weight_names
+from moeq.kernels.packed import PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
 FORMAT_VERSION = 1
@@ -186,7 +187,8 @@ def _packed_experts(
             return nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
         return PackedLinear(columns, rows, grid, scale_dtype)
 
-    experts = [PackedExpert(*(projection(e, leaf) for leaf in PROJECTIONS)) for e in range(num_experts(source))]
+    leaves = projections(source)
+    experts = [PackedExpert(**{leaf: projection(e, leaf) for leaf in leaves}) for e in range(num_experts(source))]
     return PackedExperts(source, experts)
 
 
