@@ -49,7 +49,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         # The initialisation of the library (0.02) gives nearly uniform routers and logits; this one does not.
         for name, tensor in [*model.named_parameters(), *_correction_biases(model)]:
             noise = torch.randn(tensor.shape, generator=generator) * (0.15 if tensor.ndim >= 2 else 0.05)
-            tensor.copy_(1 + noise if "norm" in name else noise)
+            around_one = "norm" in name or name.endswith("_scale")
+            tensor.copy_(1 + noise if around_one else noise)
     return model.eval().requires_grad_(False)
 
 
