@@ -14,6 +14,7 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.activations import ActivationStore, capture_calls, run_block, until_reached
 from moeq.allocation.plan import WeightShape, uniform_plan
+from moeq.calibration.observe import Routing
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -40,6 +41,8 @@ class MoEQuantModule(L.LightningModule):
         damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal.
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
+        routing: Tokens of a routed expert's Hessian: "routed" takes those that chose it, with their affinity;
+            "all_experts" all tokens, each with weight 1 (affinity_power then acts on shared experts alone).
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
         hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
             with one sweep of the data for each, and the same codes.
@@ -59,6 +62,7 @@ class MoEQuantModule(L.LightningModule):
         damping: float = 0.01,
         act_order: bool = True,
         affinity_power: float = 1.0,
+        routing: Routing = "routed",
         sequential: Sequential = "stage",
         hessian_gib: float = 16.0,
         restart: bool = False,
@@ -141,6 +145,7 @@ class MoEQuantModule(L.LightningModule):
         self.schedule = build_schedule(
             sites, survey=self.survey_requested and first_block == 0,
             sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
+            routing=self.hparams["routing"],
         )  # fmt: skip
         self.trainer.fit_loop.max_epochs = len(self.schedule)
 

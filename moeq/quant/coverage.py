@@ -66,6 +66,11 @@ def pool_of(state: HessianState) -> HessianState:
     return HessianState(*(tensor.sum(0, keepdim=True) for tensor in state.tensors()))
 
 
+def shared_by(state: HessianState, num_experts: int) -> HessianState:
+    """The state of one expert as that of several, without copies."""
+    return HessianState(*(tensor.expand(num_experts, *tensor.shape[1:]) for tensor in state.tensors()))
+
+
 def find_uncovered(
     state: HessianState, spec: CoverageSpec, names: Sequence[str], pool: HessianState | None = None
 ) -> tuple[Tensor, list[Fallback]]:
