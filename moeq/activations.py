@@ -87,6 +87,11 @@ class ActivationStore:
         self._states[batch] = (block, hidden.to(self.device))
         return hidden
 
+    def num_bytes(self, device: torch.device) -> int:
+        """Bytes of the stored states, if they are on ``device``."""
+        states = [hidden for _, hidden in self._states.values() if hidden.device.type == device.type]
+        return sum(hidden.numel() * hidden.element_size() for hidden in states)
+
     def clear(self) -> None:
         """Forget everything: the next pass starts from the embeddings."""
         self._states.clear()

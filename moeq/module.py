@@ -15,6 +15,7 @@ import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.activations import ActivationStore, capture_calls, run_block, until_reached
 from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.calibration.observe import Routing
+from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -203,13 +204,18 @@ class MoEQuantModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Runs after the callbacks' hooks: the sites of this pass are quantized."""
         self.run.hessians.clear()
-        if self.current_pass.sites:  # no chunk of them follows
-            self.run.pools.clear()
+        for part in self.current_pass.parts:
+            if part.is_last:
+                self.run.pools.pop(part.site.name, None)
         seconds = time.perf_counter() - self._pass_start
         self.run.seconds[self.current_pass.label] = seconds
         self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)
         if self.current_pass.ends_block and self.current_pass.kind == "calibrate":
             self.resume.save(self.current_pass.block)
+
+    def memory_row(self, measured: int) -> MemoryRow:
+        """Expected and measured memory of the current pass, in bytes."""
+        return memory_row(self.current_pass, self.model, self._activations.num_bytes(self.device), measured)
 
     # -- validate
 

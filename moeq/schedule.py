@@ -45,6 +45,11 @@ class Part:
         return self.site.num_experts > 1 and not self.shared
 
     @property
+    def is_last(self) -> bool:
+        """Whether the last expert of the site is among them."""
+        return self.experts.stop == self.site.num_experts
+
+    @property
     def num_sums(self) -> int:
         """Hessians that are summed up for the experts."""
         return 1 if self.shared else len(self.experts)

@@ -29,7 +29,7 @@ from moeq.quant.spec import Fallback
 CoveragePolicy = Literal["shrink", "rtn", "fail"]
 Kappa = float | Literal["auto"]
 POLICIES = ("shrink", "rtn", "fail")
-SAMPLES_PER_FEATURE = 1.0  # of kappa auto; measured in benchmarks/LOG.md
+SAMPLES_PER_FEATURE = 2.0  # of kappa auto; measured in benchmarks/LOG.md
 FEW_TOKENS, NO_TOKENS = "few calibration tokens", "no calibration tokens"
 
 
