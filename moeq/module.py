@@ -14,6 +14,8 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.activations import ActivationStore, BlockBatch, BlockCall, capture_calls, run_block, until_reached
 from moeq.allocation.plan import WeightShape, uniform_plan
+from moeq.calibration.observe import Routing
+from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -40,6 +42,8 @@ class MoEQuantModule(L.LightningModule):
         damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal.
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
+        routing: Tokens of a routed expert's Hessian: "routed" takes those that chose it, with their affinity;
+            "all_experts" all tokens, each with weight 1 (affinity_power then acts on shared experts alone).
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
         hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
             with one sweep of the data for each, and the same codes.
@@ -59,6 +63,7 @@ class MoEQuantModule(L.LightningModule):
         damping: float = 0.01,
         act_order: bool = True,
         affinity_power: float = 1.0,
+        routing: Routing = "routed",
         sequential: Sequential = "stage",
         hessian_gib: float = 16.0,
         restart: bool = False,
@@ -148,6 +153,7 @@ class MoEQuantModule(L.LightningModule):
             sites, survey=self.survey_requested and first_block == 0,
             sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
             originals=self.originals_requested, routers=self.routers_requested,
+            routing=self.hparams["routing"],
         )  # fmt: skip
         self.trainer.fit_loop.max_epochs = len(self.schedule)
 
@@ -220,8 +226,9 @@ class MoEQuantModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Runs after the callbacks' hooks: the sites of this pass are quantized."""
         self.run.hessians.clear()
-        if self.current_pass.sites:  # no chunk of them follows
-            self.run.pools.clear()
+        for part in self.current_pass.parts:
+            if part.is_last:
+                self.run.pools.pop(part.site.name, None)
         seconds = time.perf_counter() - self._pass_start
         self.run.seconds[self.current_pass.label] = seconds
         self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)
@@ -229,6 +236,10 @@ class MoEQuantModule(L.LightningModule):
             self.resume.save(self.current_pass.block)
         elif self.current_pass.kind == "original" and self.current_pass.block == self.resume.first_block - 1:
             self.resume.commit()  # the original blocks that come before were needed until now
+
+    def memory_row(self, measured: int) -> MemoryRow:
+        """Expected and measured memory of the current pass, in bytes."""
+        return memory_row(self.current_pass, self.model, self._activations.num_bytes(self.device), measured)
 
     # -- validate
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -140,12 +139,3 @@ def load_block(folder: Path, block: int, run: Run, fingerprint: dict[str, str]) 
     run.errors += metadata["errors"]
     run.fallbacks += [Fallback(**fallback) for fallback in metadata["fallbacks"]]
     return list(metadata["grids"])
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the accelerator where the model is on one, else resident memory of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,6 +13,8 @@ so every chunk sees the same inputs, and the codes do not depend on the bound.  
 of a part and the pooled Hessian of the whole site where it has several experts:
 
     part = 8 I^2 (E + 1) float64 sums + 4 I^2 E float32 working copies
+
+Under routing "all_experts" gate and up of all experts have one input, and so one sum: 8 I^2 + 4 I^2 E.
 """
 
 import math
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moeq.calibration.observe import Routing
 from moeq.models.adapter import STAGES, Site
 
 Sequential = Literal["stage", "block"]
@@ -29,15 +32,32 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Part:
-    """Experts of a site whose Hessians one pass gathers: all of them, or a range of consecutive ones."""
+    """Experts of a site whose Hessians one pass gathers: all of them, or a range of consecutive ones.
+
+    Attributes:
+        site: The site.
+        experts: The range.
+        shared: Whether all experts of the site have one Hessian.
+    """
 
     site: Site
     experts: range
+    shared: bool = False
 
     @property
     def pooled(self) -> bool:
         """Whether the site has experts to pool a Hessian over."""
-        return self.site.num_experts > 1
+        return self.site.num_experts > 1 and not self.shared
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last expert of the site is among them."""
+        return self.experts.stop == self.site.num_experts
+
+    @property
+    def num_sums(self) -> int:
+        """Hessians that are summed up for the experts."""
+        return 1 if self.shared else len(self.experts)
 
     @property
     def opens_pool(self) -> bool:
@@ -46,8 +66,8 @@ class Part:
 
     @property
     def sum_bytes(self) -> int:
-        """Bytes of the sums: float64, one matrix per expert and the pool."""
-        return 8 * self.site.in_features**2 * (len(self.experts) + self.pooled)
+        """Bytes of the sums: float64, one matrix for each and one for the pool."""
+        return 8 * self.site.in_features**2 * (self.num_sums + self.pooled)
 
     @property
     def working_bytes(self) -> int:
@@ -62,7 +82,12 @@ class Part:
 
 def whole(site: Site) -> Part:
     """All experts of a site."""
-    return Part(site, range(site.num_experts))
+    return _part(site, 0, site.num_experts, "routed")
+
+
+def _part(site: Site, start: int, count: int, routing: Routing) -> Part:
+    shared = routing == "all_experts" and site.kind == "routed" and site.stage == "mlp_in"
+    return Part(site, range(start, min(start + count, site.num_experts)), shared)
 
 
 @dataclass(frozen=True)
@@ -108,6 +133,7 @@ def build_schedule(
     hessian_gib: float = math.inf,
     originals: bool = False,
     routers: bool = False,
+    routing: Routing = "routed",
 ) -> tuple[Pass, ...]:
     """Passes of a run over all blocks.
 
@@ -119,6 +145,7 @@ def build_schedule(
         hessian_gib: Bound on the Hessians of a pass, in GiB.
         originals: Run every block on the original hidden states before its weights change.
         routers: Give the router of every block a pass before its experts.
+        routing: Which tokens the Hessians of routed experts are made of.
 
     Raises:
         ValueError: The Hessian of a single expert exceeds the bound, or routers have no place in the order.
@@ -141,13 +168,14 @@ def build_schedule(
         for group in groups:
             if routers and any(site.kind == "routed" and site.stage == "mlp_in" for site in group):
                 passes.append(Pass("router", block, (), ends_block=False))
-            passes += _calibration_passes(block, group, group is groups[-1], hessian_gib)
+            passes += _calibration_passes(block, group, group is groups[-1], list(cut(group, hessian_gib, routing)))
     return tuple(passes)
 
 
-def _calibration_passes(block: int, sites: tuple[Site, ...], ends_block: bool, hessian_gib: float) -> list[Pass]:
+def _calibration_passes(
+    block: int, sites: tuple[Site, ...], ends_block: bool, chunks: Sequence[tuple[Part, ...]]
+) -> list[Pass]:
     """One pass for each chunk of the sites; the last one quantizes them."""
-    chunks = list(cut(sites, hessian_gib))
     open_passes = [
         Pass("calibrate", block, (), False, parts, (position, len(chunks)))
         for position, parts in enumerate(chunks[:-1], 1)
@@ -155,12 +183,13 @@ def _calibration_passes(block: int, sites: tuple[Site, ...], ends_block: bool, h
     return [*open_passes, Pass("calibrate", block, sites, ends_block, chunks[-1], (len(chunks), len(chunks)))]
 
 
-def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]:
+def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator[tuple[Part, ...]]:
     """Parts of the sites, in their order, in chunks that each stay within the bound.
 
     Args:
         sites: What is calibrated on the same state of the model.
         hessian_gib: The bound, in GiB.
+        routing: Which tokens the Hessians of routed experts are made of.
 
     Raises:
         ValueError: The Hessian of a single expert exceeds the bound.
@@ -170,14 +199,14 @@ def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]
         start = 0
         while start < site.num_experts:
             room = hessian_gib * GIB - sum(part.bytes for part in chunk)
-            if fit := _num_that_fit(site, room):
-                chunk.append(Part(site, range(start, min(start + fit, site.num_experts))))
+            if fit := _num_that_fit(site, room, routing):
+                chunk.append(_part(site, start, fit, routing))
                 start = chunk[-1].experts.stop
             elif chunk:
                 yield tuple(chunk)
                 chunk = []
             else:
-                need = Part(site, range(1)).bytes / GIB
+                need = _part(site, 0, 1, routing).bytes / GIB
                 raise ValueError(
                     f"hessian_gib ({hessian_gib:g}) must hold one Hessian of {site.name}, which needs {need:.3g} GiB "
                     f"({site.in_features} in features); set --model.hessian_gib {math.ceil(100 * need) / 100:g} or more"
@@ -185,7 +214,6 @@ def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]
     yield tuple(chunk)
 
 
-def _num_that_fit(site: Site, room: float) -> int:
+def _num_that_fit(site: Site, room: float, routing: Routing) -> int:
     """How many experts of a site have Hessians of at most ``room`` bytes together."""
-    one, two = (Part(site, range(count)).bytes for count in (1, 2))
-    return 0 if room < one else site.num_experts if math.isinf(room) else int(1 + (room - one) // (two - one))
+    return next((n for n in range(site.num_experts, 0, -1) if _part(site, 0, n, routing).bytes <= room), 0)
