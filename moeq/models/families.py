@@ -16,6 +16,9 @@ ATTENTION_OUT = frozenset({"o_proj", "out_proj", "dense"})
 MLP_IN = frozenset({"gate_proj", "up_proj", "w1", "w3", "gate_up_proj", "fc1", "input_linear"})
 MLP_DOWN = frozenset({"down_proj", "w2", "fc2", "output_linear"})
 
+# Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
+VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
+
 
 def is_router(path: str, linear: nn.Linear) -> bool:
     """True for a linear that scores or gates experts: it is never quantized."""

@@ -104,6 +104,11 @@ def factor_size(size: int) -> int:
     )
 
 
+def has_hadamard(size: int) -> bool:
+    """Whether a Hadamard matrix of this size is known here."""
+    return _factor_size(size) is not None
+
+
 @cache
 def paley(size: int) -> Tensor:
     """Hadamard matrix of size 1, q + 1 (prime q = 3 mod 4) or 2 (q + 1) (prime q = 1 mod 4), float64."""
