@@ -37,6 +37,7 @@ from moeq.quant.spec import Fallback
 # Rounding stays an order of magnitude below: float32 rounds to 1e-6 in a few blocks, bfloat16 weights to 1e-2.
 BLOCK_TOLERANCE = 1e-4  # of what a block adds to its input, in float32
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits
+WRITING_STAGES = ("attention_out", "mlp_down")
 NOT_ROTATED = "values not rotated"
 
 
@@ -189,17 +190,16 @@ def _absorb_norms(model: nn.Module, norms: dict[str, list[str]], basis: Basis, s
 def _turn_writers(adapter: Adapter, block: int, basis: Basis, steps: Steps) -> None:
     """Out-features of everything that writes into the residual stream, biases included."""
     width = adapter.model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
-    for site in adapter.sites(block):
-        if site.stage not in ("attention_out", "mlp_down") or set(site.rows) != {width}:
-            continue
-        for path in site.modules:
-            module = adapter.model.get_submodule(path)
-            weight, bias, axis = "weight", "bias", -2
-            if is_experts_module(module):
-                weight, bias, axis = "down_proj", "down_proj_bias", -1 if module.is_transposed else -2
-            steps.turn(f"{path}.{weight}", axis, basis)
-            if module._parameters.get(bias) is not None:
-                steps.turn(f"{path}.{bias}", -1, basis)
+    for path in (path for site in adapter.sites(block) if site.stage in WRITING_STAGES for path in site.modules):
+        module = adapter.model.get_submodule(path)
+        experts = is_experts_module(module)
+        weight, bias = ("down_proj", "down_proj_bias") if experts else ("weight", "bias")
+        axis = -1 if experts and module.is_transposed else -2
+        if adapter.model.get_parameter(f"{path}.{weight}").shape[axis] != width:
+            continue  # writes into a narrower space, from which another linear writes
+        steps.turn(f"{path}.{weight}", axis, basis)
+        if module._parameters.get(bias) is not None:
+            steps.turn(f"{path}.{bias}", -1, basis)
 
 
 def _unit_norms(model: nn.Module, norms: dict[str, list[str]]) -> dict[str, Tensor]:
