@@ -37,7 +37,7 @@ from moeq.quant.spec import Fallback
 # Rounding stays an order of magnitude below: float32 rounds to 1e-6 in a few blocks, bfloat16 weights to 1e-2.
 BLOCK_TOLERANCE = 1e-4  # of what a block adds to its input, in float32
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits
-WRITING_STAGES = ("attention_out", "mlp_down")
+WRITING_STAGES = ("attention_out", "mlp_down", "mlp_post")
 NOT_ROTATED = "values not rotated"
 
 
@@ -79,6 +79,8 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
     readers = find_readers(model, lambda: logits.append(model(**inputs, use_cache=False).logits))
     norms = residual_norms(adapter, readers, embedding.shape[-1])
     calls = capture_calls(model, adapter.blocks, inputs)
+    if calls[0].hidden.shape != (*ids_BT.shape, embedding.shape[-1]):
+        raise _refusal(model, f"between its blocks are states of shape {tuple(calls[0].hidden.shape)}, not one stream")
     untie(model)
     fallbacks, hidden = [], calls[0].hidden
     for block, call in enumerate(calls):
