@@ -1,14 +1,13 @@
 """Quantize the sites of each pass with GPTQ on the Hessians of that pass."""
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moeq.module import MoEQuantModule
-from moeq.quant.coverage import CoveragePolicy, CoverageSpec, regularize
+from moeq.quant.coverage import CoveragePolicy, CoverageSpec
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
-from moeq.solve import Unit, quantize_sites
+from moeq.solve import Unit, calibrated_hessians, quantize_sites
 
 
 class GPTQ(Callback):
@@ -30,17 +29,7 @@ class GPTQ(Callback):
         current, run = pl_module.current_pass, pl_module.run
         if current.kind != "calibrate":
             return
-        hessians: dict[str, Tensor] = {}
-        for site in current.sites:
-            if site.name not in run.hessians:
-                raise ValueError("GPTQ found no Hessian; put callbacks.HessianCalibration before callbacks.GPTQ")
-            # Stacked linears share a Hessian: the first stands for all of them in the report.
-            names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
-            hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], self.coverage, names)
-            run.fallbacks += fallbacks
-            # GPTQ with an identity Hessian is round-to-nearest.
-            identity = torch.eye(site.in_features, device=hessian_EII.device)
-            hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
+        hessians = calibrated_hessians(run, current.sites, self.coverage, type(self).__name__)
 
         def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
             return self.solve(pl_module, unit, weight_EOI, hessians[unit.site.name][list(unit.experts)])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
+from moeq.quant.coverage import CoverageSpec, regularize
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
@@ -124,6 +125,32 @@ def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fal
     if retries := int(solution.num_retries_E[position]):
         return (Fallback(name, "factorisation retried", f"{retries} times, in float64 or with stronger damping"),)
     return ()
+
+
+def calibrated_hessians(run: Run, sites: Sequence[Site], coverage: CoverageSpec, method: str) -> dict[str, Tensor]:
+    """Hessians to solve the sites with, float32 [E, I, I] by site name; records the experts with few tokens.
+
+    Args:
+        run: Holds the sums over the tokens; fallbacks are added.
+        sites: Of the current pass.
+        coverage: What an expert with few tokens gets.
+        method: Name of the callback, for the message.
+
+    Raises:
+        ValueError: Nothing gathered the Hessians, or see ``moeq.quant.coverage.regularize``.
+    """
+    hessians: dict[str, Tensor] = {}
+    for site in sites:
+        if site.name not in run.hessians:
+            raise ValueError(f"{method} found no Hessian; put callbacks.HessianCalibration before callbacks.{method}")
+        # Stacked linears share a Hessian: the first stands for all of them in the report.
+        names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
+        hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], coverage, names)
+        run.fallbacks += fallbacks
+        # GPTQ with an identity Hessian is round-to-nearest.
+        identity = torch.eye(site.in_features, device=hessian_EII.device)
+        hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
+    return hessians
 
 
 @torch.no_grad()
