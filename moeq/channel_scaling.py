@@ -36,6 +36,7 @@ from moeq.run import Run
 from moeq.solve import change_parameters, commit, make_units, unit_rows
 
 NOT_SCALED = "channels not scaled"
+FROM_ROWS = ("attention_out", "mlp_down")  # stages whose input is made by a linear; the others read a norm
 _PROBE_TOKENS = 16
 
 
@@ -62,7 +63,7 @@ def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mappi
         site.name: torch.ones(site.num_experts, site.in_features, device=inputs[site.name].hessian_EII.device)
         for site in sites
     }
-    if sites[0].stage in ("attention_out", "mlp_down"):
+    if sites[0].stage in FROM_ROWS:
         for site in sites:
             producer = find_producer(adapter, site, lambda: run_block(adapter.blocks[block], call.hidden, call))
             if producer is None or producer.site.weight_name(0, producer.leaf) not in run.quantized:
@@ -71,8 +72,9 @@ def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mappi
                 scales[site.name] = _scale_by_rows(adapter, run, site, producer, inputs[site.name])
         return scales
     unscaled = {site.name: site for site in sites}
+    candidates = [site for site in adapter.sites(block) if site.stage not in FROM_ROWS]
     for readers in find_norm_readers(adapter, block, call.hidden, call):
-        reading = [site for site in adapter.sites(block) if set(site.modules) & set(readers.readers)]
+        reading = [site for site in candidates if set(site.modules) & set(readers.readers)]
         here = [site for site in reading if unscaled.pop(site.name, None)]
         if here and (reason := _obstacle(adapter, readers, reading, here, call)):
             for site in here:

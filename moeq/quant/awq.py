@@ -100,9 +100,8 @@ def scaled_error(reader: Reader, scale_I: Tensor, scale_dtype: torch.dtype, clip
             ranges, as in the published code.
     """
     scaled_EOI, hessian_EII = scale_problem(reader.weight_OI[None], reader.hessian_II[None], scale_I[None])
-    qparams = choose_ranges(
-        scaled_EOI, hessian_EII, replace(reader.grid, clip_search=clip and reader.grid.clip_search), scale_dtype
-    )
+    grid = replace(reader.grid, clip_search=clip and reader.grid.clip_search)
+    qparams = choose_ranges(scaled_EOI, hessian_EII, grid, scale_dtype)
     codes_EOI = quantize(scaled_EOI, qparams, reader.grid)
     rounded_EOI = dequantize(codes_EOI, qparams.scale_EOG, qparams.zero_point_EOG, reader.grid.bits)
     return output_energy((scaled_EOI - rounded_EOI)[0], hessian_EII[0])
