@@ -51,7 +51,9 @@ def test_at_8_bits_the_export_is_the_original_with_other_norms(family: str, opti
     records = json.loads((tmp_path / "run/fallbacks.json").read_text())
     assert {record["reason"] for record in records} <= {"few calibration tokens", "no calibration tokens"}
     original, exported = logits(model), logits(tmp_path / "run/dense")
-    assert 0 < (exported - original).norm() < 0.02 * original.norm()
+    difference_BT = (exported - original).norm(dim=-1) / original.norm(dim=-1)
+    # The median: a token near the border between two experts may go to the other one.
+    assert 0 < float(difference_BT.median()) < 0.02
     norms = [
         dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
         for folder in (model, tmp_path / "run/dense")
