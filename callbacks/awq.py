@@ -5,14 +5,14 @@ from typing import Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from moeq.channel_scaling import Inputs, scale_stage
+from moeq.channel_scaling import gather_inputs, refuse_chunks, scale_stage
 from moeq.models.adapter import STAGES
 from moeq.module import MoEQuantModule
 from moeq.quant.awq import round_scaled, scale_problem
-from moeq.quant.coverage import CoveragePolicy, CoverageSpec
+from moeq.quant.coverage import CoveragePolicy, CoverageSpec, Kappa
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
-from moeq.solve import Unit, calibrated_hessians, quantize_sites
+from moeq.solve import Unit, quantize_sites
 
 
 class AWQ(Callback):
@@ -22,7 +22,7 @@ class AWQ(Callback):
         rounding: "nearest" is AWQ, with clipping ranges by output error; "gptq" solves the scaled weights with GPTQ.
         coverage: What an expert with few tokens gets, as for callbacks.GPTQ.
         min_tokens: Experts with fewer tokens are reported.
-        kappa: Strength of the shrinkage, in tokens.
+        kappa: Strength of the shrinkage, as for callbacks.GPTQ.
     """
 
     def __init__(
@@ -30,12 +30,17 @@ class AWQ(Callback):
         rounding: Literal["nearest", "gptq"] = "nearest",
         coverage: CoveragePolicy = "shrink",
         min_tokens: int = 128,
-        kappa: float = 256.0,
+        kappa: Kappa = "auto",
     ) -> None:
         if rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding ({rounding}) must be nearest or gptq; nearest is AWQ")
         self.rounding = rounding
         self.coverage = CoverageSpec(coverage, min_tokens, kappa)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse before any work a bound on memory that cuts a stage into several passes."""
+        assert isinstance(pl_module, MoEQuantModule)
+        refuse_chunks(pl_module.schedule)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale and quantize the sites of this pass, stage by stage."""
@@ -43,8 +48,7 @@ class AWQ(Callback):
         current, run, adapter = pl_module.current_pass, pl_module.run, pl_module.adapter
         if current.kind != "calibrate":
             return
-        hessians = calibrated_hessians(run, current.sites, self.coverage, "AWQ")
-        inputs = {name: Inputs(hessian, run.hessians[name].num_tokens_E) for name, hessian in hessians.items()}
+        inputs = gather_inputs(run, current.sites, self.coverage)
         dtype = pl_module.model.dtype
         # A later stage divides what an earlier one has quantized.
         for stage in STAGES:
@@ -53,7 +57,7 @@ class AWQ(Callback):
 
             def solver(unit: Unit, weight_EOI: Tensor, scales: dict[str, Tensor] = scales) -> Solution:
                 experts = list(unit.experts)
-                hessian_EII, scale_EI = hessians[unit.site.name][experts], scales[unit.site.name][experts]
+                hessian_EII, scale_EI = inputs[unit.site.name].hessian_EII[experts], scales[unit.site.name][experts]
                 if self.rounding == "nearest":
                     return round_scaled(weight_EOI, hessian_EII, scale_EI, unit.grid, dtype)
                 problem = scale_problem(weight_EOI, hessian_EII, scale_EI)

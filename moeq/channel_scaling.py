@@ -13,6 +13,8 @@ scales.  Every fold is tried on the running block first; where it does not hold,
 Shapes: E experts, O out features, I in features, J channels.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,8 +33,10 @@ from moeq.models.norms import (
 )
 from moeq.models.producers import Producer, find_producer
 from moeq.quant.awq import Reader, divide_rows, search_scale
+from moeq.quant.coverage import CoverageSpec, regularize
 from moeq.quant.spec import Fallback
 from moeq.run import Run
+from moeq.schedule import GIB, Pass, whole
 from moeq.solve import change_parameters, commit, make_units, unit_rows
 
 NOT_SCALED = "channels not scaled"
@@ -42,10 +46,44 @@ _PROBE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the input of a site: mean Hessian and number of tokens of each expert."""
+    """What is known of the input of a site: mean Hessian of each expert, and the summed weight of its tokens."""
 
     hessian_EII: Tensor
-    tokens_E: Tensor
+    weight_E: Tensor
+
+
+def gather_inputs(run: Run, sites: Sequence[Site], coverage: CoverageSpec) -> dict[str, Inputs]:
+    """Inputs of whole sites by name; experts with few tokens are treated and recorded as for GPTQ.
+
+    Raises:
+        ValueError: Nothing gathered the Hessians, or see ``moeq.quant.coverage.find_uncovered``.
+    """
+    inputs = {}
+    for site in sites:
+        if site.name not in run.hessians:
+            raise ValueError("AWQ found no Hessian; put callbacks.HessianCalibration before callbacks.AWQ")
+        names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
+        state = run.hessians[site.name]
+        hessian_EII, use_rtn_E, fallbacks = regularize(state, coverage, names)
+        run.fallbacks += fallbacks
+        # With an identity the error of the output is that of the weight.
+        hessian_EII[use_rtn_E] = torch.eye(site.in_features, device=hessian_EII.device)
+        inputs[site.name] = Inputs(hessian_EII, state.weight_sum_E)
+    return inputs
+
+
+def refuse_chunks(schedule: Sequence[Pass]) -> None:
+    """Raise ValueError where the Hessians of a stage do not fit into one pass: its inputs share a scale."""
+    by_stage: dict[tuple[int, str], int] = defaultdict(int)
+    for current in schedule:
+        if current.chunk[1] > 1:
+            by_stage[current.block, current.label.split(" (")[0]] += sum(part.bytes for part in current.parts)
+    if by_stage:
+        need = math.ceil(100 * max(by_stage.values()) / GIB) / 100
+        raise ValueError(
+            f"AWQ needs the Hessians of all experts of a block in one pass, {need:g} GiB; "
+            f"set --model.hessian_gib {need:g} or more, or use callbacks.GPTQ"
+        )
 
 
 def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
@@ -102,10 +140,10 @@ def _readers_of(adapter: Adapter, run: Run, site: Site, inputs: Inputs) -> list[
     """For each expert of a site, its linears; those on one grid are one stack."""
     weight_EOI = adapter.get_weight(site)
     readers: list[list[Reader]] = [[] for _ in range(site.num_experts)]
-    for unit in make_units([site], run.plan, site.num_experts):
+    for unit in make_units([whole(site)], run.plan, site.num_experts):
         for expert in unit.experts:
             weight_OI = torch.cat([weight_EOI[expert, rows] for rows in unit_rows(unit)])
-            tokens = float(inputs.tokens_E[expert])
+            tokens = float(inputs.weight_E[expert])
             readers[expert].append(Reader(weight_OI, inputs.hessian_EII[expert], tokens, unit.grid))
     return readers
 

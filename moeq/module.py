@@ -41,6 +41,8 @@ class MoEQuantModule(L.LightningModule):
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
+        hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
+            with one sweep of the data for each, and the same codes.
         restart: Start over in a run folder that holds finished blocks.
         label: Name of this run in result tables; null is the name of the model.
     """
@@ -58,6 +60,7 @@ class MoEQuantModule(L.LightningModule):
         act_order: bool = True,
         affinity_power: float = 1.0,
         sequential: Sequential = "stage",
+        hessian_gib: float = 16.0,
         restart: bool = False,
         label: str | None = None,
     ) -> None:
@@ -137,7 +140,7 @@ class MoEQuantModule(L.LightningModule):
             rank_zero_info(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {self.run_dir}")
         self.schedule = build_schedule(
             sites, survey=self.survey_requested and first_block == 0,
-            sequential=self.hparams["sequential"], first_block=first_block,
+            sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
         )  # fmt: skip
         self.trainer.fit_loop.max_epochs = len(self.schedule)
 
@@ -187,7 +190,7 @@ class MoEQuantModule(L.LightningModule):
         block = self.current_pass.block
         hidden = self._activations.advance(batch_idx, block, calls, self.adapter.blocks)
         # A pass ends with its last site; a survey, which has none, runs the whole block.
-        with until_reached(*self.adapter.observed_modules(self.current_pass.sites)):
+        with until_reached(*self.adapter.observed_modules(self.current_pass.observed)):
             run_block(self.adapter.blocks[block], hidden, calls[block])
         return None
 
@@ -195,6 +198,8 @@ class MoEQuantModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Runs after the callbacks' hooks: the sites of this pass are quantized."""
         self.run.hessians.clear()
+        if self.current_pass.sites:  # no chunk of them follows
+            self.run.pools.clear()
         seconds = time.perf_counter() - self._pass_start
         self.run.seconds[self.current_pass.label] = seconds
         self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)

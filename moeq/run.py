@@ -28,7 +28,8 @@ class Run:
 
     Attributes:
         plan: Grid of every weight, by canonical name.
-        hessians: Hessian statistics of the current pass, by site name.
+        hessians: Hessian statistics of the current pass, by site name: of the experts of the pass's part of the site.
+        pools: Their sums over all experts of the site (E = 1), for sites with several; kept until its last chunk.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights so far, on the CPU, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
@@ -42,6 +43,7 @@ class Run:
 
     plan: dict[str, GridSpec] = field(default_factory=dict)
     hessians: dict[str, HessianState] = field(default_factory=dict)
+    pools: dict[str, HessianState] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
-from moeq.quant.coverage import CoverageSpec, regularize
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 from moeq.run import Run
+from moeq.schedule import Part, whole
 
 # Solve a stack: (unit, weight_EOI float32) -> Solution.
 Solver = Callable[["Unit", Tensor], Solution]
@@ -47,15 +47,26 @@ class SolvedWeight:
     fallbacks: tuple[Fallback, ...]
 
 
-def quantize_sites(adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver) -> None:
-    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model."""
+def quantize_sites(
+    adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver, parts: Sequence[Part] | None = None
+) -> None:
+    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model.
+
+    Args:
+        adapter: The model.
+        run: Its plan is read; quantized weights, errors and fallbacks are added.
+        sites: Sites whose weights are written into the model: all of them are solved by now.
+        solver: Solves a stack.
+        parts: What is solved now; None is all experts of the sites.
+    """
+    parts = [whole(site) for site in sites] if parts is None else parts
     rank, world = rank_and_world()
-    largest = max(site.num_experts for site in sites)
-    units = make_units(sites, run.plan, max_experts=-(-largest // world))
+    largest = max((len(part.experts) for part in parts), default=1)
+    units = make_units(parts, run.plan, max_experts=-(-largest // world))
     solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver)]
     by_name = {weight.name: weight for weight in gather_lists(solved)}
-    for site in sites:
-        for expert in range(site.num_experts):
+    for site, experts in ((part.site, part.experts) for part in parts):
+        for expert in experts:
             for leaf in site.leaves:
                 weight = by_name[site.weight_name(expert, leaf)]
                 run.quantized[weight.name] = weight.weight
@@ -69,12 +80,13 @@ def quantize_sites(adapter: Adapter, run: Run, sites: Sequence[Site], solver: So
     commit(adapter, sites, run.quantized)
 
 
-def make_units(sites: Sequence[Site], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
-    """Units of the sites in a fixed order, at most ``max_experts`` experts each."""
+def make_units(parts: Sequence[Part], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
+    """Units of the parts in a fixed order, at most ``max_experts`` experts each."""
     units = []
-    for site in sites:
+    for part in parts:
+        site = part.site
         groups: dict[tuple[tuple[int, ...], GridSpec], list[int]] = defaultdict(list)
-        for expert in range(site.num_experts):
+        for expert in part.experts:
             by_grid: dict[GridSpec, list[int]] = defaultdict(list)
             for index, leaf in enumerate(site.leaves):
                 by_grid[plan[site.weight_name(expert, leaf)]].append(index)
@@ -125,32 +137,6 @@ def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fal
     if retries := int(solution.num_retries_E[position]):
         return (Fallback(name, "factorisation retried", f"{retries} times, in float64 or with stronger damping"),)
     return ()
-
-
-def calibrated_hessians(run: Run, sites: Sequence[Site], coverage: CoverageSpec, method: str) -> dict[str, Tensor]:
-    """Hessians to solve the sites with, float32 [E, I, I] by site name; records the experts with few tokens.
-
-    Args:
-        run: Holds the sums over the tokens; fallbacks are added.
-        sites: Of the current pass.
-        coverage: What an expert with few tokens gets.
-        method: Name of the callback, for the message.
-
-    Raises:
-        ValueError: Nothing gathered the Hessians, or see ``moeq.quant.coverage.regularize``.
-    """
-    hessians: dict[str, Tensor] = {}
-    for site in sites:
-        if site.name not in run.hessians:
-            raise ValueError(f"{method} found no Hessian; put callbacks.HessianCalibration before callbacks.{method}")
-        # Stacked linears share a Hessian: the first stands for all of them in the report.
-        names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
-        hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], coverage, names)
-        run.fallbacks += fallbacks
-        # GPTQ with an identity Hessian is round-to-nearest.
-        identity = torch.eye(site.in_features, device=hessian_EII.device)
-        hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
-    return hessians
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Reader:
     Attributes:
         weight_OI: Any float dtype.
         hessian_II: Mean over its tokens, float32.
-        tokens: How many they were: the weight of its error among the readers.
+        tokens: Their summed weight c^p, by which its error counts among the readers.
         grid: On which it will be rounded.
     """
 

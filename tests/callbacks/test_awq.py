@@ -86,6 +86,13 @@ def test_hessians_have_to_be_gathered_before(tmp_path: Path) -> None:
         fit(path, model, tmp_path / "run", *SMALL)
 
 
+def test_a_bound_on_memory_that_cuts_a_block_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"AWQ needs the Hessians of all experts .*set --model\.hessian_gib 0\.01"):
+        fit(config_with(tmp_path), model, tmp_path / "run", "--model.hessian_gib=0.0002", *SMALL)
+    assert not (tmp_path / "run/blocks").exists()
+
+
 def test_another_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rounding \(up\) must be nearest or gptq"):
         AWQ("up")  # type: ignore[arg-type]
