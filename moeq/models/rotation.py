@@ -66,7 +66,7 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
         spec: Which rotation.
 
     Returns:
-        Attention modules whose values could not be rotated.
+        Blocks whose values could not be rotated.
 
     Raises:
         ValueError: The family cannot be rotated; what was changed so far stays changed.
@@ -94,8 +94,9 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
     _write(model, {name: ends.value(name, model.get_parameter(name)) for name in ends.by_name})
     _write(model, _unit_norms(model, last))
     difference = _difference(model(**inputs, use_cache=False).logits, logits[0], None)
-    if not difference <= TOLERANCE[embedding.dtype]:
-        raise _refusal(model, f"its logits change by {difference:.2g} (allowed: {TOLERANCE[embedding.dtype]:.2g})")
+    allowed = TOLERANCE.get(embedding.dtype, TOLERANCE[torch.float32])
+    if not difference <= allowed:
+        raise _refusal(model, f"its logits change by {difference:.2g} (allowed: {allowed:.2g})")
     return fallbacks
 
 
