@@ -3,12 +3,18 @@
 A survey of every block comes first where a step asked for one.  Then each block has its calibration passes, in the
 order of the data flow, so that each linear sees inputs made by already quantized ones (design: one pass per stage).
 
+Steps that compare with the original model ask for a pass of the original block on the original hidden states before
+any weight of the block changes; a router that is refitted has a pass of its own before the experts are calibrated.  A
+resumed run repeats the first kind for its finished blocks, whose weights it writes into the model only then.
+
 Memory.  The Hessians of a pass never exceed a bound: sites that would need more are cut into *parts*, ranges of their
 experts, and the data are swept once for each chunk of parts.  Weights are written into the model after the last chunk,
 so every chunk sees the same inputs, and the codes do not depend on the bound.  In bytes, with I in features, E experts
 of a part and the pooled Hessian of the whole site where it has several experts:
 
     part = 8 I^2 (E + 1) float64 sums + 4 I^2 E float32 working copies
+
+Under routing "all_experts" gate and up of all experts have one input, and so one sum: 8 I^2 + 4 I^2 E.
 """
 
 import math
@@ -16,23 +22,42 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moeq.calibration.observe import Routing
 from moeq.models.adapter import STAGES, Site
 
 Sequential = Literal["stage", "block"]
+PassKind = Literal["survey", "original", "router", "calibrate"]
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Part:
-    """Experts of a site whose Hessians one pass gathers: all of them, or a range of consecutive ones."""
+    """Experts of a site whose Hessians one pass gathers: all of them, or a range of consecutive ones.
+
+    Attributes:
+        site: The site.
+        experts: The range.
+        shared: Whether all experts of the site have one Hessian.
+    """
 
     site: Site
     experts: range
+    shared: bool = False
 
     @property
     def pooled(self) -> bool:
         """Whether the site has experts to pool a Hessian over."""
-        return self.site.num_experts > 1
+        return self.site.num_experts > 1 and not self.shared
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last expert of the site is among them."""
+        return self.experts.stop == self.site.num_experts
+
+    @property
+    def num_sums(self) -> int:
+        """Hessians that are summed up for the experts."""
+        return 1 if self.shared else len(self.experts)
 
     @property
     def opens_pool(self) -> bool:
@@ -41,8 +66,8 @@ class Part:
 
     @property
     def sum_bytes(self) -> int:
-        """Bytes of the sums: float64, one matrix per expert and the pool."""
-        return 8 * self.site.in_features**2 * (len(self.experts) + self.pooled)
+        """Bytes of the sums: float64, one matrix for each and one for the pool."""
+        return 8 * self.site.in_features**2 * (self.num_sums + self.pooled)
 
     @property
     def working_bytes(self) -> int:
@@ -57,7 +82,12 @@ class Part:
 
 def whole(site: Site) -> Part:
     """All experts of a site."""
-    return Part(site, range(site.num_experts))
+    return _part(site, 0, site.num_experts, "routed")
+
+
+def _part(site: Site, start: int, count: int, routing: Routing) -> Part:
+    shared = routing == "all_experts" and site.kind == "routed" and site.stage == "mlp_in"
+    return Part(site, range(start, min(start + count, site.num_experts)), shared)
 
 
 @dataclass(frozen=True)
@@ -65,7 +95,8 @@ class Pass:
     """One epoch: what is swept, which Hessians are gathered in it, and which weights are quantized after it.
 
     Attributes:
-        kind: A survey gathers and quantizes nothing of its own.
+        kind: A survey gathers and quantizes nothing of its own; "original" runs the block before any of its weights
+            changes, on the original hidden states; "router" ends at the router.
         block: Index of the block.
         sites: Sites that are quantized when the pass is over; none where further chunks of them follow.
         ends_block: Whether the block is finished then.
@@ -73,7 +104,7 @@ class Pass:
         chunk: Position and number of the passes that share the sites.
     """
 
-    kind: Literal["survey", "calibrate"]
+    kind: PassKind
     block: int
     sites: tuple[Site, ...]
     ends_block: bool
@@ -90,7 +121,7 @@ class Pass:
         """Short description for progress bars and logs."""
         stages = dict.fromkeys(site.stage for site in self.observed)
         position = "" if self.chunk[1] == 1 else f" ({self.chunk[0]} of {self.chunk[1]})"
-        return f"block {self.block} {'+'.join(stages) if self.kind == 'calibrate' else 'survey'}{position}"
+        return f"block {self.block} {'+'.join(stages) if self.kind == 'calibrate' else self.kind}{position}"
 
 
 def build_schedule(
@@ -100,6 +131,9 @@ def build_schedule(
     sequential: Sequential,
     first_block: int = 0,
     hessian_gib: float = math.inf,
+    originals: bool = False,
+    routers: bool = False,
+    routing: Routing = "routed",
 ) -> tuple[Pass, ...]:
     """Passes of a run over all blocks.
 
@@ -109,37 +143,53 @@ def build_schedule(
         sequential: "stage": one pass per stage of a block; "block": one pass per block (faster, less exact).
         first_block: Blocks before it are finished (a resumed run).
         hessian_gib: Bound on the Hessians of a pass, in GiB.
+        originals: Run every block on the original hidden states before its weights change.
+        routers: Give the router of every block a pass before its experts.
+        routing: Which tokens the Hessians of routed experts are made of.
 
     Raises:
-        ValueError: The Hessian of a single expert exceeds the bound.
+        ValueError: The Hessian of a single expert exceeds the bound, or routers have no place in the order.
     """
-    passes = []
-    if survey:
-        passes = [Pass("survey", block, (), ends_block=False) for block in range(len(sites_by_block))]
+    if routers and sequential == "block":
+        raise ValueError(
+            'sequential ("block") calibrates the experts of a block together with what comes before its router, so a '
+            "router cannot be refitted between them; set --model.sequential stage, or leave out the step"
+        )
+    blocks = range(len(sites_by_block))
+    passes = [Pass("survey", block, (), ends_block=False) for block in blocks] if survey else []
     for block, sites in enumerate(sites_by_block):
+        if originals:
+            passes.append(Pass("original", block, (), ends_block=False))
         if block < first_block:
             continue
-        if sequential == "block":
-            groups = [sites]
-        else:
-            groups = [tuple(site for site in sites if site.stage == stage) for stage in STAGES]
-            groups = [group for group in groups if group]
+        groups = [sites]
+        if sequential == "stage":
+            groups = [group for stage in STAGES if (group := tuple(site for site in sites if site.stage == stage))]
         for group in groups:
-            chunks = list(cut(group, hessian_gib))
-            for position, parts in enumerate(chunks, 1):
-                last = position == len(chunks)
-                ends_block = last and group is groups[-1]
-                done = group if last else ()
-                passes.append(Pass("calibrate", block, done, ends_block, parts, (position, len(chunks))))
+            if routers and any(site.kind == "routed" and site.stage == "mlp_in" for site in group):
+                passes.append(Pass("router", block, (), ends_block=False))
+            passes += _calibration_passes(block, group, group is groups[-1], list(cut(group, hessian_gib, routing)))
     return tuple(passes)
 
 
-def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]:
+def _calibration_passes(
+    block: int, sites: tuple[Site, ...], ends_block: bool, chunks: Sequence[tuple[Part, ...]]
+) -> list[Pass]:
+    """One pass for each chunk of the sites; the last one quantizes them."""
+    open_passes = [
+        Pass("calibrate", block, (), False, parts, (position, len(chunks)))
+        for position, parts in enumerate(chunks[:-1], 1)
+    ]
+    return [*open_passes, Pass("calibrate", block, sites, ends_block, chunks[-1], (len(chunks), len(chunks)))]
+
+
+def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator[tuple[Part, ...]]:
     """Parts of the sites, in their order, in chunks that each stay within the bound.
 
     Args:
         sites: What is calibrated on the same state of the model.
         hessian_gib: The bound, in GiB.
+        routing: Which tokens the Hessians of routed experts are made of.
 
     Raises:
         ValueError: The Hessian of a single expert exceeds the bound.
@@ -149,14 +199,14 @@ def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]
         start = 0
         while start < site.num_experts:
             room = hessian_gib * GIB - sum(part.bytes for part in chunk)
-            if fit := _num_that_fit(site, room):
-                chunk.append(Part(site, range(start, min(start + fit, site.num_experts))))
+            if fit := _num_that_fit(site, room, routing):
+                chunk.append(_part(site, start, fit, routing))
                 start = chunk[-1].experts.stop
             elif chunk:
                 yield tuple(chunk)
                 chunk = []
             else:
-                need = Part(site, range(1)).bytes / GIB
+                need = _part(site, 0, 1, routing).bytes / GIB
                 raise ValueError(
                     f"hessian_gib ({hessian_gib:g}) must hold one Hessian of {site.name}, which needs {need:.3g} GiB "
                     f"({site.in_features} in features); set --model.hessian_gib {math.ceil(100 * need) / 100:g} or more"
@@ -164,7 +214,6 @@ def cut(sites: Sequence[Site], hessian_gib: float) -> Iterator[tuple[Part, ...]]
     yield tuple(chunk)
 
 
-def _num_that_fit(site: Site, room: float) -> int:
+def _num_that_fit(site: Site, room: float, routing: Routing) -> int:
     """How many experts of a site have Hessians of at most ``room`` bytes together."""
-    one, two = (Part(site, range(count)).bytes for count in (1, 2))
-    return 0 if room < one else site.num_experts if math.isinf(room) else int(1 + (room - one) // (two - one))
+    return next((n for n in range(site.num_experts, 0, -1) if _part(site, 0, n, routing).bytes <= room), 0)

@@ -92,6 +92,14 @@ def test_without_a_need_nothing_is_cut(sites: list[tuple]) -> None:
         assert all(p.parts == tuple(map(whole, p.sites)) and p.chunk == (1, 1) for p in schedule)
 
 
+def test_with_all_experts_gate_and_up_are_summed_once(sites: list[tuple]) -> None:
+    schedule = build_schedule(sites, survey=False, sequential="stage", routing="all_experts")
+    shared = [part for p in schedule for part in p.parts if part.shared]
+    assert [part.site.name for part in shared] == ["model.layers.1.mlp.experts.gate_proj+up_proj"]
+    assert shared[0].sum_bytes == 8 * 64**2
+    assert shared[0].working_bytes == 4 * 64**2 * 8
+
+
 def test_an_expert_that_exceeds_the_bound_is_refused_with_bytes_and_remedy(sites: list[tuple]) -> None:
     with pytest.raises(ValueError, match=r"hessian_gib \(1e-05\) must hold one Hessian of .*q_a_proj.*--model\.hess"):
         build_schedule(sites, survey=False, sequential="stage", hessian_gib=1e-5)

@@ -62,8 +62,8 @@ def norm_form(module: nn.Module) -> NormForm | None:
     tensors = {name: parameter.float() for name, parameter in module.named_parameters()}
     try:
         y = functional_call(module, tensors, (torch.stack([x, -x, 16 * x, x + 8]).unsqueeze(0),))
-    except (TypeError, RuntimeError, ValueError, IndexError):
-        return None
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+        return None  # it wants other inputs, such as a gate
     if not isinstance(y, Tensor) or y.shape != (1, 4, len(weight)):
         return None
     plus, minus, large, shifted = y[0]

@@ -29,7 +29,7 @@ from moeq.quant.spec import Fallback
 CoveragePolicy = Literal["shrink", "rtn", "fail"]
 Kappa = float | Literal["auto"]
 POLICIES = ("shrink", "rtn", "fail")
-SAMPLES_PER_FEATURE = 1.0  # of kappa auto; measured in benchmarks/LOG.md
+SAMPLES_PER_FEATURE = 2.0  # of kappa auto; measured in benchmarks/LOG.md
 FEW_TOKENS, NO_TOKENS = "few calibration tokens", "no calibration tokens"
 
 
@@ -64,6 +64,11 @@ class CoverageSpec:
 def pool_of(state: HessianState) -> HessianState:
     """Sums over all experts, as the state of one."""
     return HessianState(*(tensor.sum(0, keepdim=True) for tensor in state.tensors()))
+
+
+def shared_by(state: HessianState, num_experts: int) -> HessianState:
+    """The state of one expert as that of several, without copies."""
+    return HessianState(*(tensor.expand(num_experts, *tensor.shape[1:]) for tensor in state.tensors()))
 
 
 def find_uncovered(

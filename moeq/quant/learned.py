@@ -9,22 +9,23 @@ gets
 with latent levels u and log-scales v; gradients pass the rounding unchanged (straight-through).  The result is codes,
 scales and zero points as before, on the same grid, at no cost for who runs the model.
 
-Start.  u begins between the code that GPTQ chose and the place w / s + zero_point of the original weight, at most a
-quarter of a level from the code.  Codes that GPTQ chose away from the nearest level compensate one another; if u began
-at the edge of their cells they would all fall back at the first step (measured in benchmarks/LOG.md).
+Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
+given (the *offset*, cut to the code's cell).  Codes that GPTQ chose away from the nearest level compensate one another;
+if u began at the edge of their cells they would all fall back at the first step, and from the middle of the cells too
+few codes move (measured in benchmarks/LOG.md).
 
 Shapes: E experts, O out features, I in features, G groups per row, S in features per group.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moeq.quant.spec import QuantizedWeight
 
-NEAR_EDGE = 0.49  # of the half level between a code and the edge of its cell
+NEAR_EDGE = 0.49  # just inside the cell of a code, which ends half a level from it
 START = 0.5
 
 
@@ -70,52 +71,53 @@ class Latent:
     zero_point_EOG: Tensor | None
     bits: int
 
-    @property
-    def levels_below_zero(self) -> Tensor | float:
-        """Zero points [E, O, G, 1], or the constant of a symmetric grid."""
-        zero_EOG = self.zero_point_EOG
-        return float(2 ** (self.bits - 1)) if zero_EOG is None else zero_EOG.float().unsqueeze(-1)
+
+def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
+    """Where the weight that was solved lies in the cell of its code, in levels: float16 [O, I], -0.49 to 0.49.
+
+    A later change of scale of a whole row does not change it.
+    """
+    scale_OG1 = weight.scale_OG.float().unsqueeze(-1)
+    exact_OGS = solved_OI.view(*weight.scale_OG.shape, -1) / scale_OG1 + _zero_point(weight.zero_point_OG, weight.bits)
+    offset_OI = exact_OGS.view(solved_OI.shape) - weight.codes_OI.float()
+    return offset_OI.clamp_(-NEAR_EDGE, NEAR_EDGE).half()
 
 
-def open_latent(weights: Sequence[QuantizedWeight], original_EOI: Tensor) -> Latent:
+def open_latent(weights: Sequence[QuantizedWeight], offset_EOI: Tensor) -> Latent:
     """The starting point for quantized weights that share a grid.
 
     Args:
         weights: One per expert, all with the same bits and groups.
-        original_EOI: The weights they stand for, float32; latents are on its device.
+        offset_EOI: ``level_offset`` of each; latents are on its device.
     """
-    device = original_EOI.device
+    device = offset_EOI.device
     scale_EOG = torch.stack([weight.scale_OG for weight in weights]).to(device)
     zero_points = [weight.zero_point_OG for weight in weights if weight.zero_point_OG is not None]
-    zero_point_EOG = torch.stack(zero_points).to(device) if zero_points else None
-    codes_EOI = torch.stack([weight.codes_OI for weight in weights]).to(device)
-    shape = (*scale_EOG.shape, -1)
-    latent = Latent(codes_EOI.float().view(shape), torch.zeros_like(scale_EOG, dtype=torch.float32), scale_EOG,
-                    zero_point_EOG, weights[0].bits)  # fmt: skip
-    exact_EOGS = original_EOI.view(shape) / scale_EOG.float().unsqueeze(-1) + latent.levels_below_zero
-    offset_EOGS = (exact_EOGS - latent.level_EOGS).clamp_(-NEAR_EDGE, NEAR_EDGE)
-    latent.level_EOGS.add_(offset_EOGS, alpha=START).requires_grad_()
-    latent.log_EOG.requires_grad_()
-    return latent
+    level_EOI = torch.stack([weight.codes_OI for weight in weights]).to(device).float()
+    level_EOI.add_(offset_EOI.float(), alpha=START)
+    return Latent(
+        level_EOGS=level_EOI.view(*scale_EOG.shape, -1).requires_grad_(),
+        log_EOG=torch.zeros_like(scale_EOG, dtype=torch.float32).requires_grad_(),
+        scale_EOG=scale_EOG,
+        zero_point_EOG=torch.stack(zero_points).to(device) if zero_points else None,
+        bits=weights[0].bits,
+    )
 
 
 def dequantized(latent: Latent) -> Tensor:
     """The weights [E, O, I] that the latents stand for now, float32; differentiable."""
     level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
     scale_EOG = _PassThrough.apply(latent.scale_EOG.float() * latent.log_EOG.exp(), _stored_as(latent.scale_EOG.dtype))
-    weight_EOGS = (level_EOGS - latent.levels_below_zero) * scale_EOG.unsqueeze(-1)
+    weight_EOGS = (level_EOGS - _zero_point(latent.zero_point_EOG, latent.bits)) * scale_EOG.unsqueeze(-1)
     return weight_EOGS.flatten(2)
 
 
-def close_latent(latent: Latent, group_size: int | None) -> list[QuantizedWeight]:
-    """Codes, scales and zero points of each expert."""
+def close_latent(latent: Latent, weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
+    """The weights that the latents were opened from, with their new codes and scales, on the latents' device."""
     codes_EOI = latent.level_EOGS.detach().round().clamp(0, 2**latent.bits - 1).to(torch.uint8).flatten(2)
     scale_EOG = (latent.scale_EOG.float() * latent.log_EOG.detach().exp()).to(latent.scale_EOG.dtype)
-    zero_EOG = latent.zero_point_EOG
-    return [
-        QuantizedWeight(codes_OI, scale_OG, None if zero_EOG is None else zero_EOG[expert], latent.bits, group_size)
-        for expert, (codes_OI, scale_OG) in enumerate(zip(codes_EOI, scale_EOG, strict=True))
-    ]
+    new = zip(weights, codes_EOI, scale_EOG, strict=True)
+    return [replace(weight, codes_OI=codes_OI, scale_OG=scale_OG) for weight, codes_OI, scale_OG in new]
 
 
 def learn(
@@ -150,6 +152,21 @@ def learn(
             latent.level_EOGS.data.clamp_(-NEAR_EDGE, 2**latent.bits - 1 + NEAR_EDGE)
 
 
+def block_error(output_BTD: Tensor, original_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """Mean over tokens of ``|output - original|^2 / |original|^2``: the next block's norm divides by the length, too.
+
+    The outputs of routed experts are in it as the block adds them up, that is times their affinities.
+
+    Args:
+        output_BTD: What the quantized block returns.
+        original_BTD: What the original returned.
+        keep_BT: bool; which tokens count.
+    """
+    original_ND = original_BTD[keep_BT].float()
+    energy_N = original_ND.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((output_BTD[keep_BT].float() - original_ND).square().sum(-1) / energy_N).mean()
+
+
 class _PassThrough(torch.autograd.Function):
     """A function whose gradient is taken as one."""
 
@@ -160,6 +177,11 @@ class _PassThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
+    """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
+    return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
 
 
 def _stored_as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -37,16 +37,30 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (*names, "blocks/block_001.safetensors")}
 
 
-@pytest.mark.parametrize("sequential", ["stage", "block"])
+@pytest.mark.parametrize("option", ["sequential=stage", "sequential=block", "routing=all_experts"])
 def test_a_bound_that_cuts_the_experts_gives_the_same_bytes(
-    sequential: str, config: Path, model: Path, tmp_path: Path
+    option: str, config: Path, model: Path, tmp_path: Path
 ) -> None:
-    options = [f"--model.sequential={sequential}"]
-    fit(config, model, tmp_path / "whole", *options)
-    fit(config, model, tmp_path / "cut", *options, THREE_EXPERTS)
+    fit(config, model, tmp_path / "whole", f"--model.{option}")
+    fit(config, model, tmp_path / "cut", f"--model.{option}", THREE_EXPERTS)
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
     passes = json.loads((tmp_path / "cut/manifest.json").read_text())["seconds"]
-    assert any("(3 of" in label for label in passes)
+    assert any("(2 of" in label for label in passes)
+
+
+def test_with_all_experts_none_has_few_tokens_and_gate_and_up_share_one_hessian(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
+    reasons = {}
+    for routing in ("routed", "all_experts"):
+        fit(config, model, tmp_path / routing, f"--model.routing={routing}", "--data.num_windows=8")
+        records = json.loads((tmp_path / routing / "fallbacks.json").read_text())
+        reasons[routing] = {record["reason"] for record in records if ".experts." in record["weight"]}
+    assert "few calibration tokens" in reasons["routed"]
+    assert not {"few calibration tokens", "no calibration tokens"} & reasons["all_experts"]
+    usage = [(tmp_path / routing / "expert_usage.json").read_text() for routing in reasons]
+    # The first block's experts are routed to on the same inputs.
+    assert json.loads(usage[0])["model.layers.0.mlp.experts"] == json.loads(usage[1])["model.layers.0.mlp.experts"]
 
 
 def test_two_ranks_in_chunks_give_the_bytes_of_two_ranks(config: Path, model: Path, tmp_path: Path) -> None:

@@ -1,9 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from moeq.quant.grid import choose_qparams, dequantize_weight, quantize
-from moeq.quant.learned import Latent, LearnedSpec, close_latent, dequantized, learn, open_latent
+from moeq.quant.learned import (
+    Latent,
+    LearnedSpec,
+    block_error,
+    close_latent,
+    dequantized,
+    learn,
+    level_offset,
+    open_latent,
+)
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
 
@@ -19,6 +30,11 @@ def rounded(weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype = torch.bfloa
     ]  # fmt: skip
 
 
+def opened(weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype = torch.bfloat16) -> Latent:
+    given = rounded(weight_EOI, grid, dtype)
+    return open_latent(given, torch.stack([level_offset(*pair) for pair in zip(given, weight_EOI, strict=True)]))
+
+
 def weights(seed: int = 0) -> Tensor:
     return torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -29,10 +45,10 @@ GRIDS = [GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), G
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_start_is_the_solution_it_was_opened_from(grid: GridSpec) -> None:
     given = rounded(weights(), grid)
-    latent = open_latent(given, weights())
+    latent = opened(weights(), grid)
     for expert, weight_OI in zip(given, dequantized(latent), strict=True):
         assert torch.equal(dequantize_weight(expert, torch.float32), weight_OI)
-    for before, after in zip(given, close_latent(latent, grid.group_size), strict=True):
+    for before, after in zip(given, close_latent(latent, given), strict=True):
         assert torch.equal(before.codes_OI, after.codes_OI)
         assert torch.equal(before.scale_OG, after.scale_OG)
         assert (before.bits, before.group_size) == (after.bits, after.group_size)
@@ -40,22 +56,44 @@ def test_the_start_is_the_solution_it_was_opened_from(grid: GridSpec) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_is_learned_is_what_is_stored(grid: GridSpec) -> None:
-    latent = open_latent(rounded(weights(), grid), weights())
+    given = rounded(weights(), grid)
+    latent = opened(weights(), grid)
     generator = torch.Generator().manual_seed(1)
     latent.level_EOGS.data.add_(torch.randn(latent.level_EOGS.shape, generator=generator))
     latent.log_EOG.data.add_(0.2 * torch.randn(latent.log_EOG.shape, generator=generator))
-    for weight_OI, stored in zip(dequantized(latent), close_latent(latent, grid.group_size), strict=True):
+    for weight_OI, stored in zip(dequantized(latent), close_latent(latent, given), strict=True):
         assert torch.equal(weight_OI, dequantize_weight(stored, torch.float32))
         assert int(stored.codes_OI.max()) < 2**grid.bits
         assert stored.scale_OG.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_offset_tells_where_in_its_cell_a_weight_lies_whatever_the_scale_of_its_row(grid: GridSpec) -> None:
+    given = rounded(weights(), grid, torch.float32)[0]
+    offset_OI = level_offset(given, weights()[0])
+    exact_OI = dequantize_weight(replace(given, codes_OI=given.codes_OI.float() + offset_OI), torch.float32)
+    inside_OI = offset_OI.abs() < 0.48
+    assert inside_OI.float().mean() > 0.5
+    torch.testing.assert_close(exact_OI[inside_OI], weights()[0][inside_OI], rtol=0, atol=2e-3)
+    rescaled = replace(given, scale_OG=given.scale_OG / 4)
+    assert torch.equal(level_offset(rescaled, weights()[0] / 4), offset_OI)
+
+
+def test_the_block_error_is_relative_and_leaves_padding_out() -> None:
+    original_BTD = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    keep_BT = torch.tensor([[True, True, False], [True, False, False]])
+    output_BTD = original_BTD * torch.tensor([1.1, 1.0, 9.0]).view(1, 3, 1)
+    assert float(block_error(output_BTD, original_BTD, keep_BT)) == pytest.approx(2 * 0.1**2 / 3, rel=1e-4)
+    assert float(block_error(100 * output_BTD, 100 * original_BTD, keep_BT)) == pytest.approx(2 * 0.1**2 / 3, rel=1e-4)
+
+
 def test_gradients_are_those_of_the_grid_without_rounding() -> None:
     grid = GridSpec(8, 16)  # all levels inside, so nothing is clamped
-    latent = open_latent(rounded(weights(), grid, torch.float32), weights())
+    latent = opened(weights(), grid, torch.float32)
     dequantized(latent).square().sum().backward()
     level_EOGS = latent.level_EOGS.detach().round()
-    scale_EOG1, zero_EOG1 = latent.scale_EOG.unsqueeze(-1), latent.levels_below_zero
+    assert latent.zero_point_EOG is not None
+    scale_EOG1, zero_EOG1 = latent.scale_EOG.unsqueeze(-1), latent.zero_point_EOG.unsqueeze(-1)
     real_EOGS = (level_EOGS - zero_EOG1) * scale_EOG1
     torch.testing.assert_close(latent.level_EOGS.grad, 2 * real_EOGS * scale_EOG1)
     torch.testing.assert_close(latent.log_EOG.grad, (2 * real_EOGS.square()).sum(-1))
@@ -68,7 +106,7 @@ def learned_error(spec: LearnedSpec) -> tuple[float, float]:
     x_ETI = torch.randn(2, 64, 16, generator=generator)
     wanted_ETO = (x_ETI @ first_EOI.mT).relu() @ second_EOI.mT
     grid = GridSpec(3, 8)
-    latents = [open_latent(rounded(w, grid), w) for w in (first_EOI, second_EOI)]
+    latents = [opened(w, grid) for w in (first_EOI, second_EOI)]
 
     def error(part: slice = slice(None)) -> Tensor:
         first, second = (dequantized(latent) for latent in latents)
@@ -93,7 +131,7 @@ def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
 
 
 def test_every_batch_is_seen_before_any_is_seen_again() -> None:
-    latent = open_latent(rounded(weights(), GRIDS[0]), weights())
+    latent = opened(weights(), GRIDS[0])
     seen: list[int] = []
 
     def backward(batch: int) -> None:
@@ -106,7 +144,7 @@ def test_every_batch_is_seen_before_any_is_seen_again() -> None:
 
 
 def test_levels_stay_near_the_grid() -> None:
-    latent = open_latent(rounded(weights(), GRIDS[1]), weights())
+    latent = opened(weights(), GRIDS[1])
     learn([latent], lambda _: (1e6 * dequantized(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
     assert float(latent.level_EOGS.detach().min()) >= -0.5
     assert isinstance(latent, Latent)
