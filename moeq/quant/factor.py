@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeq.quant.product import add_product_
-
-BLOCK, WIDE = 128, 512  # rows that are factorised at once, rows that gather from all rows done at once
+BLOCK = 128  # columns per step of the factorisation
 # dtype and multiple of the damping of each attempt; relative to the mean diagonal, so 1000 x 0.01 dominates H.
 ATTEMPTS = (
     (torch.float32, 1.0),
@@ -84,21 +82,16 @@ def _reversed_cholesky_(factor_II: Tensor) -> bool:
 
     Block rows from the last to the first, each one product with the rows done and one with the inverse of its diagonal
     block; this is nearly twice as fast on a CPU as the library's Cholesky of a reversed copy, which works in
-    column-major order.  The product is in two levels: wide panels take the rows done before them in one, blocks the rows
-    done in their panel.  What is above the diagonal is left as it was, or overwritten.
+    column-major order.  What is above the diagonal is left as it was.
     """
     size = len(factor_II)
     identity_BB = torch.eye(BLOCK, dtype=factor_II.dtype, device=factor_II.device)
     infos = []
     for stop in range(size, 0, -BLOCK):
         start = max(0, stop - BLOCK)
-        wide_stop = size - (size - stop) // WIDE * WIDE
-        if stop == wide_stop < size:
-            wide = slice(max(0, stop - WIDE), stop)
-            add_product_(factor_II[wide, :stop], factor_II[stop:, wide].mT, factor_II[stop:, :stop], -1)
         panel_BI = factor_II[start:stop, :stop]
-        if stop < wide_stop:
-            add_product_(panel_BI, factor_II[stop:wide_stop, start:stop].mT, factor_II[stop:wide_stop, :stop], -1)
+        if stop < size:
+            panel_BI.addmm_(factor_II[stop:, start:stop].mT, factor_II[stop:, :stop], alpha=-1)
         lower_BB, info = torch.linalg.cholesky_ex(panel_BI[:, start:].flip(0, 1))
         infos.append(info)
         upper_BB = lower_BB.flip(0, 1)

@@ -4,18 +4,18 @@
 
 with F the feedback of ``moeq.quant.factor``.  See ``moeq.quant.gptq`` for where this comes from.
 
-Speed.  Columns are contiguous (W transposed) and gather feedback in three levels, so that most of it is large products:
-``WIDE`` columns gather from all before them at once, blocks of ``column_block`` from what is before them among these,
-and inside a block steps of ``STEP`` columns stay in a core's cache (on CUDA steps of ``moeq.kernels.columns``, one
-kernel each).  A single wide expert has no dimension of experts and gathers inside a step by one matrix-vector product
-per column.  Small experts advance together, so that one operation serves all of them; there a column is added to the
-ones after it by a product and a sum, element by element, which cannot depend on who is in the stack.
+Speed.  Columns are contiguous (W transposed), and as much as possible is large products: ``WIDE`` columns gather from all
+before them at once, blocks of ``column_block`` from what is before them among these; inside a block the s steps before
+a step add to the s steps from it on, where s is the largest power of two that divides the number of steps done, so that
+each pair meets once.  A step is a few columns one after another.  A single expert of many rows has no dimension of experts
+and gathers inside a step by one matrix-vector product per column.  Small experts advance together, so that one
+operation serves all of them; there a column is added to the ones after it by a product and a sum, element by element,
+which cannot depend on who is in the stack.  On CUDA a step is one kernel (``moeq.kernels.columns``).
 
 Shapes: E experts, O out features, I in features in visiting order, G groups per row, W columns of a wide block, B of a
 block, S of a step or a group.  Leading dots are a dimension of experts or none.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -28,8 +28,8 @@ from moeq.quant.grid import QParams, choose_qparams, lowest_level
 from moeq.quant.product import add_product_
 from moeq.quant.spec import GridSpec
 
-CUDA_STEP = 64  # columns per launch on a GPU
-STEP = 16  # columns per inner step: 16 x 3000 float32 fit a core's L2 cache
+# Columns per step of an expert alone, of some together and of a kernel.
+STEP_ALONE, STEP_TOGETHER, STEP_CUDA = 8, 16, 64
 WIDE = 512  # columns that gather at once
 
 
@@ -89,8 +89,8 @@ def sweep(
     shift_I = stack([factor.shift_I for factor in factors], together)
     delta_IO, codes_IO = torch.zeros_like(weight_IO), torch.empty_like(weight_IO, dtype=torch.uint8)
     error = torch.zeros(weight_IO.shape[:-2], dtype=torch.float64, device=weight_IO.device)
-    if columns.moving:  # blocks hold whole groups
-        column_block = columns.moving * max(1, column_block // columns.moving)
+    if columns.moving:  # a group is chosen where a block starts
+        column_block = columns.moving
     wide = column_block * max(1, WIDE // column_block)
     num_columns = weight_IO.shape[-2]
     for start in range(0, num_columns, column_block):
@@ -106,7 +106,7 @@ def sweep(
             add_product_(target_BO, feedback_II[..., start:stop, before], delta_IO[..., before, :])
         parts = (part[..., start:stop, :] for part in (weight_IO, delta_IO, columns.scale_IO, columns.low_IO))
         weight_BO, delta_BO, scale_BO, low_BO = parts
-        high_BO = low_BO + (2**columns.grid.bits - 1)
+        high_BO = _add_to_rows(low_BO, 2**columns.grid.bits - 1)
         block = _Block(target_BO, weight_BO, delta_BO, torch.empty_like(target_BO), scale_BO, low_BO, high_BO)
         _round_block(block, feedback_II[..., start:stop, start:stop], columns)
         codes_IO[..., start:stop, :] = (block.level - low_BO).to(torch.uint8)
@@ -124,28 +124,28 @@ def sweep(
 
 def _round_block(block: _Block, feedback_BB: Tensor, columns: Columns) -> None:
     """Round the columns of a block: completes its target, writes its delta and level."""
+    if columns.moving:
+        _choose_group(block, feedback_BB, columns)
     num_columns = block.target.shape[-2]
     round_step, step = _choose_loop(block.target)
-    step = math.gcd(step, columns.moving)  # groups start where a step starts
     for start in range(0, num_columns, step):
         stop = min(start + step, num_columns)
-        if columns.moving and start % columns.moving == 0:
-            group = slice(start, start + columns.moving)
-            _choose_group(block.columns(group.start, group.stop), feedback_BB[..., group, group], columns)
-        part, feedback_SS = block.columns(start, stop), feedback_BB[..., start:stop, start:stop]
-        round_step(part, feedback_SS)
+        part = block.columns(start, stop)
+        round_step(part, feedback_BB[..., start:stop, start:stop])
         if stop < num_columns:
-            later_BO = block.target[..., stop:, :]
-            add_product_(later_BO, feedback_BB[..., stop:, start:stop], part.delta)
+            steps = stop // step
+            reach = (steps & -steps) * step
+            before, after = slice(stop - reach, stop), slice(stop, stop + reach)
+            add_product_(block.target[..., after, :], feedback_BB[..., after, before], block.delta[..., before, :])
 
 
 def _choose_loop(target_BO: Tensor) -> tuple[Callable[[_Block, Tensor], None], int]:
     """What rounds the columns of a step, and how many columns a step has."""
     if target_BO.dim() == 2:
-        return _round_one, STEP
+        return _round_one, STEP_ALONE
     if target_BO.is_cuda and find_spec("triton") is not None:
-        return _round_by_kernel, CUDA_STEP
-    return _round_together, STEP
+        return _round_by_kernel, STEP_CUDA
+    return _round_together, STEP_TOGETHER
 
 
 def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
@@ -157,7 +157,7 @@ def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
 
 def _round_one(part: _Block, feedback_SS: Tensor) -> None:
     """Round the columns of one expert; deltas not yet reached are 0, so each column may gather from all of them."""
-    rows = zip(*(tensor.unbind(-2) for tensor in vars(part).values()), feedback_SS.tril(-1).unbind(), strict=True)
+    rows = zip(*(_rows(tensor) for tensor in vars(part).values()), feedback_SS.tril(-1).unbind(), strict=True)
     delta_OS = part.delta.mT
     for position, (target, weight, delta, level, scale, low, high, feedback_S) in enumerate(rows):
         if position:
@@ -168,7 +168,7 @@ def _round_one(part: _Block, feedback_SS: Tensor) -> None:
 def _round_together(part: _Block, feedback_SS: Tensor) -> None:
     """Round the columns of some experts; each is added to the ones after it, bit for bit as for an expert alone."""
     num_columns = part.target.shape[-2]
-    rows = list(zip(*(tensor.unbind(-2) for tensor in vars(part).values()), strict=True))
+    rows = list(zip(*(_rows(tensor) for tensor in vars(part).values()), strict=True))
     work_SO = torch.empty_like(part.target)
     for column, row in enumerate(rows):
         _round_column(*row)
@@ -177,6 +177,20 @@ def _round_together(part: _Block, feedback_SS: Tensor) -> None:
             delta_1O = part.delta[..., column : column + 1, :]
             torch.mul(feedback_SS[..., later, column : column + 1], delta_1O, out=work_SO[..., later, :])
             part.target[..., later, :] += work_SO[..., later, :]
+
+
+def _rows(tensor_SO: Tensor) -> Sequence[Tensor]:
+    """Views of the columns of a step; a grid that is one row for all columns is one view: making views costs time."""
+    if tensor_SO.stride(-2) == 0:
+        return [tensor_SO[..., 0, :]] * tensor_SO.shape[-2]
+    return tensor_SO.unbind(-2)
+
+
+def _add_to_rows(tensor_BO: Tensor, value: int) -> Tensor:
+    """``tensor + value``, still one row for all columns where it was one."""
+    if tensor_BO.stride(-2) == 0:
+        return (tensor_BO[..., :1, :] + value).expand_as(tensor_BO)
+    return tensor_BO + value
 
 
 def _round_column(
