@@ -93,6 +93,13 @@ def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
+def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
+    """The level of code 0 of each group, minus the zero point: float32 [E, O, G]."""
+    if qparams.zero_point_EOG is None:
+        return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
+    return -qparams.zero_point_EOG.float()
+
+
 def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
     """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
     return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
