@@ -31,6 +31,7 @@ class Run:
         pools: Their sums over all experts of the site (E = 1), for sites with several; kept until its last chunk.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights so far, on the CPU, by canonical name.
+        offsets: Where the weights of the current block lie in the cells of their codes; None where no step asked.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
@@ -45,6 +46,7 @@ class Run:
     pools: dict[str, HessianState] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    offsets: dict[str, Tensor] | None = None
     changed: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)

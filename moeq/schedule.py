@@ -3,6 +3,10 @@
 A survey of every block comes first where a step asked for one.  Then each block has its calibration passes, in the
 order of the data flow, so that each linear sees inputs made by already quantized ones (design: one pass per stage).
 
+Steps that compare with the original model ask for a pass of the original block on the original hidden states before
+any weight of the block changes; a router that is refitted has a pass of its own before the experts are calibrated.  A
+resumed run repeats the first kind for its finished blocks, whose weights it writes into the model only then.
+
 Memory.  The Hessians of a pass never exceed a bound: sites that would need more are cut into *parts*, ranges of their
 experts, and the data are swept once for each chunk of parts.  Weights are written into the model after the last chunk,
 so every chunk sees the same inputs, and the codes do not depend on the bound.  In bytes, with I in features, E experts
@@ -22,6 +26,7 @@ from moeq.calibration.observe import Routing
 from moeq.models.adapter import STAGES, Site
 
 Sequential = Literal["stage", "block"]
+PassKind = Literal["survey", "original", "router", "calibrate"]
 GIB = 1 << 30
 
 
@@ -90,7 +95,8 @@ class Pass:
     """One epoch: what is swept, which Hessians are gathered in it, and which weights are quantized after it.
 
     Attributes:
-        kind: A survey gathers and quantizes nothing of its own.
+        kind: A survey gathers and quantizes nothing of its own; "original" runs the block before any of its weights
+            changes, on the original hidden states; "router" ends at the router.
         block: Index of the block.
         sites: Sites that are quantized when the pass is over; none where further chunks of them follow.
         ends_block: Whether the block is finished then.
@@ -98,7 +104,7 @@ class Pass:
         chunk: Position and number of the passes that share the sites.
     """
 
-    kind: Literal["survey", "calibrate"]
+    kind: PassKind
     block: int
     sites: tuple[Site, ...]
     ends_block: bool
@@ -115,7 +121,7 @@ class Pass:
         """Short description for progress bars and logs."""
         stages = dict.fromkeys(site.stage for site in self.observed)
         position = "" if self.chunk[1] == 1 else f" ({self.chunk[0]} of {self.chunk[1]})"
-        return f"block {self.block} {'+'.join(stages) if self.kind == 'calibrate' else 'survey'}{position}"
+        return f"block {self.block} {'+'.join(stages) if self.kind == 'calibrate' else self.kind}{position}"
 
 
 def build_schedule(
@@ -126,6 +132,8 @@ def build_schedule(
     first_block: int = 0,
     hessian_gib: float = math.inf,
     routing: Routing = "routed",
+    originals: bool = False,
+    routers: bool = False,
 ) -> tuple[Pass, ...]:
     """Passes of a run over all blocks.
 
@@ -136,29 +144,43 @@ def build_schedule(
         first_block: Blocks before it are finished (a resumed run).
         hessian_gib: Bound on the Hessians of a pass, in GiB.
         routing: Which tokens the Hessians of routed experts are made of.
+        originals: Run every block on the original hidden states before its weights change.
+        routers: Give the router of every block a pass before its experts.
 
     Raises:
-        ValueError: The Hessian of a single expert exceeds the bound.
+        ValueError: The Hessian of a single expert exceeds the bound, or routers have no place in the order.
     """
-    passes = []
-    if survey:
-        passes = [Pass("survey", block, (), ends_block=False) for block in range(len(sites_by_block))]
+    if routers and sequential == "block":
+        raise ValueError(
+            'sequential ("block") calibrates the experts of a block together with what comes before its router, so a '
+            "router cannot be refitted between them; set --model.sequential stage, or leave out the step"
+        )
+    blocks = range(len(sites_by_block))
+    passes = [Pass("survey", block, (), ends_block=False) for block in blocks] if survey else []
     for block, sites in enumerate(sites_by_block):
+        if originals:
+            passes.append(Pass("original", block, (), ends_block=False))
         if block < first_block:
             continue
-        if sequential == "block":
-            groups = [sites]
-        else:
-            groups = [tuple(site for site in sites if site.stage == stage) for stage in STAGES]
-            groups = [group for group in groups if group]
+        groups = [sites]
+        if sequential == "stage":
+            groups = [group for stage in STAGES if (group := tuple(site for site in sites if site.stage == stage))]
         for group in groups:
-            chunks = list(cut(group, hessian_gib, routing))
-            for position, parts in enumerate(chunks, 1):
-                last = position == len(chunks)
-                ends_block = last and group is groups[-1]
-                done = group if last else ()
-                passes.append(Pass("calibrate", block, done, ends_block, parts, (position, len(chunks))))
+            if routers and any(site.kind == "routed" and site.stage == "mlp_in" for site in group):
+                passes.append(Pass("router", block, (), ends_block=False))
+            passes += _calibration_passes(block, group, group is groups[-1], list(cut(group, hessian_gib, routing)))
     return tuple(passes)
+
+
+def _calibration_passes(
+    block: int, sites: tuple[Site, ...], ends_block: bool, chunks: Sequence[tuple[Part, ...]]
+) -> list[Pass]:
+    """One pass for each chunk of the sites; the last one quantizes them."""
+    open_passes = [
+        Pass("calibrate", block, (), False, parts, (position, len(chunks)))
+        for position, parts in enumerate(chunks[:-1], 1)
+    ]
+    return [*open_passes, Pass("calibrate", block, sites, ends_block, chunks[-1], (len(chunks), len(chunks)))]
 
 
 def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator[tuple[Part, ...]]:

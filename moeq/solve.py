@@ -15,6 +15,7 @@ from torch import Tensor
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.grid import dequantize_weight
+from moeq.quant.learned import level_offset
 from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 from moeq.run import Run
@@ -45,6 +46,7 @@ class SolvedWeight:
     weight: QuantizedWeight
     relative_error: float
     fallbacks: tuple[Fallback, ...]
+    offset_OI: Tensor | None
 
 
 def quantize_sites(
@@ -63,13 +65,17 @@ def quantize_sites(
     rank, world = rank_and_world()
     largest = max((len(part.experts) for part in parts), default=1)
     units = make_units(parts, run.plan, max_experts=-(-largest // world))
-    solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver)]
+    solved = [
+        weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.offsets is not None)
+    ]
     by_name = {weight.name: weight for weight in gather_lists(solved)}
     for site, experts in ((part.site, part.experts) for part in parts):
         for expert in experts:
             for leaf in site.leaves:
                 weight = by_name[site.weight_name(expert, leaf)]
                 run.quantized[weight.name] = weight.weight
+                if run.offsets is not None and weight.offset_OI is not None:
+                    run.offsets[weight.name] = weight.offset_OI
                 run.fallbacks += weight.fallbacks
                 run.errors.append(
                     {
@@ -105,8 +111,8 @@ def unit_rows(unit: Unit) -> list[slice]:
 
 
 @torch.no_grad()
-def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeight]:
-    """Quantize the weights of one unit; results are on the CPU."""
+def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = False) -> list[SolvedWeight]:
+    """Quantize the weights of one unit; results are on the CPU, with ``level_offset`` where it is asked for."""
     weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
     stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
     solution = solver(unit, stacked)
@@ -115,9 +121,11 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeigh
         start, end = end, end + unit.site.rows[leaf]
         for position, expert in enumerate(unit.experts):
             name = unit.site.weight_name(expert, unit.site.leaves[leaf])
-            weight = _on_cpu(solution.expert(position, unit.grid, slice(start, end)))
+            weight = solution.expert(position, unit.grid, slice(start, end))
+            offset_OI = level_offset(weight, stacked[position, start:end]).cpu() if offsets else None
             error = float(solution.relative_error_E[position])
-            solved.append(SolvedWeight(name, weight, error, _solver_fallbacks(name, solution, position)))
+            fallbacks = _solver_fallbacks(name, solution, position)
+            solved.append(SolvedWeight(name, _on_cpu(weight), error, fallbacks, offset_OI))
     return solved
 
 

@@ -13,14 +13,15 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.models.adapter import Adapter, Site
+from moeq.models.experts import activate, project_down, project_in
 
 OnRows = Callable[[Site, int, Tensor, Tensor | None], None]
 Routing = Literal["routed", "all_experts"]
@@ -83,20 +84,23 @@ def _hook_linears(stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRow
         assert gate is not None
         seen["affinity"] = _rows(torch.sigmoid(gate(args[0]).float()), mask)[:, 0]
 
-    def on_first(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["input"] = args[0]
-        on_rows(site, 0, _rows(args[0], mask), seen.get("affinity"))
+    waiting: set[str] = set()
 
-    def on_other(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def on_linear(_: nn.Module, args: tuple[Any, ...], path: str) -> None:
+        # The first of them to be called, in whichever order the block calls them, stands for all.
+        if path not in waiting:
+            waiting.update(site.modules)
+            seen["input"] = args[0]
+            on_rows(site, 0, _rows(args[0], mask), seen.get("affinity"))
         # Stacked linears are solved with one Hessian: a family in which they read different inputs must not pass.
-        if args[0] is not seen["input"] and not torch.equal(args[0], seen["input"]):
+        elif args[0] is not seen["input"] and not torch.equal(args[0], seen["input"]):
             raise ValueError(f"{site.modules} do not read the same input, so they cannot share a Hessian")
+        waiting.discard(path)
 
     hooks: list[tuple[nn.Module, Callable[..., None]]] = []
     if gate is not None:
         hooks.append((adapter.shared_expert(site), on_shared_expert))
-    for path, hook in zip(site.modules, [on_first] + [on_other] * (len(site.modules) - 1), strict=True):
-        hooks.append((adapter.model.get_submodule(path), hook))
+    hooks += [(adapter.model.get_submodule(path), partial(on_linear, path=path)) for path in site.modules]
     for module, hook in hooks:
         stack.callback(module.register_forward_pre_hook(hook).remove)
 
@@ -156,15 +160,15 @@ def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_T
     site, on_rows, mask, routing = module.moeq_observer
     out = torch.zeros_like(hidden_TD)
     for expert in range(module.num_experts) if routing == "all_experts" else ():
-        inner = module._apply_gate(F.linear(hidden_TD, module.gate_up_proj[expert]))
+        inner = activate(module, project_in(module, expert, hidden_TD))
         on_rows(site, expert, _rows(inner, mask), None)
     for expert, tokens, slots in routed_tokens(ids_TK, module.num_experts, None):
-        inner = module._apply_gate(F.linear(hidden_TD[tokens], module.gate_up_proj[expert]))
+        inner = activate(module, project_in(module, expert, hidden_TD[tokens]))
         affinity = weights_TK[tokens, slots]
         if routing == "routed":
             counted = slice(None) if mask.keep is None else mask.keep[tokens]
             on_rows(site, expert, inner[counted].detach(), affinity[counted].detach())
-        y = F.linear(inner, module.down_proj[expert])
+        y = project_down(module, expert, inner)
         out.index_add_(0, tokens, (y * affinity[:, None]).to(out.dtype))
     return out
 
