@@ -61,7 +61,7 @@ def _round_columns(
     target_e, target_s, target_o, weight_e, weight_s, weight_o, delta_e, delta_s, delta_o, level_e, level_s, level_o,
     scale_e, scale_s, scale_o, low_e, low_s, low_o, high_e, high_s, high_o, feedback_e, feedback_s, feedback_k,
     columns, rows, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+):  # fmt: skip
     """One expert (second index of the program), ROWS of its rows (first), all columns of the step."""
     expert = tl.program_id(1).to(tl.int64)  # products with strides of stacks of experts pass 2^31
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

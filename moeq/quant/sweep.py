@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moeq.quant.factor import Feedback
-from moeq.quant.grid import QParams, choose_qparams, lowest_level
+from moeq.quant.grid import choose_qparams, lowest_level
 from moeq.quant.product import add_product_
 from moeq.quant.spec import GridSpec
 
@@ -79,9 +79,7 @@ class _Block:
         return _Block(*(tensor[..., start:stop, :] for tensor in vars(self).values()))
 
 
-def sweep(
-    weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, column_block: int
-) -> tuple[Tensor, Tensor]:
+def sweep(weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, column_block: int) -> tuple[Tensor, Tensor]:
     """Visit all columns; returns codes_EOI, in the original order of columns, and tr(D H D^T) of each expert."""
     together = weight_IO.dim() == 3
     feedback_II = stack([factor.feedback_II for factor in factors], together)
