@@ -31,6 +31,23 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class BlockBatch:
+    """One batch at a block: what the block reads now, and what the original model's returned there.
+
+    Attributes:
+        hidden_BTD: Input of the block, made by the quantized blocks before it.
+        original_BTD: Output of the original block on the original model's hidden states.
+        call: The other arguments of the block.
+        keep_BT: bool; False at padding.
+    """
+
+    hidden_BTD: Tensor
+    original_BTD: Tensor
+    call: BlockCall
+    keep_BT: Tensor
+
+
 class _Reached(Exception):
     """Everything that a forward pass was run for has been seen."""
 
@@ -103,7 +120,8 @@ class ActivationStore:
     def advance(self, batch: int, block: int, calls: list[BlockCall], blocks: nn.ModuleList) -> Tensor:
         """Input of ``block`` for a batch, made by running the blocks between it and the last one stored.
 
-        In ``calls``, what earlier blocks hand on to this one is filled in.
+        In ``calls``, what earlier blocks hand on to this one is filled in.  The block after the last one stands for the
+        output of all blocks.
         """
         reached, hidden, handed = self._states.get(batch, (0, calls[0].hidden, None))
         if reached > block:
@@ -113,9 +131,19 @@ class ActivationStore:
         for index in range(reached, block):
             calls[index] = _filled(calls[index], handed)
             hidden, handed = _run(blocks[index], hidden, calls[index])
-        calls[block] = _filled(calls[block], handed)
+        if block < len(calls):
+            calls[block] = _filled(calls[block], handed)
         self._states[batch] = (block, hidden.to(self.device), _moved(handed, self.device))
         return hidden
+
+    def latest(self, batch: int) -> Tensor:
+        """Input of the furthest block that a batch has reached, where it waits."""
+        return self._states[batch][1]
+
+    def num_bytes(self, device: torch.device) -> int:
+        """Bytes of the stored states, if they are on ``device``."""
+        states = [hidden for _, hidden, _ in self._states.values() if hidden.device.type == device.type]
+        return sum(hidden.numel() * hidden.element_size() for hidden in states)
 
     def clear(self) -> None:
         """Forget everything: the next pass starts from the embeddings."""

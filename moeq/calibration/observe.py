@@ -3,6 +3,10 @@
 The affinity is exactly the number that multiplies an expert's output: ``top_k_weights`` for routed experts, the sigmoid
 of the shared expert's own gate where the family has one, and 1 (None) elsewhere.  Inputs and affinities are gathered
 with one index, so that no row gets another token's weight.
+
+With routing ``all_experts`` every routed expert is given every token (the output stays routed).  An experts module
+receives the weights of the chosen experts alone, and families turn router logits into weights in ways of their own, so
+an affinity of the other tokens is not defined for every family: all of them weigh 1.
 """
 
 import copy
@@ -10,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from moeq.models.adapter import Adapter, Site
 from moeq.models.experts import activate, project_down, project_in
 
 OnRows = Callable[[Site, int, Tensor, Tensor | None], None]
+Routing = Literal["routed", "all_experts"]
 
 
 @dataclass
@@ -30,8 +35,13 @@ class TokenMask:
 
 
 @contextmanager
-def observe(adapter: Adapter, sites: tuple[Site, ...], on_rows: OnRows) -> Iterator[TokenMask]:
+def observe(
+    adapter: Adapter, sites: tuple[Site, ...], on_rows: OnRows, routing: Routing = "routed"
+) -> Iterator[TokenMask]:
     """Call ``on_rows(site, expert, x_TI, affinity_T)`` for every input of the sites; hooks come off at the end.
+
+    With routing "all_experts" the experts of a block share the inputs of gate and up, which are given as those of
+    expert 0.
 
     Yields:
         The mask to set before each forward pass.
@@ -42,9 +52,9 @@ def observe(adapter: Adapter, sites: tuple[Site, ...], on_rows: OnRows) -> Itera
             if site.kind != "routed":
                 _hook_linears(stack, adapter, site, on_rows, mask)
             elif site.stage == "mlp_in":
-                _hook_expert_inputs(stack, adapter, site, on_rows, mask)
+                _hook_expert_inputs(stack, adapter, site, on_rows, mask, routing)
             else:
-                stack.enter_context(_observing_experts(adapter, site, on_rows, mask))
+                stack.enter_context(_observing_experts(adapter, site, on_rows, mask, routing))
         yield mask
 
 
@@ -95,9 +105,14 @@ def _hook_linears(stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRow
         stack.callback(module.register_forward_pre_hook(hook).remove)
 
 
-def _hook_expert_inputs(stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask) -> None:
+def _hook_expert_inputs(
+    stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
+) -> None:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden, ids_TK, weights_TK = args
+        if routing == "all_experts":
+            on_rows(site, 0, _rows(hidden, mask), None)
+            return
         for expert, tokens, slots in routed_tokens(ids_TK, site.num_experts, mask.keep):
             on_rows(site, expert, hidden[tokens].detach(), weights_TK[tokens, slots].detach())
 
@@ -116,11 +131,13 @@ def routed_tokens(ids_TK: Tensor, num_experts: int, keep_T: Tensor | None) -> It
 
 
 @contextmanager
-def _observing_experts(adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask) -> Iterator[None]:
+def _observing_experts(
+    adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
+) -> Iterator[None]:
     """Run one experts module with ``_observing_forward``, which also sees the input of every down projection."""
     module: Any = adapter.model.get_submodule(site.modules[0])
     with experts_run_by("moeq_observe", module):
-        module.moeq_observer = (site, on_rows, mask)
+        module.moeq_observer = (site, on_rows, mask, routing)
         try:
             yield
         finally:
@@ -140,13 +157,17 @@ def experts_run_by(implementation: str, module: Any) -> Iterator[None]:
 
 
 def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    site, on_rows, mask = module.moeq_observer
+    site, on_rows, mask, routing = module.moeq_observer
     out = torch.zeros_like(hidden_TD)
+    for expert in range(module.num_experts) if routing == "all_experts" else ():
+        inner = activate(module, project_in(module, expert, hidden_TD))
+        on_rows(site, expert, _rows(inner, mask), None)
     for expert, tokens, slots in routed_tokens(ids_TK, module.num_experts, None):
         inner = activate(module, project_in(module, expert, hidden_TD[tokens]))
         affinity = weights_TK[tokens, slots]
-        counted = slice(None) if mask.keep is None else mask.keep[tokens]
-        on_rows(site, expert, inner[counted].detach(), affinity[counted].detach())
+        if routing == "routed":
+            counted = slice(None) if mask.keep is None else mask.keep[tokens]
+            on_rows(site, expert, inner[counted].detach(), affinity[counted].detach())
         y = project_down(module, expert, inner)
         out.index_add_(0, tokens, (y * affinity[:, None]).to(out.dtype))
     return out

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from moeq.models.experts import (
     Part,
+    as_stored,
     expert_modules,
     is_experts_module,
     layout_problem,
     num_experts,
+    parameter_name,
     projections,
     stacked_weight,
     write_stacked,
@@ -162,6 +164,27 @@ class Adapter:
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
             self._linear(path).weight.copy_(rows)
+
+    def parameters_of(self, site: Site, weight_EOI: Tensor) -> dict[str, Tensor]:
+        """The model's parameters, by name, if a site had these weights; differentiable, and nothing is written."""
+        if site.kind == "routed":
+            module, part = self._routed(site)
+            return {f"{site.modules[0]}.{parameter_name(module, part)}": as_stored(module, part, weight_EOI)}
+        rows = weight_EOI[0].split(site.rows)
+        return {f"{path}.weight": weight_OI for path, weight_OI in zip(site.modules, rows, strict=True)}
+
+    def routers(self, block: int) -> dict[str, nn.Module]:
+        """The routers of a block by name: modules that multiply their input by ``weight``, one row per routed expert.
+
+        Empty where a block has no routed experts, or a router of another form (say, of several layers).
+        """
+        prefix, found = f"{self.block_prefix}.{block}", {}
+        sizes = {site.num_experts for site in self.sites(block) if site.kind == "routed"}
+        for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in sizes and is_router_part(name):
+                found[name] = module
+        return found
 
     def shared_affinity_gate(self, site: Site) -> nn.Module | None:
         """The linear whose sigmoid multiplies the output of the shared expert of a site, where the family has one."""

@@ -51,6 +51,9 @@ HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLa
 # Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
 SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text"})
 
+# Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
+VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
+
 
 def is_router(path: str, linear: nn.Linear) -> bool:
     """True for a linear that scores or gates experts: it is never quantized."""

@@ -101,7 +101,7 @@ def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
 def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N], float32 with values of their storage dtypes, of some groups (float32 [N, S])."""
     low_N, high_N = rows_NS.amin(1).clamp_(max=0.0), rows_NS.amax(1).clamp_(min=0.0)  # aminmax is 10 x slower
-    scale_N, zero_N = _qparams_of_range(low_N, high_N, grid, scale_dtype)
+    scale_N, zero_N = qparams_of_range(low_N, high_N, grid, scale_dtype)
     if not grid.clip_search:
         return scale_N, zero_N
     minmax_scale_N = scale_N
@@ -109,7 +109,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
     work = (torch.empty_like(rows_NS), torch.empty_like(rows_NS))
     for step in range(CLIP_STEPS):
         shrink = 1.0 - step * CLIP_STEP
-        candidate_N, candidate_zero_N = _qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
+        candidate_N, candidate_zero_N = qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
         error_N = _clip_error(rows_NS, candidate_N, candidate_zero_N, grid.bits, work)
         # The error is in units of the candidate scale; a ratio of scales keeps tiny weights out of the subnormals.
         error_N *= (candidate_N / minmax_scale_N).pow_(CLIP_NORM)
@@ -120,7 +120,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
     return scale_N, zero_N
 
 
-def _qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point that represent ``[low, high]`` (low <= 0 <= high), rounded to their storage dtypes."""
     limits = torch.finfo(dtype)
     top = 2**grid.bits - 1
