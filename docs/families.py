@@ -26,6 +26,11 @@ text model is named here (`qwen3_5_moe`, `gemma4`, ...) work as far as `AutoMode
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`.
 
+A survey (`callbacks.survey.Survey`) is refused for `deepseek_v4`, `hy_v4` and `qwen4_exp_text`, and its costs `gemq`,
+`pmq` and `block_output` for `nemotron_h` with latent experts. Those three costs take what the experts give for what is
+added to the residual stream; a constant factor or norm that a block applies after its experts (`laguna`, `beam`,
+`gemma4_text`, `minimax_m3_vl_text`, ...) is not in them.
+
 """
 TABLE = """| family | routed experts | what differs | shared experts | attention and other mixers | dense | kept |
 | ------ | -------------- | ------------ | -------------- | -------------------------- | ----- | ---- |

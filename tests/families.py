@@ -92,7 +92,8 @@ FAMILIES: dict[str, Values] = {
     ),
     "nemotron_h": _values(
         _ROUTED, moe_latent_size=32, moe_shared_expert_intermediate_size=32, head_dim=16, mamba_num_heads=8,
-        mamba_head_dim=16, ssm_state_size=16, n_groups=1, layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
+        mamba_head_dim=16, ssm_state_size=16, n_groups=1,
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
     ),
     "cohere2_moe": _values(_LOCAL, _SLIDING, num_experts=8, head_dim=16, mlp_layer_types=["sparse"] * 2),
     "gemma4_text": _values(
