@@ -39,4 +39,6 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> N
 def by_onednn(total: Tensor, left: Tensor) -> bool:
     """Whether a product is large enough for oneDNN, and of a kind that it knows."""
     large = min(*total.shape, left.shape[1]) >= ONEDNN_ROWS
-    return large and total.dtype == torch.float32 and total.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return (
+        large and total.dtype == torch.float32 and total.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    )

@@ -79,9 +79,7 @@ class _Block:
         return _Block(*(tensor[..., start:stop, :] for tensor in vars(self).values()))
 
 
-def sweep(
-    weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, column_block: int
-) -> tuple[Tensor, Tensor]:
+def sweep(weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, column_block: int) -> tuple[Tensor, Tensor]:
     """Visit all columns; returns codes_EOI, in the original order of columns, and tr(D H D^T) of each expert."""
     together = weight_IO.dim() == 3
     feedback_II = stack([factor.feedback_II for factor in factors], together)
