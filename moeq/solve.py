@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
+from moeq.quant.factor import ATTEMPTS, retry_reason
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.learned import level_offset
 from moeq.quant.solution import Solution
@@ -140,11 +141,8 @@ def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
-    if bool(solution.failed_E[position]):
-        return (Fallback(name, "factorisation failed", "rounded to nearest"),)
-    if retries := int(solution.num_retries_E[position]):
-        return (Fallback(name, "factorisation retried", f"{retries} times, in float64 or with stronger damping"),)
-    return ()
+    retries = len(ATTEMPTS) if bool(solution.failed_E[position]) else int(solution.num_retries_E[position])
+    return (Fallback(name, *retry_reason(retries)),) if retries else ()
 
 
 @torch.no_grad()

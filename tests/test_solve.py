@@ -95,11 +95,16 @@ def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapt
     def failing(unit: Unit, weight_EOI: Tensor) -> Solution:
         solution = rtn(unit, weight_EOI)
         experts = torch.arange(len(unit.experts))
-        return replace(solution, failed_E=experts == 1, num_retries_E=(experts == 2).long())
+        return replace(solution, failed_E=experts == 3, num_retries_E=experts * (experts < 3))
 
     sites = tuple(site for site in adapter.sites(0) if site.kind == "routed" and site.stage == "mlp_down")
     run = Run(plan=uniform(sites))
     quantize_sites(adapter, run, sites, failing)
     assert [(f.weight.split(".")[-2], f.reason) for f in run.fallbacks] == [
-        ("1", "factorisation failed"), ("2", "factorisation retried")
+        ("1", "factorisation retried in float64"),
+        ("2", "factorisation retried with stronger damping"),
+        ("3", "factorisation failed"),
+    ]
+    assert [f.detail for f in run.fallbacks] == [
+        "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest"
     ]  # fmt: skip
