@@ -136,14 +136,14 @@ class ActivationStore:
         self._states[batch] = (block, hidden.to(self.device), _moved(handed, self.device))
         return hidden
 
+    def latest(self, batch: int) -> Tensor:
+        """Input of the furthest block that a batch has reached, where it waits."""
+        return self._states[batch][1]
+
     def num_bytes(self, device: torch.device) -> int:
         """Bytes of the stored states, if they are on ``device``."""
         states = [hidden for _, hidden, _ in self._states.values() if hidden.device.type == device.type]
         return sum(hidden.numel() * hidden.element_size() for hidden in states)
-
-    def latest(self, batch: int) -> Tensor:
-        """Input of the furthest block that a batch has reached, where it waits."""
-        return self._states[batch][1]
 
     def clear(self) -> None:
         """Forget everything: the next pass starts from the embeddings."""

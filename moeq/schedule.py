@@ -131,9 +131,9 @@ def build_schedule(
     sequential: Sequential,
     first_block: int = 0,
     hessian_gib: float = math.inf,
-    routing: Routing = "routed",
     originals: bool = False,
     routers: bool = False,
+    routing: Routing = "routed",
 ) -> tuple[Pass, ...]:
     """Passes of a run over all blocks.
 
@@ -143,9 +143,9 @@ def build_schedule(
         sequential: "stage": one pass per stage of a block; "block": one pass per block (faster, less exact).
         first_block: Blocks before it are finished (a resumed run).
         hessian_gib: Bound on the Hessians of a pass, in GiB.
-        routing: Which tokens the Hessians of routed experts are made of.
         originals: Run every block on the original hidden states before its weights change.
         routers: Give the router of every block a pass before its experts.
+        routing: Which tokens the Hessians of routed experts are made of.
 
     Raises:
         ValueError: The Hessian of a single expert exceeds the bound, or routers have no place in the order.

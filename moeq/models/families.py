@@ -47,6 +47,9 @@ KEPT = {
 # Decoder blocks that return (hidden states, something that the next block is called with).
 HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer"})
 
+# Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
+VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
+
 
 def is_router(path: str, linear: nn.Linear) -> bool:
     """True for a linear that scores or gates experts: it is never quantized."""

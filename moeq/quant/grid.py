@@ -93,6 +93,13 @@ def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
+def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
+    """The level of code 0 of each group, minus the zero point: float32 [E, O, G]."""
+    if qparams.zero_point_EOG is None:
+        return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
+    return -qparams.zero_point_EOG.float()
+
+
 def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
     """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
     return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
@@ -101,7 +108,7 @@ def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
 def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N], float32 with values of their storage dtypes, of some groups (float32 [N, S])."""
     low_N, high_N = rows_NS.amin(1).clamp_(max=0.0), rows_NS.amax(1).clamp_(min=0.0)  # aminmax is 10 x slower
-    scale_N, zero_N = _qparams_of_range(low_N, high_N, grid, scale_dtype)
+    scale_N, zero_N = qparams_of_range(low_N, high_N, grid, scale_dtype)
     if not grid.clip_search:
         return scale_N, zero_N
     minmax_scale_N = scale_N
@@ -109,7 +116,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
     work = (torch.empty_like(rows_NS), torch.empty_like(rows_NS))
     for step in range(CLIP_STEPS):
         shrink = 1.0 - step * CLIP_STEP
-        candidate_N, candidate_zero_N = _qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
+        candidate_N, candidate_zero_N = qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
         error_N = _clip_error(rows_NS, candidate_N, candidate_zero_N, grid.bits, work)
         # The error is in units of the candidate scale; a ratio of scales keeps tiny weights out of the subnormals.
         error_N *= (candidate_N / minmax_scale_N).pow_(CLIP_NORM)
@@ -120,7 +127,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
     return scale_N, zero_N
 
 
-def _qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point that represent ``[low, high]`` (low <= 0 <= high), rounded to their storage dtypes."""
     limits = torch.finfo(dtype)
     top = 2**grid.bits - 1
