@@ -92,8 +92,8 @@ def parse(
 
 
 def start_report(peer: str, options: argparse.Namespace, packages: tuple[str, ...]) -> Report:
-    """Settings as given and the versions of packages."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    """Settings as given, without places, and the versions of packages."""
+    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
     return Report(peer, settings, {name: version(name) for name in ("torch", "transformers", *packages)})
 
 

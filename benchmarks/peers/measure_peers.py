@@ -52,6 +52,8 @@ PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 OWN = "moeq"
 WARNING = re.compile(r"warn|fallback|failed|skipp|zeroed|not found", re.IGNORECASE)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+PLACE = re.compile(r"/\S*/|\d{4}-\d\d-\d\d[ T][\d:.]+[ |]*")
 
 
 @dataclass(frozen=True, order=True)
@@ -78,23 +80,38 @@ def run_peer(case: Case, ids: Path, output: Path, environments: Path) -> dict[st
         RuntimeError: It failed; the end of what it printed is in the message.
     """
     environment, flags = PEERS[case.peer]
-    python = environments / environment / "bin" / "python"
+    python = environments.absolute() / environment / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(f"--environments has no {python}; make it as benchmarks/peers/README.md says")
     command = [
-        str(python), str(SCRIPTS / f"quantize_{environment}.py"), "--model", MODEL, "--ids", str(ids),
-        "--bits", str(case.bits), "--group-size", str(case.group), "--seed", str(case.seed), "--output", str(output),
-        *flags,
+        str(python), str(SCRIPTS / f"quantize_{environment}.py"), "--model", str(Path(MODEL).absolute()),
+        "--ids", str(ids), "--bits", str(case.bits), "--group-size", str(case.group), "--seed", str(case.seed),
+        "--output", str(output), *flags,
     ]  # fmt: skip
-    # No progress bars in what is searched for warnings, no look-ups of what is on the disk.
+    # No progress bars in what is searched for warnings, no look-ups of what is on the disk, no logs in this folder.
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=output.parent)
     printed = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{printed[-2000:]}")
     report: dict[str, object] = json.loads((output / "report.json").read_text())
-    report["warnings"] = sorted({line[:300] for line in printed.splitlines() if WARNING.search(line)})[:20]
+    report["warnings"] = warnings_of(printed)
     return report
+
+
+def run_own(case: Case, ids_NL: Tensor, output: Path) -> dict[str, object]:
+    """The same of this project; its memory is not that of a process of its own."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    model = fit(ids_NL, name=MODEL, bits=case.bits, group_size=case.group or None).model
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    model.save_pretrained(output)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "versions": {"torch": torch.__version__}}
+
+
+def warnings_of(printed: str) -> list[str]:
+    """Lines that read like warnings, each once, without colours, times and the places of files."""
+    lines = [PLACE.sub("", COLOUR.sub("", line)).strip() for line in printed.splitlines() if WARNING.search(line)]
+    return list(dict.fromkeys(line[:300] for line in lines if len(line.split()) > 2))[:20]
 
 
 def damage(original: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[str, int]:
@@ -129,21 +146,22 @@ def damage(original: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[
 def measure(yardstick: Yardstick, case: Case, folder: Path, environments: Path) -> dict[str, object]:
     """Calibrate, quantize, compare; the row of the case."""
     ids_NL = calibration_set(yardstick, case.data, case.num_windows, case.seed, folder)
-    row: dict[str, object] = {**asdict(case), "tokens": case.num_windows * LENGTH}
-    if case.peer == OWN:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        model = fit(ids_NL, name=MODEL, bits=case.bits, group_size=case.group or None).model
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        row |= {"report": {"seconds": seconds, "cpu_seconds": cpu_seconds, "versions": {"torch": torch.__version__}}}
-    else:
-        with TemporaryDirectory() as temporary:
-            ids, output = Path(temporary) / "ids.safetensors", Path(temporary) / "dense"
+    with TemporaryDirectory() as temporary:
+        ids, output = Path(temporary) / "ids.safetensors", Path(temporary) / "dense"
+        if case.peer == OWN:
+            report = run_own(case, ids_NL, output)
+        else:
             save_file({"ids": ids_NL.contiguous()}, ids)
-            row["report"] = run_peer(case, ids, output, environments)
-            row["damage"] = damage(load_folder(Path(MODEL)), load_folder(output))
-            model = load_model(str(output), "auto")
-    row["domains"] = {domain: asdict(found) for domain, found in yardstick.measure(model).items()}
-    return row
+            report = run_peer(case, ids, output, environments)
+        found = damage(load_folder(Path(MODEL)), load_folder(output))
+        domains = yardstick.measure(load_model(str(output), "auto"))
+    return {
+        **asdict(case),
+        "tokens": case.num_windows * LENGTH,
+        "report": report,
+        "damage": found,
+        "domains": {domain: asdict(divergence) for domain, divergence in domains.items()},
+    }
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

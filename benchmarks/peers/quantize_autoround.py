@@ -3,8 +3,9 @@ r"""AutoRound (SignRound), run with its own interpreter; see README.md for the e
     runs/peers/env/autoround/bin/python benchmarks/peers/quantize_autoround.py --model assets/reference-moe \
         --ids ids.safetensors --bits 3 --output runs/peers/autoround
 
-Its defaults: 200 steps of signed gradient descent per block on batches of 8 windows; experts learn from the tokens that
-are routed to them.  What is written are the weights of its own dense export (format ``fake``).
+Its defaults: routers and the gate of the shared expert stay; 200 steps of signed gradient descent per block on batches
+of 8 windows; experts learn from the tokens that are routed to them.  What is written are the weights of its own dense
+export (format ``fake``).
 """
 
 import sys
@@ -25,15 +26,9 @@ def main() -> None:
     report = start_report("AutoRound", options, ("auto-round",))
     ids_NL = load_ids(options.ids)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    # Not the router or the gate of the shared expert; the head is not quantized unless asked.
-    kept = {
-        name: {"bits": 16}
-        for name, module in model.named_modules()
-        if name.endswith("shared_expert_gate") and isinstance(module, torch.nn.Linear)
-    }
     rounding = AutoRound(
         model, AutoTokenizer.from_pretrained(options.model), bits=options.bits, group_size=options.group_size or -1,
-        sym=options.symmetric, iters=options.iters, seqlen=ids_NL.shape[1], nsamples=len(ids_NL), layer_config=kept,
+        sym=options.symmetric, iters=options.iters, seqlen=ids_NL.shape[1], nsamples=len(ids_NL),
         batch_size=options.batch, seed=options.seed, device_map="cpu", enable_torch_compile=False,
         dataset=[
             {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)} for ids_BL in ids_NL.split(options.batch)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense import load_ids, parse, read_compressed_tensors, read_gptq, start_report, unpack, write_dense
-from measure_peers import Case, damage
+from measure_peers import Case, damage, warnings_of
 from measure_peers import parse as parse_study
 from peers_report import table
 from safetensors.torch import load_file, save_file
@@ -94,6 +94,14 @@ def test_damage_that_a_mean_hides_is_counted() -> None:
     after[f"{MODULE}.weight"][0, 0] = float("nan")
     after["model.norm.weight"] = before["model.norm.weight"] * 2
     assert damage(before, after) == {**none, "broken_experts": 1, "changed_others": 1}
+
+
+def test_warnings_are_kept_without_places_colours_and_repetition() -> None:
+    printed = (
+        "\x1b[33m2026-01-02T03:04:05.67 | WARNING - expert 3 skipped in /some/where/model.py\x1b[0m\nall is well\n"
+    )
+    expected = ["WARNING - expert 3 skipped in model.py"]
+    assert warnings_of(printed + printed.replace("03:04", "04:05") + "  warn(\n") == expected
 
 
 def test_a_dense_folder_has_the_names_and_the_type_of_the_original(tmp_path: Path) -> None:
