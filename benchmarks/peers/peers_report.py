@@ -7,11 +7,20 @@ from statistics import mean, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
-SETTING = ("data", "bits", "group", "num_windows")
+SETTING = ("data", "tokens", "bits", "group")
 HEAD = (
-    "data", "bits", "group", "quantizer", "seeds", "KL mean", "KL worst", "router %", "seconds", "CPU s", "peak MB",
-    "broken", "zeroed columns", "changed",
+    "data", "tokens", "bits", "group", "quantizer", "seeds", "KL mean", "KL worst", "router %", "seconds", "CPU s",
+    "peak MB", "broken", "zeroed columns", "changed",
 )  # fmt: skip
+
+LEGEND = """\
+Data: `mixture` a quarter of each evaluated domain (what only an oracle knows), `corpus` what the model wrote itself,
+`prose` WikiText-2. KL: divergence from the original in nats per token, mean of the four domains and the worst; mean
++- standard deviation over seeds. Router: share of (token, block) pairs that go to the same experts. Seconds are those
+of one thread on a machine that did other work; CPU s are not disturbed by it, loading and saving are in neither.
+Broken: experts with a constant weight or one that is not finite. Zeroed columns: input columns of weights that were
+not zero. Changed: routers and other weights that should not change. The last three are sums over seeds. What the
+names of the quantizers mean: [`benchmarks/peers/README.md`](../peers/README.md)."""
 
 
 def kl_mean(row: Row) -> float:
@@ -33,11 +42,11 @@ def spread(values: Sequence[float], digits: int) -> str:
 def line(setting: tuple[Any, ...], peer: str, rows: Sequence[Row]) -> str:
     """The Markdown row of a peer in one setting."""
     damages = [row["damage"] for row in rows if "damage" in row]
-    data, bits, group, _ = setting
+    data, tokens, bits, group = setting
     routers = [100 * mean(d["router_agreement"] for d in row["domains"].values()) for row in rows]
     peaks = [row["report"]["peak_mb"] for row in rows if "peak_mb" in row["report"]]
     cells = [
-        data, bits, group or "channel", peer, len(rows), spread([kl_mean(row) for row in rows], 4),
+        data, tokens, bits, group or "channel", peer, len(rows), spread([kl_mean(row) for row in rows], 4),
         spread([kl_worst(row) for row in rows], 4), spread(routers, 1),
         f"{mean(row['report']['seconds'] for row in rows):.0f}",
         f"{mean(row['report']['cpu_seconds'] for row in rows):.0f}", f"{max(peaks):.0f}" if peaks else "",
@@ -61,8 +70,10 @@ def table(rows: Sequence[Row]) -> str:
 def write_report(rows: Sequence[Row], source: str, path: Path | None) -> None:
     """Print the table; with a path, write all rows there and the table beside them."""
     versions = {package: found for row in rows for package, found in row["report"]["versions"].items()}
-    versions.pop("torch", None), versions.pop("transformers", None)
-    text = f"# Other quantizers on the bundled model\n\n{source}\n\n{table(rows)}\n"
+    # Each environment has its own; benchmarks/peers/README.md names them.
+    versions.pop("transformers", None)
+    packages = ", ".join(f"{package} {found}" for package, found in sorted(versions.items()))
+    text = f"# Other quantizers on the bundled model\n\n{source}; {packages}.\n\n{LEGEND}\n\n{table(rows)}\n"
     print(text, flush=True)
     if path:
         path.write_text(json.dumps({"origin": source, "versions": versions, "rows": list(rows)}, indent=1) + "\n")

@@ -159,12 +159,12 @@ def test_the_table_shows_mean_and_spread_of_seeds_and_the_sum_of_damage() -> Non
         domains = {"a": {"kl": kl, "router_agreement": 0.5}, "b": {"kl": 3 * kl, "router_agreement": 1.0}}
         report = {"seconds": 10.0, "cpu_seconds": 5.0, "peak_mb": 100.0}
         found = {"broken_experts": 1, "zeroed_columns": 2, "changed_routers": 0, "changed_others": 1}
-        case = {"data": "prose", "bits": 3, "group": 0, "num_windows": 64, "peer": peer, "seed": seed}
+        case = {"data": "prose", "bits": 3, "group": 0, "tokens": 512, "peer": peer, "seed": seed}
         return {**case, "report": report, "domains": domains, "damage": found}
 
     lines = table([row("worse", 0, 0.2), row("better", 0, 0.01), row("better", 1, 0.03)]).splitlines()[2:]
     assert lines == [
-        "| prose | 3 | channel | better | 2 | 0.0400 +- 0.0283 | 0.0600 +- 0.0424 | 75.0 +- 0.0 "
+        "| prose | 512 | 3 | channel | better | 2 | 0.0400 +- 0.0283 | 0.0600 +- 0.0424 | 75.0 +- 0.0 "
         "| 10 | 5 | 100 | 2 | 4 | 2 |",
-        "| prose | 3 | channel | worse | 1 | 0.4000 | 0.6000 | 75.0 | 10 | 5 | 100 | 1 | 2 | 1 |",
+        "| prose | 512 | 3 | channel | worse | 1 | 0.4000 | 0.6000 | 75.0 | 10 | 5 | 100 | 1 | 2 | 1 |",
     ]
