@@ -33,6 +33,7 @@ NOTES = {
     "assets/reference-moe/tokenizer.json": "byte-level BPE with single digits",
     "assets/reference-moe/tokenizer_config.json": "special tokens",
     "benchmarks/LOG.md": "dated log of experiments, the failed ones too",
+    "benchmarks/peers/README.md": "environments of other quantizers, and what had to be worked around",
     "benchmarks/reference_model/README.md": "how the recipe runs and which data it reads",
     "benchmarks/reference_model/card_template.md": "text of the model card",
     "benchmarks/reference_model/config.yaml": "settings of the training run",
