@@ -30,7 +30,7 @@ def test_the_weight_of_the_router_ranks_the_experts(family: str) -> None:
             with ExitStack() as stack:
                 for key, module, index in (("x", router, 0), ("ids", experts, 1)):
 
-                    def hook(_: Any, args: Any, key: str = key, index: int = index) -> None:
+                    def hook(_: Any, args: Any, key: str = key, index: int = index, seen: Any = seen) -> None:
                         seen[key] = args[index]
 
                     stack.callback(module.register_forward_pre_hook(hook).remove)
