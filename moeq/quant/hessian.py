@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PANEL = 256  # rows of the Hessian that are added at once: 256 x 2048 float32 fit twice into a core's share of the cache
+
 
 @dataclass(frozen=True)
 class HessianState:
@@ -63,7 +65,12 @@ def accumulate(
         affinity_sum, affinity_square_sum = affinity_T.double().sum(), affinity_T.double().square().sum()
         if power:
             rows_TI = rows_TI * affinity_T.float().pow(power / 2).unsqueeze(1)
-    state.sum_EII[expert_idx] += rows_TI.mT @ rows_TI
+    # Half of a symmetric product, panel by panel: a panel of it is added while it is in cache, the rest is mirrored.
+    sum_II = state.sum_EII[expert_idx]
+    for start in range(0, len(sum_II), PANEL):
+        panel = slice(start, min(start + PANEL, len(sum_II)))
+        sum_II[panel, : panel.stop] += rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
+        sum_II[:start, panel] = sum_II[panel, :start].mT
     state.num_tokens_E[expert_idx] += len(x_TI)
     state.affinity_sum_E[expert_idx] += affinity_sum
     state.affinity_square_sum_E[expert_idx] += affinity_square_sum
