@@ -7,8 +7,8 @@
     python benchmarks/solve.py --json benchmarks/results/solve.json    # also writes solve.md beside it
 
 Both run interleaved in one process on the same tensors, and beside them the floor: the operations that the phase cannot
-do without, as matrix products (T I^2 of a symmetric Hessian; O I^2 of feedback and I^3 / 3 of a factor).  The
-figures are per expert, of ``--experts`` measured ones; a block is that times its number of experts, which is stated as an
+do without, as matrix products (T I^2 for a symmetric Hessian; O I^2 of feedback and I^3 / 3 of a factor).  Figures are
+per expert, of ``--experts`` measured ones; a block is that times its number of experts, which is stated as an
 extrapolation.  Wall time and processor time, which other processes on the machine disturb less.
 """
 
@@ -273,8 +273,9 @@ def main() -> None:
         rows += [measure(model, sizes, args, seed) for seed in range(args.seeds)]
         by_peer = {peer.split("=")[0]: measure_peer(*peer.split("=", 1), sizes, args) for peer in args.peer}
         peers |= {model: by_peer} if by_peer else {}
-    what = f"{args.experts} experts measured, {args.batches} x {args.tokens} tokens each, {args.seeds} seeds, "
-    what += f"{args.device}, {torch.get_num_threads()} threads; mean +- deviation; a whole block is extrapolated from these experts."
+    tokens = f"{args.experts} experts measured, {args.batches} x {args.tokens} tokens each, {args.seeds} seeds"
+    where = f"{args.device}, {torch.get_num_threads()} threads"
+    what = f"{tokens}, {where}; mean +- deviation; a whole block is extrapolated from these experts."
     table = summarise(rows, peers)
     print(what, table, sep="\n\n")
     if args.json:
