@@ -142,7 +142,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
 
 
 def _widest_ends(low_N: Tensor, high_N: Tensor, scale_N: Tensor, grid: GridSpec, tiny: float) -> tuple[Tensor, Tensor]:
-    """Middle and half width, in scales of min-max, of an interval whose p-th part holds candidate p's levels.
+    """Middle and half width, in scales of min-max, of an interval of which p parts hold the levels of p.
 
     Apart from the range itself that is half a level, for the rounding of the zero point, the spare level of a symmetric
     grid, and 1% of the range for the rounding of the scale.  Everything where a candidate's scale may have to be raised.
