@@ -8,7 +8,7 @@ columns and keeps their deltas in registers: S x ROWS float32 over one warp, 64 
 A column is then a few loads, one weighted sum over the deltas and a handful of operations, where the torch version
 launches some ten kernels.  One warp, because the sum over columns then needs no barrier between warps.
 
-Twin of ``_round_together`` in ``moeq.quant.sweep``: the same numbers except for the order of a sum of at most S products
+Twin of ``_round_together`` in ``moeq.quant.sweep``: the same numbers but for the order of a sum of at most S products
 in float32.  Division is correctly rounded (Triton's own is not), and rounding is to even, by way of 1.5 * 2^23.
 
 Run so far in Triton's interpreter only (tests/kernels/test_columns.py): speed on a GPU is not known.
@@ -56,11 +56,12 @@ def round_columns(
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _round_columns(
-    target, weight, delta, level, scale, low, high, feedback,
-    target_e, target_s, target_o, weight_e, weight_s, weight_o, delta_e, delta_s, delta_o, level_e, level_s, level_o,
-    scale_e, scale_s, scale_o, low_e, low_s, low_o, high_e, high_s, high_o, feedback_e, feedback_s, feedback_k,
-    columns, rows, PADDED: tl.constexpr, ROWS: tl.constexpr,
+def _round_columns(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    target, weight, delta, level, scale, low, high, feedback,  # noqa: ANN001
+    target_e, target_s, target_o, weight_e, weight_s, weight_o, delta_e, delta_s, delta_o,  # noqa: ANN001
+    level_e, level_s, level_o, scale_e, scale_s, scale_o, low_e, low_s, low_o, high_e, high_s, high_o,  # noqa: ANN001
+    feedback_e, feedback_s, feedback_k, columns, rows,  # noqa: ANN001
+    PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One expert (second index of the program), ROWS of its rows (first), all columns of the step."""
     expert = tl.program_id(1).to(tl.int64)  # products with strides of stacks of experts pass 2^31

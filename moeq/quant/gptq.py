@@ -8,7 +8,7 @@ so column j is rounded from the target W_j + sum_{k<j} D_k F_kj.  That is the we
 by updating all columns to the right with rows of the Cholesky factor of the inverse (QuIP, Chee et al., 2023, prove the
 two equal).  This form needs no inverse and one factorisation instead of three, and the residuals give the error.
 
-Speed.  The sweep is in ``moeq.quant.sweep``.  On a CPU a sweep of many rows is bound by arithmetic and memory, so experts
+Speed.  The sweep is in ``moeq.quant.sweep``.  On a CPU a sweep of many rows is bound by arithmetic and memory: experts
 go one at a time; one of few rows is bound by the cost of calling operations, so experts advance together, as they do on
 a GPU, where launches are what costs.
 

@@ -10,7 +10,7 @@ The clip search (GPTQ's published code: norm 2.4, steps of 1/100, down to a fift
 p * (min, max), p = 1, 0.99, ..., 0.21, with the least sum |real - weight|^2.4; p = 1 is the first candidate, so the
 result is never worse than min-max.  Every candidate scale is rounded to the dtype it is stored in before it is judged.
 A group leaves the search once what the candidate's ends cut off its weights costs more than its best candidate in all:
-later candidates cut off more.  By Hoelder's inequality, cutting off x >= 0 costs sum x^2.4 >= (sum x^2)^1.4 / (sum x)^0.4.
+later candidates cut off more.  By Hoelder's inequality, cutting off x costs sum x^2.4 >= (sum x^2)^1.4 / (sum x)^0.4.
 
 Shapes: E experts, O out features, I in features, G groups per row, N groups of all rows, S in features per group.
 """
@@ -142,10 +142,10 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
 
 
 def _widest_ends(low_N: Tensor, high_N: Tensor, scale_N: Tensor, grid: GridSpec, tiny: float) -> tuple[Tensor, Tensor]:
-    """Middle and half width, in units of min-max's scale, of an interval whose p-th part holds all levels of candidate p.
+    """Middle and half width, in scales of min-max, of an interval of which p parts hold the levels of p.
 
     Apart from the range itself that is half a level, for the rounding of the zero point, the spare level of a symmetric
-    grid, and 1% of the range for the rounding of the scale.  Everything where a candidate's scale may have to be raised.
+    grid, and 1% of the range for the rounding of the scale.  Everything where a scale may have to be raised.
     """
     low_N, high_N = low_N / scale_N, high_N / scale_N
     if grid.symmetric:
@@ -157,7 +157,7 @@ def _widest_ends(low_N: Tensor, high_N: Tensor, scale_N: Tensor, grid: GridSpec,
 
 
 def _cut_off(rows_NS: Tensor, shrink: float, fixed_5N: Tensor, work_NS: Tensor) -> Tensor:
-    """A lower bound of each group's error for this candidate and all later ones, in units of min-max's scale^2.4; [N]."""
+    """A lower bound of a group's error for this candidate and all later ones, in min-max's scale^2.4; [N]."""
     _, _, scale_N, middle_N, reach_N = fixed_5N
     torch.div(rows_NS, scale_N.unsqueeze(1), out=work_NS)
     work_NS.sub_(shrink * middle_N.unsqueeze(1)).abs_().sub_(shrink * reach_N.unsqueeze(1)).clamp_min_(0.0)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+PANEL = 256  # rows of the Hessian that are added at once: 256 x 2048 float32 fit twice into a core's share of the cache
+
 
 @dataclass(frozen=True)
 class HessianState:
@@ -72,13 +74,27 @@ def accumulate(
     affinity_T = torch.ones(len(x_TI), device=x_TI.device) if affinity_T is None else affinity_T.to(x_TI.device)
     weight_T = affinity_T.float().pow(power)
     rows_TI = x_TI.float() * weight_T.sqrt().unsqueeze(1)
-    sums = [rows_TI.mT @ rows_TI, torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)]
+    counts = [torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)]
     for value_T in (affinity_T.double(), weight_T.double()):
-        sums += [value_T.sum(), value_T.square().sum()]
-    for total, index in ((state, expert_idx), (pool, 0)):
-        if total is not None:
-            for tensor, addend in zip(total.tensors(), sums, strict=True):
-                tensor[index] += addend
+        counts += [value_T.sum(), value_T.square().sum()]
+    totals = [(state, expert_idx)] if pool is None else [(state, expert_idx), (pool, 0)]
+    for total, index in totals:
+        for tensor, addend in zip(total.tensors()[1:], counts, strict=True):
+            tensor[index] += addend
+    _add_gram(rows_TI, [total.sum_EII[index] for total, index in totals])
+
+
+def _add_gram(rows_TI: Tensor, sums: list[Tensor]) -> None:
+    """Add ``x^T x`` to each sum [I, I], in place: half of a symmetric product, panel by panel, the rest mirrored.
+
+    A panel is added while it is in cache.
+    """
+    for start in range(0, rows_TI.shape[1], PANEL):
+        panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
+        part_PI = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
+        for sum_II in sums:
+            sum_II[panel, : panel.stop] += part_PI
+            sum_II[:start, panel] = sum_II[panel, :start].mT
 
 
 def effective_samples(state: HessianState) -> Tensor:

@@ -53,7 +53,7 @@ class Solution:
 def output_energy(weight_OI: Tensor, hessian_II: Tensor, product_dtype: torch.dtype = torch.float32) -> Tensor:
     """``tr(W H W^T)`` for a symmetric H, as a float64 scalar; O * I^2 operations, half of the full product.
 
-    With G = W^T W it is the sum of H * G.  Only the blocks on and below the diagonal are used: the ones above contribute
+    With G = W^T W it is the sum of H * G.  Only the blocks on and below the diagonal are used: those above contribute
     the same amount again.
 
     Args:

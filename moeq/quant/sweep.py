@@ -4,13 +4,13 @@
 
 with F the feedback of ``moeq.quant.factor``.  See ``moeq.quant.gptq`` for where this comes from.
 
-Speed.  Columns are contiguous (W transposed), and as much as possible is large products: ``WIDE`` columns gather from all
+Speed.  Columns are contiguous (W transposed), and most of the work is large products: ``WIDE`` columns gather from all
 before them at once, blocks of ``column_block`` from what is before them among these; inside a block the s steps before
 a step add to the s steps from it on, where s is the largest power of two that divides the number of steps done, so that
-each pair meets once.  A step is a few columns one after another.  A single expert of many rows has no dimension of experts
-and gathers inside a step by one matrix-vector product per column.  Small experts advance together, so that one
+each pair meets once.  A step is a few columns one after another.  A single expert of many rows has no dimension of
+experts and gathers inside a step by one matrix-vector product per column.  Small experts advance together, so that one
 operation serves all of them; there a column is added to the ones after it by a product and a sum, element by element,
-which cannot depend on who is in the stack.  On CUDA a step is one kernel (``moeq.kernels.columns``).
+which cannot depend on who is in the stack.  On CUDA a step is one kernel (``moeq.kernels.columns``), where triton is.
 
 Shapes: E experts, O out features, I in features in visiting order, G groups per row, W columns of a wide block, B of a
 block, S of a step or a group.  Leading dots are a dimension of experts or none.
@@ -150,7 +150,8 @@ def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
     """Round the columns of some experts on a GPU, in one launch."""
     from moeq.kernels.columns import round_columns  # triton takes seconds to import, and CPU builds of torch lack it
 
-    round_columns(*vars(part).values(), feedback_SS)
+    tensors = (part.target, part.weight, part.delta, part.level, part.scale, part.low, part.high)
+    round_columns(*tensors, feedback_SS)
 
 
 def _round_one(part: _Block, feedback_SS: Tensor) -> None:
