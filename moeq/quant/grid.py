@@ -145,7 +145,7 @@ def _widest_ends(low_N: Tensor, high_N: Tensor, scale_N: Tensor, grid: GridSpec,
     """Middle and half width, in scales of min-max, of an interval of which p parts hold the levels of p.
 
     Apart from the range itself that is half a level, for the rounding of the zero point, the spare level of a symmetric
-    grid, and 1% of the range for the rounding of the scale.  Everything where a candidate's scale may have to be raised.
+    grid, and 1% of the range for the rounding of the scale.  Everything where a scale may have to be raised.
     """
     low_N, high_N = low_N / scale_N, high_N / scale_N
     if grid.symmetric:
