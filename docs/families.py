@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.models.adapter import Adapter, Kind  # noqa: E402
 from moeq.models.families import HAND_ON  # noqa: E402
+from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
 from tests.families import FAMILIES, NOT_CAUSAL, REFUSED  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -24,7 +27,8 @@ reload in a fresh process with equal logits. The names are `model_type`s of tran
 text model is named here (`qwen3_5_moe`, `gemma4`, ...) work as far as `AutoModelForCausalLM` opens them.
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
-biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`.
+biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
+says what `callbacks.rotation.Rotation` does; `tests/models/test_rotation.py` holds the output unchanged.
 
 A survey (`callbacks.survey.Survey`) is refused for `deepseek_v4`, `hy_v4` and `qwen4_exp_text`, and its costs `gemq`,
 `pmq` and `block_output` for `nemotron_h` with latent experts. Those three costs take what the experts give for what is
@@ -32,9 +36,16 @@ added to the residual stream; a constant factor or norm that a block applies aft
 `gemma4_text`, `minimax_m3_vl_text`, ...) is not in them.
 
 """
-TABLE = """| family | routed experts | what differs | shared experts | attention and other mixers | dense | kept |
-| ------ | -------------- | ------------ | -------------- | -------------------------- | ----- | ---- |
+TABLE = """| family | routed experts | what differs | shared experts | attention and other mixers | dense | kept | rotation |
+| ------ | -------------- | ------------ | -------------- | -------------------------- | ----- | ---- | -------- |
 """
+# Parts of the messages with which a rotation is refused, and what they come to.
+NOT_ROTATED = {
+    "weight per channel and is read by no linear": "no: a norm on what a block adds",
+    "subtracts the mean": "no: norms subtract the mean",
+    "states of shape": "no: several residual streams",
+    "adds changes by": "no: a block does more with the residual stream than to read and to add",
+}
 REASONS = {
     "inkling2_text": "each block reads the outputs of all earlier blocks, so that no block can be run alone",
     "llama4_text": "no experts interface; every expert runs on every token, and the score multiplies its input",
@@ -56,6 +67,7 @@ def row(family: str) -> tuple[str, dict[str, str]]:
     cells = [
         family, f"`{re.sub(r'.*?[.][0-9]+[.]', '', path)}`", _differences(adapter, experts),
         _names(adapter, "shared"), _names(adapter, "attention"), _names(adapter, "dense"), _join(kept),
+        _rotation(adapter),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n", kept
 
@@ -73,6 +85,15 @@ def _differences(adapter: Adapter, experts: Any) -> str:
         "blocks hand on": any(type(block).__name__ in HAND_ON for block in adapter.blocks),
     }
     return ", ".join(name for name, holds in found.items() if holds)
+
+
+def _rotation(adapter: Adapter) -> str:
+    """What comes of rotating the model (which changes it)."""
+    try:
+        left_out = rotate(adapter, torch.arange(1, 65).reshape(2, 32), RotationSpec())
+    except ValueError as refusal:
+        return next(short for part, short in NOT_ROTATED.items() if part in str(refusal))
+    return "all but values of some blocks" if left_out else "all"
 
 
 def _names(adapter: Adapter, kind: Kind) -> str:
