@@ -36,9 +36,11 @@ added to the residual stream; a constant factor or norm that a block applies aft
 `gemma4_text`, `minimax_m3_vl_text`, ...) is not in them.
 
 """
-TABLE = """| family | routed experts | what differs | shared experts | attention and other mixers | dense | kept | rotation |
-| ------ | -------------- | ------------ | -------------- | -------------------------- | ----- | ---- | -------- |
-"""
+COLUMNS = (
+    "family", "routed experts", "what differs", "shared experts", "attention and other mixers", "dense", "kept",
+    "rotation",
+)  # fmt: skip
+TABLE = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|\n"
 # Parts of the messages with which a rotation is refused, and what they come to.
 NOT_ROTATED = {
     "weight per channel and is read by no linear": "no: a norm on what a block adds",
