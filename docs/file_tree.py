@@ -39,6 +39,7 @@ NOTES = {
     "constraints.txt": "exact tested versions",
     "docs/examples/absmax.yaml": "a run with the example callback",
     "docs/methods.md": "EBSS, AGQ and GPTQ: equations, and where each is in the code",
+    "docs/variant.md": "adding a quantization variant, with HQQ as the worked example",
     "main.py": "the command line: fit and validate",
     "pyproject.toml": "packages, dependencies, settings of ruff, mypy and pytest",
 }

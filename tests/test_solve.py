@@ -10,6 +10,7 @@ from moeq.quant.rtn import round_to_nearest
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec
 from moeq.run import Run
+from moeq.schedule import whole
 from moeq.solve import Unit, make_units, quantize_sites
 from tests.tiny import tiny_model
 
@@ -31,7 +32,7 @@ def uniform(sites: tuple[Site, ...]) -> dict[str, GridSpec]:
 
 def test_a_uniform_plan_makes_one_unit_per_site(adapter: Adapter) -> None:
     sites = adapter.sites(0)
-    units = make_units(sites, uniform(sites), max_experts=8)
+    units = make_units([whole(site) for site in sites], uniform(sites), max_experts=8)
     assert [unit.site for unit in units] == list(sites)
     assert all(len(unit.experts) == unit.site.num_experts for unit in units)
 
@@ -40,7 +41,7 @@ def test_units_cover_every_weight_once_for_any_mix_of_bits(adapter: Adapter) -> 
     sites = adapter.sites(0)
     plan = {name: replace(GRID, bits=2 + i % 3) for i, name in enumerate(uniform(sites))}
     for max_experts in (1, 3, 8):
-        units = make_units(sites, plan, max_experts)
+        units = make_units([whole(site) for site in sites], plan, max_experts)
         covered = [
             unit.site.weight_name(expert, unit.site.leaves[leaf])
             for unit in units

@@ -206,7 +206,7 @@ class Surveyor:
             states = [found.solver[site.name]]
             if found.plain[site.name] is not states[0]:
                 states.append(found.plain[site.name])
-            tensors += [part for state in states for part in (state.sum_EII, state.num_tokens_E)]
+            tensors += [part for state in states for part in state.tensors()]
         if found.damage is not None:
             tensors += found.damage.tensors()
         num_tokens = torch.tensor(found.num_tokens, dtype=torch.float64, device=self.device)

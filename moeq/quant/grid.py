@@ -111,7 +111,7 @@ def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
 def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N], float32 with values of their storage dtypes, of some groups (float32 [N, S])."""
     low_N, high_N = rows_NS.amin(1).clamp_(max=0.0), rows_NS.amax(1).clamp_(min=0.0)  # aminmax is 10 x slower
-    scale_N, zero_N = _qparams_of_range(low_N, high_N, grid, scale_dtype)
+    scale_N, zero_N = qparams_of_range(low_N, high_N, grid, scale_dtype)
     if not grid.clip_search:
         return scale_N, zero_N
     ends = _widest_ends(low_N, high_N, scale_N, grid, torch.finfo(scale_dtype).tiny)
@@ -131,7 +131,7 @@ def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> 
             if len(kept_N) == 0:
                 break
         low_N, high_N, minmax_scale_N = fixed_5N[:3]
-        candidate_N, candidate_zero_N = _qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
+        candidate_N, candidate_zero_N = qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
         error_N = _clip_error(rows_NS, candidate_N, candidate_zero_N, grid.bits, work)
         # The error is in units of the candidate scale; a ratio of scales keeps tiny weights out of the subnormals.
         error_N *= (candidate_N / minmax_scale_N).double().pow_(CLIP_NORM).float()  # float32's depends on the position
@@ -166,7 +166,7 @@ def _cut_off(rows_NS: Tensor, shrink: float, fixed_5N: Tensor, work_NS: Tensor) 
     return bound_N.mul_(0.999)  # for the rounding of float32
 
 
-def _qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point that represent ``[low, high]`` (low <= 0 <= high), rounded to their storage dtypes."""
     limits = torch.finfo(dtype)
     top = 2**grid.bits - 1
