@@ -78,22 +78,19 @@ def accumulate(
     for value_T in (affinity_T.double(), weight_T.double()):
         counts += [value_T.sum(), value_T.square().sum()]
     totals = [(state, expert_idx)] if pool is None else [(state, expert_idx), (pool, 0)]
+    _add_gram([total.sum_EII[index] for total, index in totals], rows_TI)
     for total, index in totals:
         for tensor, addend in zip(total.tensors()[1:], counts, strict=True):
             tensor[index] += addend
-    _add_gram(rows_TI, [total.sum_EII[index] for total, index in totals])
 
 
-def _add_gram(rows_TI: Tensor, sums: list[Tensor]) -> None:
-    """Add ``x^T x`` to each sum [I, I], in place: half of a symmetric product, panel by panel, the rest mirrored.
-
-    A panel is added while it is in cache.
-    """
+def _add_gram(sums: list[Tensor], rows_TI: Tensor) -> None:
+    """Add x^T x to each sum: half of the product, panel by panel while a panel is in cache; the rest is mirrored."""
     for start in range(0, rows_TI.shape[1], PANEL):
         panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
-        part_PI = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
+        product_II = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
         for sum_II in sums:
-            sum_II[panel, : panel.stop] += part_PI
+            sum_II[panel, : panel.stop] += product_II
             sum_II[:start, panel] = sum_II[panel, :start].mT
 
 
