@@ -17,6 +17,7 @@ def origin(script: str, args: Sequence[str] | None) -> str:
     """
     threads = f"OMP_NUM_THREADS={value} " if (value := os.environ.get("OMP_NUM_THREADS")) else ""
     options = " ".join(sys.argv[1:] if args is None else args)
-    command = f"{threads}python benchmarks/{Path(script).name} {options}".strip()
+    path = Path(script).resolve().relative_to(Path(__file__).resolve().parents[1])
+    command = f"{threads}python {path} {options}".strip()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     return f"`{command}` at {commit.strip()} on {platform.machine()}, {os.cpu_count()} cores, CPU"

@@ -38,9 +38,10 @@ class LearnedRounding(Callback):
         current, run = pl_module.current_pass, pl_module.run
         if not current.ends_block:
             return
-        if not run.offsets:
+        names = {name for site in pl_module.adapter.sites(current.block) for name in site.weight_names()}
+        if run.offsets is None or not names <= run.offsets.keys():
             raise ValueError(
-                f"LearnedRounding found no quantized weights of block {current.block}; "
+                f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
                 "put a method such as callbacks.gptq.GPTQ before callbacks.learned_rounding.LearnedRounding"
             )
         start = time.perf_counter()

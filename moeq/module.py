@@ -152,8 +152,7 @@ class MoEQuantModule(L.LightningModule):
         self.schedule = build_schedule(
             sites, survey=self.survey_requested and first_block == 0,
             sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
-            originals=self.originals_requested, routers=self.routers_requested,
-            routing=self.hparams["routing"],
+            originals=self.originals_requested, routers=self.routers_requested, routing=self.hparams["routing"],
         )  # fmt: skip
         self.trainer.fit_loop.max_epochs = len(self.schedule)
 
@@ -239,7 +238,8 @@ class MoEQuantModule(L.LightningModule):
 
     def memory_row(self, measured: int) -> MemoryRow:
         """Expected and measured memory of the current pass, in bytes."""
-        return memory_row(self.current_pass, self.model, self._activations.num_bytes(self.device), measured)
+        waiting = sum(store.num_bytes(self.device) for store in (self._activations, self._originals))
+        return memory_row(self.current_pass, self.model, waiting, measured)
 
     # -- validate
 

@@ -6,6 +6,8 @@ mixes kinds of blocks.  A key is a ``model_type``; what a configuration leaves o
 
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 Values = dict[str, Any]
 
 
@@ -72,7 +74,7 @@ FAMILIES: dict[str, Values] = {
     ),
     "jamba": _values(
         _LOCAL, num_experts=8, expert_layer_period=2, expert_layer_offset=1, attn_layer_period=2, attn_layer_offset=1,
-        mamba_d_state=16, mamba_dt_rank=16, use_mamba_kernels=False,
+        mamba_d_state=16, mamba_dt_rank=16,
     ),
     "ernie4_5_moe": {
         "moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1,
@@ -89,8 +91,9 @@ FAMILIES: dict[str, Values] = {
         swa_num_attention_heads=4, swa_num_key_value_heads=2,
     ),
     "nemotron_h": _values(
-        _ROUTED, moe_shared_expert_intermediate_size=32, head_dim=16, mamba_num_heads=8, mamba_head_dim=16,
-        ssm_state_size=16, n_groups=1, layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
+        _ROUTED, moe_latent_size=32, moe_shared_expert_intermediate_size=32, head_dim=16, mamba_num_heads=8,
+        mamba_head_dim=16, ssm_state_size=16, n_groups=1,
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
     ),
     "cohere2_moe": _values(_LOCAL, _SLIDING, num_experts=8, head_dim=16, mlp_layer_types=["sparse"] * 2),
     "gemma4_text": _values(
@@ -133,8 +136,28 @@ FAMILIES: dict[str, Values] = {
         index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2,
     ),
 }  # fmt: skip
-# With what the message must say.
-REFUSED = {
-    "inkling2_text": "inkling2_text cannot be quantized by moeq: its blocks read the outputs of all earlier ones"
-}
-SUPPORTED = tuple(family for family in FAMILIES if family not in REFUSED)
+# Families of mixtures that are refused: a tiny configuration, and what the message must say.
+NO_INTERFACE = "has no routed experts, or experts that do not follow the transformers experts interface"
+REFUSED: dict[str, tuple[Values, str]] = {
+    "inkling2_text": (FAMILIES.pop("inkling2_text"), "its blocks read the outputs of all earlier ones"),
+    "llama4_text": (
+        _values(_LOCAL, num_experts_per_tok=1, head_dim=16, intermediate_size_mlp=32, moe_layers=[1],
+                no_rope_layers=[1, 1], layer_types=["full_attention"] * 2),
+        NO_INTERFACE,
+    ),
+    "jetmoe": (_values(_LOCAL, kv_channels=16), NO_INTERFACE),
+    "doge": ({"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}, NO_INTERFACE),
+    "longcat_flash": (
+        _values(_LATENT, n_routed_experts=8, moe_topk=2, expert_ffn_hidden_size=32, ffn_hidden_size=64,
+                zero_expert_num=2, num_layers=1, head_dim=16),
+        NO_INTERFACE,
+    ),
+}  # fmt: skip
+# Families whose experts follow the interface, but which transformers opens only together with images or sound, or not
+# as a language model.
+NOT_CAUSAL = (
+    "deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "mistral4", "mistral_large4",
+    "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe", "unlimited_ocr",
+)  # fmt: skip
+# An older transformers knows fewer of them.
+SUPPORTED = tuple(family for family in FAMILIES if family in CONFIG_MAPPING)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, REFUSED
 
 END_OF_TEXT = "<|endoftext|>"
 _COMMON: dict[str, Any] = {
@@ -36,12 +36,13 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     """A random model of ``family`` in eval mode, its parameters frozen.
 
     Args:
-        family: A key of ``tests.families.FAMILIES`` (a transformers ``model_type``), or ``llama``, the dense one.
+        family: A key of ``FAMILIES`` or ``REFUSED`` in ``tests.families``, or ``llama``, the dense one.
         seed: Seed of the weights.
         dtype: Dtype of the parameters.
         **overrides: Values of the configuration, for example ``num_hidden_layers=3``.
     """
-    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES.get(family, {}), **overrides})
+    values = REFUSED[family][0] if family in REFUSED else FAMILIES.get(family, {})
+    config = CONFIG_MAPPING[family](**{**_COMMON, **values, **overrides})
     # Not ``model.to(dtype)``, which would round the rotary frequencies too; ``from_pretrained`` does not.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ subclasses of it, and would be quantized by mistake by anything that targets lin
 these tables say which input it reads; every other one is kept, with a reason.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,9 @@ KEPT = {
 
 # Decoder blocks that return (hidden states, something that the next block is called with).
 HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer"})
+
+# Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
+SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text"})
 
 # Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
 VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
@@ -95,6 +99,21 @@ def shared_gate(sparse_block: nn.Module) -> nn.Module | None:
     """The one-row linear whose sigmoid multiplies the shared expert's output, where the family has one."""
     gate = getattr(sparse_block, SHARED_GATE, None)
     return gate if isinstance(gate, nn.Module) else None
+
+
+def survey_refusal(config: Any, stages: Collection[str], *, of_output: bool) -> str | None:
+    """Why a survey cannot be made of a model; None where it can.
+
+    Args:
+        config: Of the model.
+        stages: Stages of its sites.
+        of_output: The survey measures changes of a block's output, one expert alone.
+    """
+    if getattr(config, "model_type", None) in SEVERAL_STREAMS:
+        return "its blocks pass on several residual streams"
+    if of_output and "mlp_post" in stages:
+        return "a projection stands between its experts and the output of the block; choose fisher or hessian"
+    return None
 
 
 def refusal(config: Any) -> str | None:

@@ -3,25 +3,26 @@
     down(act(gate x) * up x):   channel j of the input is proportional to row j of up
     o(attention(q, k, v)):      channel (query head h, d) is proportional to row (key/value head of h, d) of v
 
-Where the rows are stands in the tables below, by the names that families use; whether it is true is asked of the
-running model: its rows are divided by powers of two, and the input of the projection must be divided by the same.
+Where the rows are stands in tables, by the names that families use; whether it is true is asked of the running model:
+its rows are divided by powers of two, and the input of the projection must be divided by the same.
 
 Shapes: I in features of the projection, J distinct channels, R rows of the producer.
 """
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeq.activations import until_reached
 from moeq.models.adapter import Adapter, Site
+from moeq.models.heads import ValueHeads, find_value_heads
 
-UP_LEAVES = ("up_proj", "w3")
-VALUE_LEAVES = ("v_proj", "kv_b_proj")
+UP_LEAVES = frozenset({"up_proj", "w3"})
 _TOLERANCE = 1e-3
 
 
@@ -51,23 +52,24 @@ def find_producer(adapter: Adapter, consumer: Site, run: Callable[[], Any]) -> P
         consumer: A site of stage "attention_out" or "mlp_down".
         run: Runs the block of the site on a small input.
     """
-    parent = adapter.model.get_submodule(consumer.modules[0].rpartition(".")[0])
-    leaves = VALUE_LEAVES if consumer.stage == "attention_out" else UP_LEAVES
-    found = _linear_of(adapter, consumer, leaves)
+    heads = find_value_heads(adapter, consumer.block) if consumer.stage == "attention_out" else None
+    if isinstance(heads, str) or (heads is None and consumer.stage == "attention_out"):
+        return None
+    found = _linear_of(adapter, consumer, UP_LEAVES if heads is None else {heads.value.rpartition(".")[2]})
     if found is None:
         return None
     site, leaf = found
-    rows = site.rows[site.leaves.index(leaf)]
-    row_I = _value_rows(parent, leaf, rows, consumer.in_features)
-    if row_I is None:
+    rows, in_features = site.rows[site.leaves.index(leaf)], consumer.in_features
+    if heads is None and rows != in_features:
         return None
+    row_I = torch.arange(in_features) if heads is None else _value_rows(heads, rows, in_features)
     row_J, channel_I = torch.unique(row_I, return_inverse=True)
     producer = Producer(site, leaf, row_J, channel_I)
     holds = _gate_is_linear_in_up if consumer.kind == "routed" else _input_follows_rows
     return producer if holds(adapter, producer, consumer, run) else None
 
 
-def _linear_of(adapter: Adapter, consumer: Site, leaves: tuple[str, ...]) -> tuple[Site, str] | None:
+def _linear_of(adapter: Adapter, consumer: Site, leaves: AbstractSet[str]) -> tuple[Site, str] | None:
     """Site and name of a linear beside the consumer (for routed experts: of the same experts module)."""
     parent = consumer.modules[0].rpartition(".")[0]
     for site in adapter.sites(consumer.block):
@@ -80,22 +82,11 @@ def _linear_of(adapter: Adapter, consumer: Site, leaves: tuple[str, ...]) -> tup
     return None
 
 
-def _value_rows(attention: nn.Module, leaf: str, rows: int, in_features: int) -> Tensor | None:
-    """Row of every in feature; None where the sizes do not fit together."""
-    index_I = torch.arange(in_features)
-    if leaf in UP_LEAVES:
-        return index_I if rows == in_features else None
-    width = getattr(attention, "head_dim" if leaf == "v_proj" else "v_head_dim", None)
-    if not isinstance(width, int) or in_features % width:
-        return None
-    head_I, inner_I, heads = index_I // width, index_I % width, in_features // width
-    if leaf == "v_proj":
-        shared = heads * width // rows  # query heads of a key/value head
-        return head_I // shared * width + inner_I if shared * rows == in_features else None
-    if rows % heads:
-        return None
-    stride = rows // heads  # each head has its keys before its values
-    return head_I * stride + stride - width + inner_I
+def _value_rows(heads: ValueHeads, rows: int, in_features: int) -> Tensor:
+    """Row of every in feature: query heads share those of their key/value head, whose values are its last rows."""
+    index_I, stride = torch.arange(in_features), rows // heads.num_heads
+    head_I = index_I // heads.size * heads.num_heads // (in_features // heads.size)
+    return head_I * stride + stride - heads.size + index_I % heads.size
 
 
 def _powers_of_two(num: int) -> Tensor:
