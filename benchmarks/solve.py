@@ -26,8 +26,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from papers_loop import papers_hessian, papers_solve
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from papers_loop import papers_hessian, papers_solve
 
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import dequantize
