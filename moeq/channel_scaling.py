@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeq.activations import BlockCall, capture_calls, run_block
+from moeq.activations import HANDED_ON, ActivationStore, BlockCall, capture_calls, run_block
 from moeq.models.adapter import Adapter, Site
 from moeq.models.norms import (
     NormReaders,
@@ -126,10 +126,13 @@ def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mappi
 
 
 def probe_call(adapter: Adapter, block: int) -> BlockCall:
-    """How the model calls a block on a few tokens."""
+    """How the model calls a block on a few tokens, with what the blocks before it hand on."""
     num_embeddings = adapter.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.arange(_PROBE_TOKENS, device=next(adapter.model.parameters()).device) % num_embeddings
-    return capture_calls(adapter.model, adapter.blocks, {"input_ids": ids[None]})[block]
+    calls = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids[None]})
+    if any(value is HANDED_ON for value in (*calls[block].args, *calls[block].kwargs.values())):
+        ActivationStore(ids.device).advance(0, block, calls, adapter.blocks)  # fills it in
+    return calls[block]
 
 
 def _record(run: Run, site: Site, reason: str) -> None:
