@@ -45,10 +45,10 @@ BATCH = 8
 
 
 class CachedGridGPTQ(GPTQ):
-    """GPTQ that searches the clipping ranges of a weight once per width: they depend on the original weight alone."""
+    """GPTQ that searches the clipping ranges of a weight once per width: they depend on the weight alone."""
 
     affects_weights = False
-    _cache: ClassVar[dict[tuple[str, str, GridSpec], QParams]] = {}
+    _cache: ClassVar[dict[tuple[str, str, GridSpec, float], QParams]] = {}
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         scales, zero_points = [], []
@@ -57,9 +57,11 @@ class CachedGridGPTQ(GPTQ):
             start, rows = 0, []
             for leaf in unit.leaves:
                 stop = start + unit.site.rows[leaf]
-                key = model, unit.site.weight_name(expert, unit.site.leaves[leaf]), unit.grid
+                one_EOI = weight_EOI[position : position + 1, start:stop]
+                # A rotated model has weights of its own under the same names.
+                mark = float(one_EOI.sum(dtype=torch.float64))
+                key = model, unit.site.weight_name(expert, unit.site.leaves[leaf]), unit.grid, mark
                 if key not in self._cache:
-                    one_EOI = weight_EOI[position : position + 1, start:stop]
                     self._cache[key] = choose_qparams(one_EOI, unit.grid, dtype)
                 rows.append(self._cache[key])
                 start = stop

@@ -71,7 +71,7 @@ class ExpertUsage(Callback):
     def _observed(self, module: MoEQuantModule) -> dict[str, nn.Module]:
         """Experts modules that are counted in the current pass."""
         current = module.current_pass
-        feeds_experts = any(site.kind == "routed" and site.stage == "mlp_in" for site in current.sites)
+        feeds_experts = any(site.kind == "routed" and site.stage == "mlp_in" for site in current.observed)
         if not (current.kind == "survey" if self.survey else feeds_experts):
             return {}
         prefix = f"{module.adapter.block_prefix}.{current.block}."

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moeq.module import MoEQuantModule
-from moeq.quant.coverage import CoveragePolicy, CoverageSpec, regularize
+from moeq.quant.coverage import CoveragePolicy, CoverageSpec, Kappa, find_uncovered, hessians_to_solve
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
 from moeq.solve import Unit, quantize_sites
@@ -18,10 +18,10 @@ class GPTQ(Callback):
         coverage: What an expert with few tokens gets: "shrink" pulls its Hessian toward the pooled one of its block,
             "rtn" rounds it to nearest, "fail" stops.
         min_tokens: Experts with fewer tokens are reported (and fall back under "rtn" and "fail").
-        kappa: Strength of the shrinkage, in tokens.
+        kappa: Strength of the shrinkage, in effective samples, or "auto": proportional to the in features.
     """
 
-    def __init__(self, coverage: CoveragePolicy = "shrink", min_tokens: int = 128, kappa: float = 256.0) -> None:
+    def __init__(self, coverage: CoveragePolicy = "shrink", min_tokens: int = 128, kappa: Kappa = "auto") -> None:
         self.coverage = CoverageSpec(coverage, min_tokens, kappa)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -30,22 +30,27 @@ class GPTQ(Callback):
         current, run = pl_module.current_pass, pl_module.run
         if current.kind != "calibrate":
             return
-        hessians: dict[str, Tensor] = {}
-        for site in current.sites:
+        uncovered: dict[str, Tensor] = {}
+        for part in current.parts:
+            site = part.site
             if site.name not in run.hessians:
                 raise ValueError("GPTQ found no Hessian; put callbacks.HessianCalibration before callbacks.GPTQ")
             # Stacked linears share a Hessian: the first stands for all of them in the report.
-            names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
-            hessian_EII, use_rtn_E, fallbacks = regularize(run.hessians[site.name], self.coverage, names)
+            names = [site.weight_name(expert, site.leaves[0]) for expert in part.experts]
+            state, pool = run.hessians[site.name], run.pools.get(site.name)
+            uncovered[site.name], fallbacks = find_uncovered(state, self.coverage, names, pool)
             run.fallbacks += fallbacks
-            # GPTQ with an identity Hessian is round-to-nearest.
-            identity = torch.eye(site.in_features, device=hessian_EII.device)
-            hessians[site.name] = torch.where(use_rtn_E[:, None, None], identity, hessian_EII)
+        first = {part.site.name: part.experts.start for part in current.parts}
 
         def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
-            return self.solve(pl_module, unit, weight_EOI, hessians[unit.site.name][list(unit.experts)])
+            name = unit.site.name
+            experts = [expert - first[name] for expert in unit.experts]
+            hessian_EII = hessians_to_solve(run.hessians[name], self.coverage, experts, run.pools.get(name))
+            # GPTQ with an identity Hessian is round-to-nearest.
+            hessian_EII[uncovered[name][experts]] = torch.eye(unit.site.in_features, device=hessian_EII.device)
+            return self.solve(pl_module, unit, weight_EOI, hessian_EII)
 
-        quantize_sites(pl_module.adapter, run, current.sites, solver)
+        quantize_sites(pl_module.adapter, run, current.sites, solver, current.parts)
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         """Solve one stack of weights on its Hessians: what a variant of GPTQ overrides."""

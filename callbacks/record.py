@@ -1,4 +1,4 @@
-"""Write what happened in a run: manifest, errors by weight, fallbacks, time and memory by step, and a summary."""
+"""Write what happened in a run: manifest, errors by weight, fallbacks, time and memory by pass, and a summary."""
 
 import importlib.metadata
 import platform
@@ -10,23 +10,40 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
+from moeq.memory import MemoryRow, peak_memory_bytes, start_peak
 from moeq.module import MoEQuantModule
-from moeq.run import peak_memory_bytes, write_csv, write_json
+from moeq.run import write_csv, write_json
 
 PACKAGES = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "safetensors")
 
 
 class Record(Callback):
-    """Writes manifest.json, errors.csv, fallbacks.json and summary.md into the run folder, and prints the summary."""
+    """Writes manifest.json, errors.csv, fallbacks.json, memory.csv and summary.md, and prints the summary.
+
+    memory.csv compares the peak of every pass with what it was expected to take.  Put it last: what callbacks after it
+    do at the end of a pass would be left out.
+    """
 
     affects_weights = False
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+        self._base_bytes = self._peak_bytes = 0
+        self._memory: list[MemoryRow] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the model is loaded: what the process takes by itself."""
+        device = trainer.strategy.root_device  # where the module is going to be
+        start_peak(device)
+        self._base_bytes = peak_memory_bytes(device)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Each pass has a peak of its own."""
+        start_peak(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean relative error of what this pass quantized, as a curve over passes."""
@@ -35,7 +52,10 @@ class Record(Callback):
         errors = [row["relative_error"] for row in pl_module.run.errors if row["weight"] in names]
         if errors:
             pl_module.log("fit/relative_error", sum(errors) / len(errors), rank_zero_only=True)
-        pl_module.log("fit/peak_memory_gb", peak_memory_bytes(pl_module.device) / 1e9, rank_zero_only=True)
+        peak_bytes = peak_memory_bytes(pl_module.device)
+        self._peak_bytes = max(self._peak_bytes, peak_bytes)
+        self._memory.append(pl_module.memory_row(peak_bytes - self._base_bytes))
+        pl_module.log("fit/peak_memory_gb", peak_bytes / 1e9, rank_zero_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""
@@ -52,10 +72,11 @@ class Record(Callback):
             "fingerprint": pl_module.resume.fingerprint,
             "seconds_total": time.perf_counter() - self._start,
             "seconds": run.seconds,
-            "peak_memory_bytes": peak_memory_bytes(pl_module.device),
+            "peak_memory_bytes": max(self._peak_bytes, peak_memory_bytes(pl_module.device)),
         }
         write_json(folder / "manifest.json", manifest)
         write_csv(folder / "errors.csv", run.errors)
+        write_csv(folder / "memory.csv", [dict(row) for row in self._memory])
         write_json(folder / "fallbacks.json", [vars(fallback) for fallback in run.fallbacks])
         summary = summary_table(pl_module)
         (folder / "summary.md").write_text(summary, encoding="utf8")

@@ -38,8 +38,9 @@ NOTES = {
     "benchmarks/reference_model/card_template.md": "text of the model card",
     "benchmarks/reference_model/config.yaml": "settings of the training run",
     "constraints.txt": "exact tested versions",
-    "docs/examples/absmax.yaml": "a run with the example callback",
-    "docs/methods.md": "EBSS, AGQ and GPTQ: equations, and where each is in the code",
+    "docs/families.md": "model families: what differs, what is quantized, what is refused and why",
+    "docs/methods.md": "every method: equations, and where each is in the code",
+    "docs/variant.md": "adding a quantization variant, with HQQ as the worked example",
     "main.py": "the command line: fit and validate",
     "pyproject.toml": "packages, dependencies, settings of ruff, mypy and pytest",
 }

@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
-from moeq.activations import ActivationStore, capture_calls, run_block, until_reached
+from moeq.activations import ActivationStore, BlockBatch, BlockCall, capture_calls, run_block, until_reached
 from moeq.allocation.plan import WeightShape, uniform_plan
+from moeq.calibration.observe import Routing
+from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -40,7 +42,11 @@ class MoEQuantModule(L.LightningModule):
         damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal.
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
+        routing: Tokens of a routed expert's Hessian: "routed" takes those that chose it, with their affinity;
+            "all_experts" all tokens, each with weight 1 (affinity_power then acts on shared experts alone).
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
+        hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
+            with one sweep of the data for each, and the same codes.
         restart: Start over in a run folder that holds finished blocks.
         label: Name of this run in result tables; null is the name of the model.
     """
@@ -57,7 +63,9 @@ class MoEQuantModule(L.LightningModule):
         damping: float = 0.01,
         act_order: bool = True,
         affinity_power: float = 1.0,
+        routing: Routing = "routed",
         sequential: Sequential = "stage",
+        hessian_gib: float = 16.0,
         restart: bool = False,
         label: str | None = None,
     ) -> None:
@@ -70,10 +78,13 @@ class MoEQuantModule(L.LightningModule):
             raise ValueError(f"affinity_power ({affinity_power}) must not be negative; 1 is AGQ, 0 is plain GPTQ")
         self.run = Run()
         self.survey_requested = False
+        self.originals_requested = False
+        self.routers_requested = False
         self.schedule: tuple[Pass, ...] = ()
         self.set_metrics = torch.nn.ModuleList()
         self._models: dict[str, Any] = {}
-        self._activations = ActivationStore()
+        self._activations, self._originals = ActivationStore(), ActivationStore()
+        self._calls: dict[int, tuple[BlockCall, Tensor]] = {}
         self._pass_start = 0.0
 
     # -- the model
@@ -125,6 +136,7 @@ class MoEQuantModule(L.LightningModule):
         # An evaluation inside fit would measure a half-quantized model; validate is its own command.
         self.trainer.limit_val_batches = 0
         self.prepare()
+        self.run.fallbacks += self.adapter.kept()
         self.model.to(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
@@ -135,9 +147,12 @@ class MoEQuantModule(L.LightningModule):
         first_block = self.resume.load()
         if first_block:
             rank_zero_info(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {self.run_dir}")
+        if not self.originals_requested:
+            self.resume.commit()
         self.schedule = build_schedule(
             sites, survey=self.survey_requested and first_block == 0,
-            sequential=self.hparams["sequential"], first_block=first_block,
+            sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
+            originals=self.originals_requested, routers=self.routers_requested, routing=self.hparams["routing"],
         )  # fmt: skip
         self.trainer.fit_loop.max_epochs = len(self.schedule)
 
@@ -184,22 +199,47 @@ class MoEQuantModule(L.LightningModule):
     @torch.no_grad()
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
         calls = capture_calls(self.model, self.adapter.blocks, batch)
-        block = self.current_pass.block
-        hidden = self._activations.advance(batch_idx, block, calls, self.adapter.blocks)
-        # A pass ends with its last site; a survey, which has none, runs the whole block.
-        with until_reached(*self.adapter.observed_modules(self.current_pass.sites)):
-            run_block(self.adapter.blocks[block], hidden, calls[block])
+        current, blocks = self.current_pass, self.adapter.blocks
+        if current.kind == "original":
+            self._originals.advance(batch_idx, current.block + 1, calls, blocks)
+            return None
+        hidden = self._activations.advance(batch_idx, current.block, calls, blocks)
+        if self.originals_requested:
+            self._calls[batch_idx] = calls[current.block], _keep_BT(batch)
+        entered, finished = self.adapter.observed_modules(current.observed)
+        if current.kind == "router":
+            entered = list(self.adapter.routers(current.block).values())
+        # A pass ends with the last module it is for; a survey, which has none, runs the whole block.
+        with until_reached(entered, finished):
+            run_block(blocks[current.block], hidden, calls[current.block])
         return None
+
+    def block_batches(self) -> list[BlockBatch]:
+        """The current block's inputs and the original's outputs, where a step asked for them before the first pass."""
+        return [
+            BlockBatch(self._activations.latest(batch), self._originals.latest(batch), call, keep_BT)
+            for batch, (call, keep_BT) in sorted(self._calls.items())
+        ]
 
     @override
     def on_train_epoch_end(self) -> None:
         """Runs after the callbacks' hooks: the sites of this pass are quantized."""
         self.run.hessians.clear()
+        for part in self.current_pass.parts:
+            if part.is_last:
+                self.run.pools.pop(part.site.name, None)
         seconds = time.perf_counter() - self._pass_start
         self.run.seconds[self.current_pass.label] = seconds
         self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)
-        if self.current_pass.ends_block and self.current_pass.kind == "calibrate":
+        if self.current_pass.ends_block:
             self.resume.save(self.current_pass.block)
+        elif self.current_pass.kind == "original" and self.current_pass.block == self.resume.first_block - 1:
+            self.resume.commit()  # the original blocks that come before were needed until now
+
+    def memory_row(self, measured: int) -> MemoryRow:
+        """Expected and measured memory of the current pass, in bytes."""
+        waiting = sum(store.num_bytes(self.device) for store in (self._activations, self._originals))
+        return memory_row(self.current_pass, self.model, waiting, measured)
 
     # -- validate
 
@@ -224,3 +264,9 @@ class MoEQuantModule(L.LightningModule):
             assert isinstance(metrics, SetMetrics)
             for key, value in metrics.compute().items():
                 self.log(f"{metrics.name}/{key}", value, sync_dist=False)
+
+
+def _keep_BT(batch: dict[str, Tensor]) -> Tensor:
+    """bool: which tokens of a batch are no padding."""
+    mask_BT = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeq.module import MoEQuantModule
 
 # Settings that do not change what a block becomes.
-NEUTRAL_SETTINGS = frozenset({"reference", "restart", "label"})
+NEUTRAL_SETTINGS = frozenset({"reference", "restart", "label", "hessian_gib"})
 
 
 class Resume:
@@ -31,20 +31,25 @@ class Resume:
     def __init__(self, module: "MoEQuantModule", sites: Sequence[tuple[Site, ...]]) -> None:
         self.module, self.sites = module, sites
         self.fingerprint = fingerprint(module)
+        self.first_block = 0
 
     def load(self) -> int:
-        """Read the finished blocks into the model and the run; returns the first block that is not finished."""
+        """Read the finished blocks into the run; returns the first block that is not finished."""
         folder, blocks = self.module.run_dir, self.module.run_dir / "blocks"
         if self.module.hparams["restart"] and blocks.exists() and self.module.global_rank == 0:
             shutil.rmtree(blocks)
         self.module.trainer.strategy.barrier("moeq_restart")
-        block = 0
-        while block < len(self.sites) and block_path(folder, block).exists():
-            load_block(folder, block, self.module.run, self.fingerprint)
-            commit(self.module.adapter, self.sites[block], self.module.run.quantized)
-            change_parameters(self.module.adapter, self.module.run, dict(self.module.run.changed))
-            block += 1
-        return block
+        while self.first_block < len(self.sites) and block_path(folder, self.first_block).exists():
+            load_block(folder, self.first_block, self.module.run, self.fingerprint)
+            self.first_block += 1
+        return self.first_block
+
+    def commit(self) -> None:
+        """Write the weights of the finished blocks into the model."""
+        adapter, run = self.module.adapter, self.module.run
+        for sites in self.sites[: self.first_block]:
+            commit(adapter, sites, run.quantized)
+        change_parameters(adapter, run, dict(run.changed))
 
     def save(self, block: int) -> None:
         """Write a finished block (by the first rank), where its weights were quantized at all."""

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,9 +27,11 @@ class Run:
 
     Attributes:
         plan: Grid of every weight, by canonical name.
-        hessians: Hessian statistics of the current pass, by site name.
+        hessians: Hessian statistics of the current pass, by site name: of the experts of the pass's part of the site.
+        pools: Their sums over all experts of the site (E = 1), for sites with several; kept until its last chunk.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights so far, on the CPU, by canonical name.
+        offsets: Where the weights of the current block lie in the cells of their codes; None where no step asked.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
@@ -42,8 +43,10 @@ class Run:
 
     plan: dict[str, GridSpec] = field(default_factory=dict)
     hessians: dict[str, HessianState] = field(default_factory=dict)
+    pools: dict[str, HessianState] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    offsets: dict[str, Tensor] | None = None
     changed: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -136,12 +139,3 @@ def load_block(folder: Path, block: int, run: Run, fingerprint: dict[str, str]) 
     run.errors += metadata["errors"]
     run.fallbacks += [Fallback(**fallback) for fallback in metadata["fallbacks"]]
     return list(metadata["grids"])
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the accelerator where the model is on one, else resident memory of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
+from moeq.quant.factor import ATTEMPTS, retry_reason
 from moeq.quant.grid import dequantize_weight
+from moeq.quant.learned import level_offset
 from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 from moeq.run import Run
+from moeq.schedule import Part, whole
 
 # Solve a stack: (unit, weight_EOI float32) -> Solution.
 Solver = Callable[["Unit", Tensor], Solution]
@@ -44,20 +47,36 @@ class SolvedWeight:
     weight: QuantizedWeight
     relative_error: float
     fallbacks: tuple[Fallback, ...]
+    offset_OI: Tensor | None
 
 
-def quantize_sites(adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver) -> None:
-    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model."""
+def quantize_sites(
+    adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver, parts: Sequence[Part] | None = None
+) -> None:
+    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model.
+
+    Args:
+        adapter: The model.
+        run: Its plan is read; quantized weights, errors and fallbacks are added.
+        sites: Sites whose weights are written into the model: all of them are solved by now.
+        solver: Solves a stack.
+        parts: What is solved now; None is all experts of the sites.
+    """
+    parts = [whole(site) for site in sites] if parts is None else parts
     rank, world = rank_and_world()
-    largest = max(site.num_experts for site in sites)
-    units = make_units(sites, run.plan, max_experts=-(-largest // world))
-    solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver)]
+    largest = max((len(part.experts) for part in parts), default=1)
+    units = make_units(parts, run.plan, max_experts=-(-largest // world))
+    solved = [
+        weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.offsets is not None)
+    ]
     by_name = {weight.name: weight for weight in gather_lists(solved)}
-    for site in sites:
-        for expert in range(site.num_experts):
+    for site, experts in ((part.site, part.experts) for part in parts):
+        for expert in experts:
             for leaf in site.leaves:
                 weight = by_name[site.weight_name(expert, leaf)]
                 run.quantized[weight.name] = weight.weight
+                if run.offsets is not None and weight.offset_OI is not None:
+                    run.offsets[weight.name] = weight.offset_OI
                 run.fallbacks += weight.fallbacks
                 run.errors.append(
                     {
@@ -68,12 +87,13 @@ def quantize_sites(adapter: Adapter, run: Run, sites: Sequence[Site], solver: So
     commit(adapter, sites, run.quantized)
 
 
-def make_units(sites: Sequence[Site], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
-    """Units of the sites in a fixed order, at most ``max_experts`` experts each."""
+def make_units(parts: Sequence[Part], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
+    """Units of the parts in a fixed order, at most ``max_experts`` experts each."""
     units = []
-    for site in sites:
+    for part in parts:
+        site = part.site
         groups: dict[tuple[tuple[int, ...], GridSpec], list[int]] = defaultdict(list)
-        for expert in range(site.num_experts):
+        for expert in part.experts:
             by_grid: dict[GridSpec, list[int]] = defaultdict(list)
             for index, leaf in enumerate(site.leaves):
                 by_grid[plan[site.weight_name(expert, leaf)]].append(index)
@@ -92,8 +112,8 @@ def unit_rows(unit: Unit) -> list[slice]:
 
 
 @torch.no_grad()
-def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeight]:
-    """Quantize the weights of one unit; results are on the CPU."""
+def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = False) -> list[SolvedWeight]:
+    """Quantize the weights of one unit; results are on the CPU, with ``level_offset`` where it is asked for."""
     weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
     stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
     solution = solver(unit, stacked)
@@ -102,9 +122,11 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver) -> list[SolvedWeigh
         start, end = end, end + unit.site.rows[leaf]
         for position, expert in enumerate(unit.experts):
             name = unit.site.weight_name(expert, unit.site.leaves[leaf])
-            weight = _on_cpu(solution.expert(position, unit.grid, slice(start, end)))
+            weight = solution.expert(position, unit.grid, slice(start, end))
+            offset_OI = level_offset(weight, stacked[position, start:end]).cpu() if offsets else None
             error = float(solution.relative_error_E[position])
-            solved.append(SolvedWeight(name, weight, error, _solver_fallbacks(name, solution, position)))
+            fallbacks = _solver_fallbacks(name, solution, position)
+            solved.append(SolvedWeight(name, _on_cpu(weight), error, fallbacks, offset_OI))
     return solved
 
 
@@ -119,11 +141,8 @@ def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
-    if bool(solution.failed_E[position]):
-        return (Fallback(name, "factorisation failed", "rounded to nearest"),)
-    if retries := int(solution.num_retries_E[position]):
-        return (Fallback(name, "factorisation retried", f"{retries} times, in float64 or with stronger damping"),)
-    return ()
+    retries = len(ATTEMPTS) if bool(solution.failed_E[position]) else int(solution.num_retries_E[position])
+    return (Fallback(name, *retry_reason(retries)),) if retries else ()
 
 
 @torch.no_grad()

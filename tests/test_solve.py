@@ -10,6 +10,7 @@ from moeq.quant.rtn import round_to_nearest
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec
 from moeq.run import Run
+from moeq.schedule import whole
 from moeq.solve import Unit, make_units, quantize_sites
 from tests.tiny import tiny_model
 
@@ -31,7 +32,7 @@ def uniform(sites: tuple[Site, ...]) -> dict[str, GridSpec]:
 
 def test_a_uniform_plan_makes_one_unit_per_site(adapter: Adapter) -> None:
     sites = adapter.sites(0)
-    units = make_units(sites, uniform(sites), max_experts=8)
+    units = make_units([whole(site) for site in sites], uniform(sites), max_experts=8)
     assert [unit.site for unit in units] == list(sites)
     assert all(len(unit.experts) == unit.site.num_experts for unit in units)
 
@@ -40,7 +41,7 @@ def test_units_cover_every_weight_once_for_any_mix_of_bits(adapter: Adapter) -> 
     sites = adapter.sites(0)
     plan = {name: replace(GRID, bits=2 + i % 3) for i, name in enumerate(uniform(sites))}
     for max_experts in (1, 3, 8):
-        units = make_units(sites, plan, max_experts)
+        units = make_units([whole(site) for site in sites], plan, max_experts)
         covered = [
             unit.site.weight_name(expert, unit.site.leaves[leaf])
             for unit in units
@@ -94,11 +95,16 @@ def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapt
     def failing(unit: Unit, weight_EOI: Tensor) -> Solution:
         solution = rtn(unit, weight_EOI)
         experts = torch.arange(len(unit.experts))
-        return replace(solution, failed_E=experts == 1, num_retries_E=(experts == 2).long())
+        return replace(solution, failed_E=experts == 3, num_retries_E=experts * (experts < 3))
 
     sites = tuple(site for site in adapter.sites(0) if site.kind == "routed" and site.stage == "mlp_down")
     run = Run(plan=uniform(sites))
     quantize_sites(adapter, run, sites, failing)
     assert [(f.weight.split(".")[-2], f.reason) for f in run.fallbacks] == [
-        ("1", "factorisation failed"), ("2", "factorisation retried")
+        ("1", "factorisation retried in float64"),
+        ("2", "factorisation retried with stronger damping"),
+        ("3", "factorisation failed"),
+    ]
+    assert [f.detail for f in run.fallbacks] == [
+        "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest"
     ]  # fmt: skip

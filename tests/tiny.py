@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.families import FAMILIES, REFUSED
+
 END_OF_TEXT = "<|endoftext|>"
 _COMMON: dict[str, Any] = {
     "vocab_size": 264,
@@ -26,38 +28,21 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-_QWEN: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 64},
-    "qwen3_moe": {**_QWEN, "head_dim": 16},
-    "mixtral": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
-    # Block 0 is dense and block 1 has two groups of experts and a shared expert, as in the real one.
-    "deepseek_v3": {
-        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
-        "qk_nope_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
-        "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
-    },
-    "gpt_oss": {
-        "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "llama": {},
-}  # fmt: skip
-MOE_FAMILIES = tuple(family for family in FAMILIES if family != "llama")
+# The families of most tests; ``tests/test_families.py`` takes all of them.
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     """A random model of ``family`` in eval mode, its parameters frozen.
 
     Args:
-        family: A key of ``FAMILIES`` (a transformers ``model_type``); ``llama`` is the dense one.
+        family: A key of ``FAMILIES`` or ``REFUSED`` in ``tests.families``, or ``llama``, the dense one.
         seed: Seed of the weights.
         dtype: Dtype of the parameters.
         **overrides: Values of the configuration, for example ``num_hidden_layers=3``.
     """
-    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES[family], **overrides})
+    values = REFUSED[family][0] if family in REFUSED else FAMILIES.get(family, {})
+    config = CONFIG_MAPPING[family](**{**_COMMON, **values, **overrides})
     # Not ``model.to(dtype)``, which would round the rotary frequencies too; ``from_pretrained`` does not.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +50,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         # The initialisation of the library (0.02) gives nearly uniform routers and logits; this one does not.
         for name, tensor in [*model.named_parameters(), *_correction_biases(model)]:
             noise = torch.randn(tensor.shape, generator=generator) * (0.15 if tensor.ndim >= 2 else 0.05)
-            tensor.copy_(1 + noise if "norm" in name else noise)
+            around_one = "norm" in name or name.endswith("_scale")
+            tensor.copy_(1 + noise if around_one else noise)
     return model.eval().requires_grad_(False)
 
 
@@ -90,5 +76,6 @@ def save_tiny(
 
 
 def _correction_biases(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that DeepSeek's router adds before the choice; zero (so: untested) unless filled."""
-    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    """The buffers that DeepSeek's and other routers add before the choice; zero (so: untested) unless filled."""
+    endings = ("e_score_correction_bias", "expert_bias")
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(endings)]

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeq.allocation.plan import Choice
 from moeq.calibration.observe import routed_tokens
 from moeq.models.adapter import Adapter, Site
+from moeq.models.experts import activate, project_down, project_in
 
 # Rounded weights [E, O, I] in the model's dtype, by site name and choice.
 Rounded = Mapping[str, Mapping[Choice, Tensor]]
@@ -116,10 +116,9 @@ def _add_routed(
     for expert, tokens, slots in routed_tokens(call.ids_NK, into.num_experts, keep_N):
         x_ND, affinity_N1 = call.hidden_ND[tokens], call.weights_NK[tokens, slots, None].float()
         gradient = None if gradient_ND is None else gradient_ND[tokens]
-        into_OI, down_OI = module.gate_up_proj[expert], module.down_proj[expert]  # type: ignore[index]
-        gate, up = (F.linear(x_ND, weight_OI) for weight_OI in into_OI.split(into.rows))
-        inner = module._apply_gate(torch.cat([gate, up], -1))  # type: ignore[operator]
-        output_ND = F.linear(inner, down_OI).float()
+        z_NO = project_in(module, expert, x_ND)
+        inner = activate(module, z_NO)
+        output_ND = project_down(module, expert, inner).float()
 
         def sums(
             new_ND: Tensor, output_ND: Tensor = output_ND, affinity: Tensor = affinity_N1, g: Tensor | None = gradient
@@ -130,13 +129,15 @@ def _add_routed(
             if choice not in rounded[into.name] or choice not in rounded[down.name]:
                 continue
             new_down_OI = rounded[down.name][choice][expert]
-            new_gate, new_up = (F.linear(x_ND, w) for w in rounded[into.name][choice][expert].split(into.rows))
-            variants = ((new_gate, up), (gate, new_up), (new_gate, new_up))
-            inners = [module._apply_gate(torch.cat(variant, -1)) for variant in variants]  # type: ignore[operator]
-            state.linears[into.name][index, expert, 0] += sums(F.linear(inners[0], down_OI))
-            state.linears[into.name][index, expert, 1] += sums(F.linear(inners[1], down_OI))
-            state.linears[down.name][index, expert, 0] += sums(F.linear(inner, new_down_OI))
-            state.experts[path][index, expert] += sums(F.linear(inners[2], new_down_OI))
+            new_z_NO = project_in(module, expert, x_ND, rounded[into.name][choice][expert])
+            for linear, new_columns in enumerate(new_z_NO.split(into.rows, -1)):
+                alone = list(z_NO.split(into.rows, -1))
+                alone[linear] = new_columns
+                changed = project_down(module, expert, activate(module, torch.cat(alone, -1)))
+                state.linears[into.name][index, expert, linear] += sums(changed)
+            state.linears[down.name][index, expert, 0] += sums(project_down(module, expert, inner, new_down_OI))
+            both = project_down(module, expert, activate(module, new_z_NO), new_down_OI)
+            state.experts[path][index, expert] += sums(both)
 
 
 def _sums(change_ND: Tensor, gradient_ND: Tensor | None) -> Tensor:

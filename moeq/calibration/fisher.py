@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.calibration.observe import experts_run_by, routed_tokens
 from moeq.models.adapter import Adapter, Site
+from moeq.models.experts import activate, project_down, project_in
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def _gradient_forward(module: Any, hidden_ND: Tensor, ids_NK: Tensor, weights_NK
                 output.register_hook(on_backward)
             return output
 
-        into = watch(F.linear(hidden_ND[tokens], module.gate_up_proj[expert]), "mlp_in")
-        y = watch(F.linear(module._apply_gate(into), module.down_proj[expert]), "mlp_down")
+        into = watch(project_in(module, expert, hidden_ND[tokens]), "mlp_in")
+        y = watch(project_down(module, expert, activate(module, into)), "mlp_down")
         out_ND = out_ND.index_add(0, tokens, (y * weights_NK[tokens, slots, None]).to(out_ND.dtype))
     return out_ND
 

@@ -32,6 +32,7 @@ from moeq.calibration.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
 from moeq.calibration.weight_scores import alphaq_table, weight_scores
 from moeq.distributed import gather_lists, rank_and_world, sum_over_ranks
 from moeq.models.adapter import Adapter, Site
+from moeq.models.families import survey_refusal
 from moeq.quant.hessian import HessianState, accumulate, empty_state
 
 
@@ -45,11 +46,17 @@ class Surveyor:
         adapter: The model.
         spec: What to find out.
         device: Where the model is.
+
+    Raises:
+        ValueError: The family, or none of the choices, suits the survey.
     """
 
     def __init__(self, adapter: Adapter, spec: SurveySpec, device: torch.device | str = "cpu") -> None:
         self.adapter, self.spec, self.device = adapter, spec, torch.device(device)
         self._sites = adapter.all_sites()
+        config, stages = getattr(adapter.model, "config", None), {site.stage for site in self._sites}
+        if why := survey_refusal(config, stages, of_output=spec.wants(MEASURED)):
+            raise ValueError(f"this survey cannot be made of {type(adapter.model).__name__}: {why}")
         for site in self._sites if spec.costs else ():
             spec.choices_of(site)  # raises where none fits
         self._similarity = SimilarityProbe(adapter, spec)
@@ -206,7 +213,7 @@ class Surveyor:
             states = [found.solver[site.name]]
             if found.plain[site.name] is not states[0]:
                 states.append(found.plain[site.name])
-            tensors += [part for state in states for part in (state.sum_EII, state.num_tokens_E)]
+            tensors += [part for state in states for part in state.tensors()]
         if found.damage is not None:
             tensors += found.damage.tensors()
         num_tokens = torch.tensor(found.num_tokens, dtype=torch.float64, device=self.device)

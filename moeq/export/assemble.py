@@ -16,14 +16,12 @@ from moeq.export.names import (
     dense_conversions,
     dense_weight,
     expert_leaves,
-    expert_modules,
-    expert_weight,
-    num_experts,
     packed_conversions,
     weight_names,
 )
 from moeq.export.quantizer import MoEQConfig, install_packed_modules
-from moeq.kernels.packed import PROJECTIONS, PackedExperts, PackedFormat, packed_tensors
+from moeq.kernels.packed import PackedExperts, PackedFormat, packed_tensors
+from moeq.models.experts import expert_modules, expert_weight, num_experts, parameter_name, projections
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -109,10 +107,10 @@ def _tensors(
     replaced = {f"{name}.weight" for name in quantized}
     experts = expert_modules(model)
     apart = {path: module for path, module in experts.items() if _holds_experts_apart(packed, path)}
-    replaced |= {f"{path}.{parameter}" for path in apart for parameter in ("gate_up_proj", "down_proj")}
+    replaced |= {f"{path}.{parameter_name(m, part)}" for path, m in apart.items() for part in ("into", "down")}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced}
     for path, module in apart.items():
-        for name in (f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in PROJECTIONS):
+        for name in (f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in projections(module)):
             if name not in quantized:
                 # A copy: safetensors does not write several views of one tensor.
                 expert, leaf = name.rsplit(".", 2)[1:]

@@ -22,34 +22,29 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from moeq.kernels.packed import PROJECTIONS
-from moeq.models.adapter import is_experts_module
+from moeq.models.experts import (
+    PROJECTIONS,
+    Part,
+    as_stored,
+    expert_modules,
+    expert_weight,
+    layout_problem,
+    num_experts,
+    parameter_name,
+    projections,
+)
 
 _EXPERT_WEIGHT = re.compile(rf"(?P<path>.+)\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PROJECTIONS)})")
 _EXPERT_KEY = re.compile(r".+\.experts\.(?P<expert>\d+)\.(?P<leaf>\w+)\.weight")
 
 
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules by path."""
-    return {name: module for name, module in model.named_modules() if is_experts_module(module)}
-
-
 def check_expressible(model: PreTrainedModel) -> None:
-    """Raise ValueError where the experts of ``model`` cannot be written as plain gate, up and down projections."""
+    """Raise ValueError where the experts of ``model`` cannot be written one by one."""
     for path, module in expert_modules(model).items():
-        reasons = {
-            "are stored packed already": not hasattr(module, "down_proj"),
-            "have no gate projection": not module.has_gate,
-            "are stored transposed": bool(module.is_transposed),
-            "have interleaved gate and up rows": not getattr(module, "is_concatenated", True),
-            "have biases": bool(getattr(module, "has_bias", False)),
-            "are followed by a norm of each expert": bool(getattr(module, "has_post_expert_norm", False)),
-        }
-        found = [reason for reason, holds in reasons.items() if holds]
-        if found:
+        if problem := layout_problem(module):
             raise ValueError(
-                f"{model.config.model_type} is not supported because its experts ({path}) {' and '.join(found)}; "
-                "choose a family with plain experts, for example qwen3_moe, mixtral, olmoe or deepseek_v3"
+                f"{model.config.model_type} is not supported because {path} {problem}; "
+                "docs/families.md lists the families that are"
             )
 
 
@@ -57,7 +52,7 @@ def weight_names(model: nn.Module) -> list[str]:
     """Canonical names of everything a packed checkpoint can hold packed: plain linears and expert projections."""
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for path, module in expert_modules(model).items():
-        names += [f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in PROJECTIONS]
+        names += [f"{path}.{e}.{leaf}" for e in range(num_experts(module)) for leaf in projections(module)]
     return names
 
 
@@ -67,19 +62,6 @@ def split_expert_name(name: str, experts: dict[str, nn.Module]) -> tuple[str, in
     if match is None or match["path"] not in experts:
         return None
     return match["path"], int(match["expert"]), match["leaf"]
-
-
-def num_experts(module: nn.Module) -> int:
-    """E of an experts module."""
-    return int(module.num_experts)  # type: ignore[arg-type]
-
-
-def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
-    """One projection of one expert of a dense experts module, [O, I] (a view)."""
-    if leaf == "down_proj":
-        return module.down_proj[expert]  # type: ignore[index]
-    gate, up = module.gate_up_proj[expert].chunk(2, dim=0)  # type: ignore[index]
-    return gate if leaf == "gate_proj" else up
 
 
 def dense_weight(model: nn.Module, name: str, experts: dict[str, nn.Module]) -> Tensor:
@@ -104,12 +86,13 @@ def expert_leaves(model: PreTrainedModel) -> dict[str, str]:
     """
     leaves = {leaf: leaf for leaf in PROJECTIONS}
     for path, module in expert_modules(model).items():
-        into_label, down_label = torch.tensor([[0], [1]]), torch.tensor([[2]])
-        count = num_experts(module)
-        labels = {
-            f"{path}.gate_up_proj": into_label.expand(count, 2, 1).clone(),
-            f"{path}.down_proj": down_label.expand(count, 1, 1).clone(),
-        }
+        into, count = projections(module)[:-1], num_experts(module)
+        labels = {}
+        parts: tuple[tuple[Part, tuple[str, ...]], ...] = (("into", into), ("down", ("down_proj",)))
+        for part, leaves_of_part in parts:
+            label_OI = torch.tensor([[PROJECTIONS.index(leaf)] for leaf in leaves_of_part])
+            stored = as_stored(module, part, label_OI.expand(count, len(leaves_of_part), 1))
+            labels[f"{path}.{parameter_name(module, part)}"] = stored
         for key, label in revert_weight_conversion(model, labels).items():
             match = _EXPERT_KEY.fullmatch(key)
             if match is not None and label.numel() == 1:

@@ -22,8 +22,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq.export.names import expert_modules, expert_weight, num_experts, packed_conversions, weight_names
-from moeq.kernels.packed import PROJECTIONS, PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.export.names import packed_conversions, weight_names
+from moeq.kernels.packed import PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
 FORMAT_VERSION = 1
@@ -134,10 +135,14 @@ class MoEQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # loading makes floating-point parameters trainable
+            elif isinstance(module, PreTrainedModel):
+                # Some models (jamba) then compute another way, with other roundings, for linears that have no weight.
+                vars(module.config).pop("_is_quantized", None)
         # 5.17 leaves renamed tensors of a quantized checkpoint in the dtype of the file, whatever dtype was asked for.
         float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         for name, parameter in model.named_parameters():
-            if not float32.intersection(name.split(".")):
+            # Parts of a path, one or several: "gate.weight" is part of "mlp.gate.weight", not of "gate.weight_scale".
+            if not any(f".{part}." in f".{name}." for part in float32):
                 parameter.data = parameter.data.to(self._declared.get(name, parameter.dtype))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
@@ -186,7 +191,8 @@ def _packed_experts(
             return nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
         return PackedLinear(columns, rows, grid, scale_dtype)
 
-    experts = [PackedExpert(*(projection(e, leaf) for leaf in PROJECTIONS)) for e in range(num_experts(source))]
+    leaves = projections(source)
+    experts = [PackedExpert(**{leaf: projection(e, leaf) for leaf in leaves}) for e in range(num_experts(source))]
     return PackedExperts(source, experts)
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moeq.export.quantizer  # noqa: F401  (registers the quantization method that from_pretrained needs)
 from moeq.export.folder import check_integrity
-from moeq.export.names import dense_weight, expert_modules
+from moeq.export.names import dense_weight
 from moeq.kernels.packed import PackedLinear, dequantize_codes
+from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
 
 _SHOWN = 8  # names in an error message

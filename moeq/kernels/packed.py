@@ -1,23 +1,23 @@
 """Reference modules that keep quantized weights packed and dequantize them in the forward pass.
 
 ``weight = (code - zero_point) * scale`` in float32, rounded to the dtype of the scales, which is the dtype the weight
-had in the evaluated model: the same numbers whatever dtype the checkpoint is opened in.  ``PackedExperts`` repeats the
-operations of transformers' eager experts loop in their order, so that its output equals the dense model's bit for bit.
+had in the evaluated model: the same numbers whatever dtype the checkpoint is opened in.  ``PackedExperts`` runs the
+eager loop of the family's own experts module on weights that are made as it asks for them, so that gate function,
+biases, layout and order of operations are the family's, and its output equals the dense model's bit for bit.
 
-Shape suffixes: O out, I in, G groups, W words, N tokens, P tokens of one expert,
-D hidden, F expert width, K top-k.
+Shape suffixes: O out, I in, G groups, W words; N tokens, D hidden, K top-k in the comments.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeq.export.packing import num_words, pack, unpack
+from moeq.models.experts import Part, as_stored, parameter_name
 from moeq.quant.spec import QuantizedWeight
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,17 @@ def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 class PackedExpert(nn.Module):
-    """Gate, up and down projection of one expert, each a ``PackedLinear`` or a plain ``nn.Linear``."""
+    """Projections of one expert, each a ``PackedLinear`` or a plain ``nn.Linear``; families without gate have two."""
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+    def __init__(self, gate_proj: nn.Module | None = None, *, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def into_weight(self, dtype: torch.dtype) -> Tensor:
-        """Gate rows above up rows, [2F, D], as in the fused parameter of the dense model."""
-        gate, up = self.gate_proj.weight, self.up_proj.weight
-        assert isinstance(gate, Tensor)
-        assert isinstance(up, Tensor)
-        return torch.cat([gate, up]).to(dtype)
+    def weight(self, part: Part) -> Tensor:
+        """Dequantized weight [O, I] of the down projection, or gate rows above up rows."""
+        layers = (self.down_proj,) if part == "down" else (self.gate_proj, self.up_proj)
+        weights = [layer.weight for layer in layers if layer is not None]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[arg-type, return-value]
 
 
 class PackedExperts(nn.ModuleList):
@@ -128,7 +127,7 @@ class PackedExperts(nn.ModuleList):
     indices and top-k weights), so that hooks on experts modules work on packed models as well.
 
     Args:
-        source: The dense experts module; its gate function, activation and settings are used, not its weights.
+        source: The dense experts module; its loop, gate function, biases and settings are used, not its weights.
         experts: One expert per index.
     """
 
@@ -137,7 +136,11 @@ class PackedExperts(nn.ModuleList):
         # Plain settings that the family's gate function may read (limits, slopes), and the interface's own.
         self.__dict__.update({k: v for k, v in vars(source).items() if not k.startswith("_") and k != "training"})
         # Not registered: a list of experts has experts for children, and activations hold no weights.
-        self.__dict__["act_fn"] = source.act_fn
+        self.__dict__.update(source.named_children())
+        weights = {parameter_name(source, part) for part in ("into", "down")}
+        for name, parameter in source.named_parameters(recurse=False):
+            if name not in weights:
+                self.register_parameter(name, _frozen(*parameter.shape, dtype=parameter.dtype))
         self._source_class = type(source)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ class PackedExperts(nn.ModuleList):
         return result
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs.
+        """Weighted sum of the chosen experts' outputs, by the loop of the family's own module.
 
         Args:
             hidden_states: [N, D].
@@ -156,19 +159,40 @@ class PackedExperts(nn.ModuleList):
         Returns:
             [N, D], in the dtype of the hidden states.
         """
-        output_ND = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():  # ascending, as the eager loop
-            if index >= len(self):
-                continue
-            expert = self[index]
-            # Position-major order of the pairs, as the eager loop has it.
-            position, token = torch.where(index == top_k_index.T)
-            chosen_PD = hidden_states[token]
-            inner_PF = self._apply_gate(nn.functional.linear(chosen_PD, expert.into_weight(chosen_PD.dtype)))
-            out_PD = nn.functional.linear(inner_PF, expert.down_proj.weight.to(inner_PF.dtype))
-            out_PD = out_PD * top_k_weights[token, position, None]
-            output_ND.index_add_(0, token, out_PD.to(output_ND.dtype))
-        return output_ND
+        # Not every loop knows slots of other ranks.
+        elsewhere = top_k_index >= len(self)
+        top_k_index, top_k_weights = top_k_index.masked_fill(elsewhere, 0), top_k_weights.masked_fill(elsewhere, 0)
+        eager = self._source_class.forward.__wrapped__  # type: ignore[attr-defined]
+        output: Tensor = eager(_Unpacking(self, hidden_states.dtype), hidden_states, top_k_index, top_k_weights)
+        return output
+
+
+class _Unpacking:
+    """Packed experts as the family's own loop sees them: one whose fused weights are made when they are indexed."""
+
+    def __init__(self, experts: PackedExperts, dtype: torch.dtype) -> None:
+        self._experts, self._dtype = experts, dtype
+        self._parts: dict[str, Part] = {
+            parameter_name(experts, "into"): "into",
+            parameter_name(experts, "down"): "down",
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        part = self._parts.get(name)
+        return getattr(self._experts, name) if part is None else _Stack(self._experts, part, self._dtype)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The fused parameter of one part: indexing dequantizes one expert, in the family's own layout."""
+
+    experts: PackedExperts
+    part: Part
+    dtype: torch.dtype
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        weight_OI = self.experts[int(expert)].weight(self.part).to(self.dtype)  # type: ignore[operator]
+        return as_stored(self.experts, self.part, weight_OI)
 
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:

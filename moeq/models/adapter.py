@@ -5,7 +5,8 @@ one or more linears: they share a Hessian and are solved stacked along the out-f
 have the shape [E, O, I]: E experts for a routed site, E = 1 for every other linear.
 
 Routed experts are found by the experts interface of transformers v5 (``has_gate``, ``is_transposed``), never by the
-name of the family.  What families call their routers and gates stands in ``families.py``.
+name of the family; how they are stored is known to ``experts.py`` alone.  What families call their routers, gates and
+linears stands in ``families.py``.
 """
 
 from collections import defaultdict
@@ -16,10 +17,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moeq.models.families import is_router, linear_stage, shared_gate
+from moeq.models.experts import (
+    Part,
+    as_stored,
+    expert_modules,
+    is_experts_module,
+    layout_problem,
+    num_experts,
+    parameter_name,
+    projections,
+    stacked_weight,
+    write_stacked,
+)
+from moeq.models.families import (
+    SHARED,
+    STAGES,
+    is_router,
+    is_router_part,
+    kept_reason,
+    linear_stage,
+    refusal,
+    shared_gate,
+)
+from moeq.quant.spec import Fallback
 
+__all__ = ["STAGES", "Adapter", "Kind", "Site", "find_blocks", "is_experts_module"]
 Kind = Literal["attention", "dense", "shared", "routed"]
-STAGES = ("attention_in", "attention_mid", "attention_out", "mlp_in", "mlp_down")
 
 
 @dataclass(frozen=True)
@@ -59,11 +82,6 @@ class Site:
         return [self.weight_name(e, leaf) for e in range(self.num_experts) for leaf in self.leaves]
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """True for a module that follows the experts interface of transformers v5 (routed experts as one module)."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-
-
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder blocks; raises ValueError where the model has none."""
     for name, module in model.named_modules():
@@ -79,7 +97,8 @@ class Adapter:
         model: A causal LM of transformers v5.
 
     Raises:
-        ValueError: The model has no routed experts, or experts in a layout that cannot be expressed per expert.
+        ValueError: The model has no routed experts, experts that cannot be taken apart, or blocks that cannot be run
+            one at a time.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,12 +111,16 @@ class Adapter:
                 f"{family} has no routed experts, or experts that do not follow the transformers experts interface; "
                 "moeq quantizes Mixture-of-Experts models such as qwen2_moe, qwen3_moe, mixtral, deepseek_v3 or olmoe"
             )
-        for path, module in experts.items():
-            _check_layout(family, path, module)
+        problems = [f"{path} {why}" for path, module in experts.items() if (why := layout_problem(module))]
+        problems += [why] if (why := refusal(getattr(model, "config", None))) else []
+        if problems:
+            raise ValueError(
+                f"{family} cannot be quantized by moeq: {problems[0]}; docs/families.md lists the families that can"
+            )
 
     def expert_modules(self) -> dict[str, nn.Module]:
         """Every experts module by path, in block order."""
-        return {name: module for name, module in self.model.named_modules() if is_experts_module(module)}
+        return expert_modules(self.model)
 
     def sites(self, block: int) -> tuple[Site, ...]:
         """Sites of one block in the order of its data flow (stages, then position in the module tree)."""
@@ -109,20 +132,59 @@ class Adapter:
         """Sites of every block."""
         return tuple(site for block in range(len(self.blocks)) for site in self.sites(block))
 
+    def kept(self) -> tuple[Fallback, ...]:
+        """Matrices of the blocks that stay in full precision though they are no routers, each with the reason."""
+        kept = []
+        for name, module in self.blocks.named_modules(prefix=self.block_prefix):
+            if isinstance(module, nn.Linear):
+                if not is_router(name, module) and (reason := kept_reason(name, module)):
+                    kept.append(Fallback(name, "kept in full precision", reason))
+            elif not is_experts_module(module) and not isinstance(module, nn.modules.conv._ConvNd):
+                matrices = [leaf for leaf, p in module.named_parameters(recurse=False) if p.ndim > 1]
+                kept += [
+                    Fallback(
+                        f"{name}.{leaf}", "kept in full precision", "a parameter that its module multiplies itself"
+                    )
+                    for leaf in matrices
+                    if not is_router_part(name)
+                ]
+        return tuple(kept)
+
     def get_weight(self, site: Site) -> Tensor:
         """Weights of a site, [E, O, I], in the model's dtype (a copy)."""
         if site.kind == "routed":
-            return self._routed_parameter(site).detach().clone()
+            return stacked_weight(*self._routed(site)).detach().clone(memory_format=torch.contiguous_format)
         return torch.cat([self._linear(path).weight.detach() for path in site.modules]).unsqueeze(0)
 
     @torch.no_grad()
     def set_weight(self, site: Site, weight_EOI: Tensor) -> None:
         """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device."""
         if site.kind == "routed":
-            self._routed_parameter(site).copy_(weight_EOI)
+            write_stacked(*self._routed(site), weight_EOI)
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
             self._linear(path).weight.copy_(rows)
+
+    def parameters_of(self, site: Site, weight_EOI: Tensor) -> dict[str, Tensor]:
+        """The model's parameters, by name, if a site had these weights; differentiable, and nothing is written."""
+        if site.kind == "routed":
+            module, part = self._routed(site)
+            return {f"{site.modules[0]}.{parameter_name(module, part)}": as_stored(module, part, weight_EOI)}
+        rows = weight_EOI[0].split(site.rows)
+        return {f"{path}.weight": weight_OI for path, weight_OI in zip(site.modules, rows, strict=True)}
+
+    def routers(self, block: int) -> dict[str, nn.Module]:
+        """The routers of a block by name: modules that multiply their input by ``weight``, one row per routed expert.
+
+        Empty where a block has no routed experts, or a router of another form (say, of several layers).
+        """
+        prefix, found = f"{self.block_prefix}.{block}", {}
+        sizes = {site.num_experts for site in self.sites(block) if site.kind == "routed"}
+        for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in sizes and is_router_part(name):
+                found[name] = module
+        return found
 
     def shared_affinity_gate(self, site: Site) -> nn.Module | None:
         """The linear whose sigmoid multiplies the output of the shared expert of a site, where the family has one."""
@@ -152,28 +214,26 @@ class Adapter:
         assert isinstance(module, nn.Linear), path
         return module
 
-    def _routed_parameter(self, site: Site) -> Tensor:
-        module = self.model.get_submodule(site.modules[0])
-        parameter = getattr(module, "down_proj" if site.stage == "mlp_down" else "gate_up_proj")
-        assert isinstance(parameter, Tensor)
-        return parameter
+    def _routed(self, site: Site) -> tuple[nn.Module, Part]:
+        return self.model.get_submodule(site.modules[0]), "down" if site.stage == "mlp_down" else "into"
 
     def _linear_sites(self, prefix: str, block: int) -> Iterator[Site]:
         grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
         sparse = {path.rpartition(".")[0] for path in self.expert_modules()}
         for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
-            if not isinstance(module, nn.Linear) or is_router(name, module):
+            if not isinstance(module, nn.Linear) or is_router(name, module) or kept_reason(name, module):
                 continue
-            parent, _, leaf = name.rpartition(".")
-            stage = linear_stage(leaf)
+            stage = linear_stage(name)
+            assert stage is not None
             # Projections from the inner dimension each have an input of their own.
-            own = parent if stage.endswith("_in") else name
+            own = name.rpartition(".")[0] if stage.endswith("_in") else name
             grouped[own, stage].append(name)
         for (_, stage), names in grouped.items():
             linears = [self._linear(name) for name in names]
             parent = names[0].rpartition(".")[0]
             kind: Kind = "attention" if stage.startswith("attention") else "dense"
-            if kind == "dense" and parent.rpartition(".")[0] in sparse:
+            inside = stage in ("mlp_in", "mlp_down")
+            if inside and (parent.rpartition(".")[0] in sparse or not SHARED.isdisjoint(parent.split("."))):
                 kind = "shared"
             yield Site(
                 name=names[0], block=block, kind=kind, stage=stage, modules=tuple(names),
@@ -186,34 +246,16 @@ class Adapter:
         for path, module in self.expert_modules().items():
             if not path.startswith(f"{prefix}."):
                 continue
-            into, down = module.gate_up_proj, module.down_proj
-            assert isinstance(into, Tensor)
-            assert isinstance(down, Tensor)
-            num_experts, rows, in_features = into.shape
-            leaves = ("gate_proj", "up_proj")
-            common: dict[str, Any] = {"block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts}
-            yield Site(
-                name=f"{path}.{'+'.join(leaves)}", stage="mlp_in", leaves=leaves,
-                rows=(rows // len(leaves),) * len(leaves), in_features=in_features, **common,
+            common: dict[str, Any] = {
+                "block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts(module),
+            }  # fmt: skip
+            *into, down = projections(module)
+            parts: tuple[tuple[Part, str, tuple[str, ...]], ...] = (
+                ("into", "mlp_in", tuple(into)), ("down", "mlp_down", (down,)),
             )  # fmt: skip
-            yield Site(
-                name=f"{path}.down_proj", stage="mlp_down", leaves=("down_proj",),
-                rows=(down.shape[1],), in_features=down.shape[2], **common,
-            )  # fmt: skip
-
-
-def _check_layout(family: str, path: str, module: nn.Module) -> None:
-    problems = [
-        ("transposed expert weights", bool(module.is_transposed)),
-        ("biases in its experts", bool(getattr(module, "has_bias", False))),
-        ("no gate projection", not module.has_gate),
-        ("a norm after each expert", bool(getattr(module, "has_post_expert_norm", False))),
-        ("interleaved gate and up rows", not getattr(module, "is_concatenated", True)),
-        ("packed weights: it is a quantized export already", not hasattr(module, "down_proj")),
-    ]
-    for problem, present in problems:
-        if present:
-            raise ValueError(
-                f"{family} cannot be quantized by moeq: {path} has {problem}, which the per-expert checkpoint does not "
-                "express; use a family with plain experts (qwen2_moe, qwen3_moe, mixtral, deepseek_v3, olmoe)"
-            )
+            for part, stage, leaves in parts:
+                _, rows, in_features = stacked_weight(module, part).shape
+                yield Site(
+                    name=f"{path}.{'+'.join(leaves)}", stage=stage, leaves=leaves,
+                    rows=(rows // len(leaves),) * len(leaves), in_features=in_features, **common,
+                )  # fmt: skip

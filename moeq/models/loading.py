@@ -30,6 +30,12 @@ def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     except OSError as error:
         raise ValueError(_not_found("model", name)) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
+        ) from error
     check_finite(model)
     model.eval().requires_grad_(False)
     return model

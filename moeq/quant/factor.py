@@ -25,6 +25,16 @@ ATTEMPTS = (
 )
 
 
+def retry_reason(num_retries: int) -> tuple[str, str]:
+    """What the attempt after so many failed ones did otherwise, for the report: reason and detail."""
+    if num_retries >= len(ATTEMPTS):
+        return "factorisation failed", "rounded to nearest"
+    dtype, multiple = ATTEMPTS[num_retries]
+    if multiple == 1.0:
+        return "factorisation retried in float64", f"{dtype} succeeded".removeprefix("torch.")
+    return "factorisation retried with stronger damping", f"damping times {multiple:g}, after float64 failed"
+
+
 @dataclass(frozen=True)
 class Feedback:
     """The factor of one expert's Hessian, columns in the order they are visited.

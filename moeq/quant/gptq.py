@@ -8,9 +8,9 @@ so column j is rounded from the target W_j + sum_{k<j} D_k F_kj.  That is the we
 by updating all columns to the right with rows of the Cholesky factor of the inverse (QuIP, Chee et al., 2023, prove the
 two equal).  This form needs no inverse and one factorisation instead of three, and the residuals give the error.
 
-Speed.  Columns are contiguous (W transposed) and swept in two levels: a block of ``column_block`` columns gathers the
-feedback of everything before it in one matrix product; inside it, steps of 16 columns stay in cache.  On a CPU the
-sweep is bound by memory traffic, so experts go one at a time; on a GPU by launches, so experts advance together.
+Speed.  The sweep is in ``moeq.quant.sweep``.  On a CPU a sweep of many rows is bound by arithmetic and memory: experts
+go one at a time; one of few rows is bound by the cost of calling operations, so experts advance together, as they do on
+a GPU, where launches are what costs.
 
 Groups.  With act-order, columns are visited by decreasing Hessian diagonal and groups are static: those of the original
 column order, with parameters from the original weight.  Without it a group's parameters are chosen when its first
@@ -20,25 +20,25 @@ Dead columns (zero Hessian diagonal: that input was never anything but 0) get th
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
 dead in calibration need not be dead in use, and the same rule wipes out an expert that saw no token.
 
-Shapes: E experts, O out features, I in features (in visiting order inside this file), G groups per row, B columns of a
-block, S columns of a group.  Leading dots are a dimension of experts on a GPU and no dimension on a CPU.
+Shapes: E experts, O out features, I in features (``_IO`` in visiting order, with a leading dimension of experts where
+they advance together), G groups per row.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moeq.quant.factor import Feedback, factorise
-from moeq.quant.grid import QParams, choose_qparams, dequantize
+from moeq.quant.grid import QParams, choose_qparams, dequantize, lowest_level
 from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.quant.sweep import Columns, stack, sweep, unstack
 
-STEP = 16  # columns per inner step: 16 x 3000 float32 fit a core's L2 cache
 LARGE_PRODUCT = 1 << 28  # multiplications
 GPU_WORKSPACE_BYTES = 8 << 30
+# On a CPU weights of at most so many rows are swept together, as many as have TOGETHER_ROWS in all.
+FEW_ROWS, TOGETHER_ROWS = 1024, 8192
 
 
 def gptq_solve(
@@ -75,8 +75,9 @@ def gptq_solve(
         )
     if qparams is not None and grid.group_size is not None and not solve.act_order:
         raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
-    size = 1
-    if weight_EOI.device.type != "cpu":
+    if weight_EOI.device.type == "cpu":
+        size = max(1, TOGETHER_ROWS // out_features) if out_features <= FEW_ROWS else 1
+    else:
         size = max(1, GPU_WORKSPACE_BYTES // (4 * in_features * (3 * in_features + 6 * out_features)))
     if energy_E is None:
         # The normaliser of a reported error: its last digits are not worth a third of the time of a large solve.
@@ -103,25 +104,6 @@ def gptq_solve(
     )
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The grid of every column: real = level * scale, with levels from low to low + 2^bits - 1, code = level - low.
-
-    Attributes:
-        scale_IO: float32 with values of the storage dtype.
-        low_IO: float32, minus the zero point.
-        grid: The integer grid.
-        moving: Size of groups that are chosen, and written into the two tensors, as the sweep reaches them; 0 for none.
-        scale_dtype: Storage dtype of the scales.
-    """
-
-    scale_IO: Tensor
-    low_IO: Tensor
-    grid: GridSpec
-    moving: int
-    scale_dtype: torch.dtype
-
-
 def _solve_together(
     weight_EOI: Tensor,
     hessian_EII: Tensor,
@@ -133,18 +115,20 @@ def _solve_together(
 ) -> Solution:
     """Solve some experts in one sweep."""
     factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
-    visited = list(weight_EOI.float())
+    # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
+    together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
+    visited = [weight_OI.float().mT.contiguous() for weight_OI in weight_EOI]
     if solve.act_order:
-        visited = [weight_OI.index_select(1, f.order_I) for weight_OI, f in zip(visited, factors, strict=True)]
-    weight_IO = _stack([weight_OI.mT.contiguous() for weight_OI in visited])
+        visited = [weight_IO[factor.order_I] for weight_IO, factor in zip(visited, factors, strict=True)]
+    weight_IO = stack(visited, together)
     if grid.group_size is None or solve.act_order:
         qparams = choose_qparams(weight_EOI, grid, scale_dtype) if qparams is None else qparams
-        columns = _static_columns(qparams, factors, grid)
-        codes_EOI, error_E = _sweep(weight_IO, factors, columns, solve.column_block)
+        columns = _static_columns(qparams, factors, grid, together)
+        codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
     else:
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
-        columns = _Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
-        codes_EOI, error_E = _sweep(weight_IO, factors, columns, solve.column_block)
+        columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
+        codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
         qparams = _moved_qparams(columns, grid.group_size)
     for expert_idx, factor in enumerate(factors):
         if factor.failed:  # its residuals were not weighed by the Hessian
@@ -163,9 +147,9 @@ def _solve_together(
     )
 
 
-def _static_columns(qparams: QParams, factors: Sequence[Feedback], grid: GridSpec) -> _Columns:
+def _static_columns(qparams: QParams, factors: Sequence[Feedback], grid: GridSpec, together: bool) -> Columns:
     """The grid of each column, visited in any order, from the groups of the original order."""
-    low_EOG = _low(qparams, grid)
+    low_EOG = lowest_level(qparams, grid)
     if grid.group_size is None:
         shape = (-1, len(factors[0].order_I), -1)
         scales = list(qparams.scale_EOG.float().mT.expand(shape))
@@ -174,121 +158,11 @@ def _static_columns(qparams: QParams, factors: Sequence[Feedback], grid: GridSpe
         groups = [factor.order_I // grid.group_size for factor in factors]
         scales = [scale_OG.float().mT[group_I] for scale_OG, group_I in zip(qparams.scale_EOG, groups, strict=True)]
         lows = [low_OG.mT[group_I] for low_OG, group_I in zip(low_EOG, groups, strict=True)]
-    return _Columns(_stack(scales), _stack(lows), grid, 0, qparams.scale_EOG.dtype)
+    return Columns(stack(scales, together), stack(lows, together), grid, 0, qparams.scale_EOG.dtype)
 
 
-def _low(qparams: QParams, grid: GridSpec) -> Tensor:
-    """The lowest level of each group, float32 [E, O, G]."""
-    if qparams.zero_point_EOG is None:
-        return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
-    return -qparams.zero_point_EOG.float()
-
-
-def _moved_qparams(columns: _Columns, group_size: int) -> QParams:
+def _moved_qparams(columns: Columns, group_size: int) -> QParams:
     """Parameters of the groups that were chosen on the way, read off the first column of each."""
-    scale_EGO, low_EGO = _unstack(columns.scale_IO)[:, ::group_size], _unstack(columns.low_IO)[:, ::group_size]
+    scale_EGO, low_EGO = unstack(columns.scale_IO)[:, ::group_size], unstack(columns.low_IO)[:, ::group_size]
     scale_EOG = scale_EGO.mT.to(columns.scale_dtype).contiguous()
     return QParams(scale_EOG, None if columns.grid.symmetric else (-low_EGO).mT.to(torch.uint8).contiguous())
-
-
-def _sweep(
-    weight_IO: Tensor, factors: Sequence[Feedback], columns: _Columns, column_block: int
-) -> tuple[Tensor, Tensor]:
-    """Visit all columns; returns codes_EOI, in the original order of columns, and tr(D H D^T) of each expert."""
-    feedback_II = _stack([factor.feedback_II for factor in factors])
-    gain_I = _stack([factor.gain_I for factor in factors])
-    shift_I = _stack([factor.shift_I for factor in factors])
-    delta_IO, codes_IO = torch.empty_like(weight_IO), torch.empty_like(weight_IO, dtype=torch.uint8)
-    error = torch.zeros(weight_IO.shape[:-2], dtype=torch.float64, device=weight_IO.device)
-    if columns.moving:  # blocks hold whole groups
-        column_block = columns.moving * max(1, column_block // columns.moving)
-    for start in range(0, weight_IO.shape[-2], column_block):
-        block = slice(start, start + column_block)
-        target_BO = weight_IO[..., block, :].clone()
-        if start:
-            _add_product_(target_BO, feedback_II[..., block, :start], delta_IO[..., :start, :])
-        scale_BO, low_BO, delta_BO = (part[..., block, :] for part in (columns.scale_IO, columns.low_IO, delta_IO))
-        parts = (target_BO, weight_IO[..., block, :], delta_BO, scale_BO, low_BO)
-        level_BO = _round_block(*parts, feedback_II[..., block, block], columns)
-        codes_IO[..., block, :] = (level_BO - low_BO).to(torch.uint8)
-        # target - rounded is the residual; the damping's share of the error is taken out again.
-        residual_BO = target_BO.addcmul_(level_BO, scale_BO, value=-1)
-        square_B = (torch.linalg.vector_norm(residual_BO, dim=-1) * gain_I[..., block]).square()
-        damped_B = torch.linalg.vector_norm(delta_BO, dim=-1).square() * shift_I[..., block]
-        error += (square_B - damped_B).sum(-1, dtype=torch.float64)
-    codes = [
-        visited_IO.index_select(0, torch.argsort(factor.order_I)).mT.contiguous()
-        for visited_IO, factor in zip(_unstack(codes_IO), factors, strict=True)
-    ]
-    return torch.stack(codes), error.reshape(-1)
-
-
-def _round_block(
-    target_BO: Tensor,
-    weight_BO: Tensor,
-    delta_BO: Tensor,
-    scale_BO: Tensor,
-    low_BO: Tensor,
-    feedback_BB: Tensor,
-    columns: _Columns,
-) -> Tensor:
-    """Round the columns of a block; completes ``target_BO``, writes ``delta_BO``, returns the levels."""
-    num_columns = target_BO.shape[-2]
-    level_BO = torch.empty_like(target_BO)
-    high_BO = low_BO + (2**columns.grid.bits - 1)
-    step = math.gcd(STEP, columns.moving)  # groups start where a step starts
-    tensors = (target_BO, weight_BO, delta_BO, level_BO, scale_BO, low_BO, high_BO)
-    rows = list(zip(*(tensor.unbind(-2) for tensor in tensors), strict=True))
-    for start in range(0, num_columns, step):
-        if columns.moving and start % columns.moving == 0:
-            group = slice(start, start + columns.moving)
-            parts = [part[..., group, :] for part in (target_BO, weight_BO, scale_BO, low_BO, high_BO)]
-            _choose_group(parts, feedback_BB[..., group, group], columns)
-        stop = min(start + step, num_columns)
-        delta_SO = delta_BO[..., start:stop, :]
-        for column in range(start, stop):
-            if before := column - start:
-                feedback_1S = feedback_BB.narrow(-2, column, 1).narrow(-1, start, before)
-                _add_product_(target_BO.narrow(-2, column, 1), feedback_1S, delta_SO.narrow(-2, 0, before))
-            target, weight, delta, level, scale, low, high = rows[column]
-            torch.div(target, scale, out=level).round_()
-            torch.clamp(level, low, high, out=level)
-            torch.addcmul(weight, level, scale, value=-1, out=delta)
-        if stop < num_columns:
-            _add_product_(target_BO[..., stop:, :], feedback_BB[..., stop:, start:stop], delta_SO)
-    return level_BO
-
-
-def _choose_group(parts: Sequence[Tensor], feedback_SS: Tensor, columns: _Columns) -> None:
-    """Choose the grid of the group that the sweep has reached; ``parts`` are target, weight, scale, low, high [S, O].
-
-    The last three are written.
-
-    The weights that the columns before it have left are W - D*, with D* the best unrounded correction: row by row
-    D*_j = -(target_j - W_j) - sum_{k<j in the group} D*_k F_kj, a triangular system.
-    """
-    target_SO, weight_SO, scale_SO, low_SO, high_SO = parts
-    correction_SO = torch.linalg.solve_triangular(feedback_SS, target_SO - weight_SO, upper=False, unitriangular=True)
-    grid = replace(columns.grid, group_size=None)
-    qparams = choose_qparams(_unstack(weight_SO + correction_SO).mT, grid, columns.scale_dtype)
-    _unstack(scale_SO)[:] = qparams.scale_EOG.float().mT
-    _unstack(low_SO)[:] = _low(qparams, grid).mT
-    torch.add(low_SO, 2**grid.bits - 1, out=high_SO)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, with a dimension of experts or without."""
-    if total.dim() == 2:
-        total.addmm_(left, right)
-    else:
-        total.baddbmm_(left, right)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Experts side by side; a single one keeps no dimension for it, which spares a CPU the slower batched kernels."""
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _unstack(tensor: Tensor) -> Tensor:
-    """A view with a dimension of experts."""
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)

@@ -9,6 +9,8 @@ fixed zero point 2^(bits-1), so that both ends of the range are levels and the l
 The clip search (GPTQ's published code: norm 2.4, steps of 1/100, down to a fifth) takes, per group, the range
 p * (min, max), p = 1, 0.99, ..., 0.21, with the least sum |real - weight|^2.4; p = 1 is the first candidate, so the
 result is never worse than min-max.  Every candidate scale is rounded to the dtype it is stored in before it is judged.
+A group leaves the search once what the candidate's ends cut off its weights costs more than its best candidate in all:
+later candidates cut off more.  By Hoelder's inequality, cutting off x costs sum x^2.4 >= (sum x^2)^1.4 / (sum x)^0.4.
 
 Shapes: E experts, O out features, I in features, G groups per row, N groups of all rows, S in features per group.
 """
@@ -23,6 +25,7 @@ from moeq.quant.spec import GridSpec, QuantizedWeight
 CLIP_NORM = 2.4
 CLIP_STEPS = 80
 CLIP_STEP = 0.01
+CLIP_CHECK = 16  # candidates between two looks at which groups are done
 # Elements per chunk of the clip search: what stays in a core's L2 cache, and what bounds the workspace on a GPU.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 24
 
@@ -93,6 +96,13 @@ def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
+def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
+    """The level of code 0 of each group, minus the zero point: float32 [E, O, G]."""
+    if qparams.zero_point_EOG is None:
+        return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
+    return -qparams.zero_point_EOG.float()
+
+
 def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
     """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
     return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
@@ -101,26 +111,62 @@ def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
 def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N], float32 with values of their storage dtypes, of some groups (float32 [N, S])."""
     low_N, high_N = rows_NS.amin(1).clamp_(max=0.0), rows_NS.amax(1).clamp_(min=0.0)  # aminmax is 10 x slower
-    scale_N, zero_N = _qparams_of_range(low_N, high_N, grid, scale_dtype)
+    scale_N, zero_N = qparams_of_range(low_N, high_N, grid, scale_dtype)
     if not grid.clip_search:
         return scale_N, zero_N
-    minmax_scale_N = scale_N
-    best_N = torch.full_like(scale_N, torch.inf)
+    ends = _widest_ends(low_N, high_N, scale_N, grid, torch.finfo(scale_dtype).tiny)
+    best_3N = torch.stack([torch.full_like(scale_N, torch.inf), scale_N, zero_N])  # error, scale, zero point
+    found_3N, index_N = best_3N, torch.arange(len(rows_NS), device=rows_NS.device)
+    fixed_5N = torch.stack([low_N, high_N, scale_N, *ends])
     work = (torch.empty_like(rows_NS), torch.empty_like(rows_NS))
     for step in range(CLIP_STEPS):
         shrink = 1.0 - step * CLIP_STEP
-        candidate_N, candidate_zero_N = _qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
+        if step and step % CLIP_CHECK == 0:
+            (kept_N,) = torch.where(_cut_off(rows_NS, shrink, fixed_5N, work[0]) < best_3N[0])
+            if len(kept_N) < 0.9 * len(index_N):
+                found_3N[:, index_N] = best_3N
+                rows_NS, index_N = rows_NS[kept_N], index_N[kept_N]
+                fixed_5N, best_3N = fixed_5N[:, kept_N], best_3N[:, kept_N]
+                work = (work[0][: len(kept_N)], work[1][: len(kept_N)])
+            if len(kept_N) == 0:
+                break
+        low_N, high_N, minmax_scale_N = fixed_5N[:3]
+        candidate_N, candidate_zero_N = qparams_of_range(shrink * low_N, shrink * high_N, grid, scale_dtype)
         error_N = _clip_error(rows_NS, candidate_N, candidate_zero_N, grid.bits, work)
         # The error is in units of the candidate scale; a ratio of scales keeps tiny weights out of the subnormals.
-        error_N *= (candidate_N / minmax_scale_N).pow_(CLIP_NORM)
-        better_N = error_N < best_N
-        best_N = torch.where(better_N, error_N, best_N)
-        scale_N = torch.where(better_N, candidate_N, scale_N)
-        zero_N = torch.where(better_N, candidate_zero_N, zero_N)
-    return scale_N, zero_N
+        error_N *= (candidate_N / minmax_scale_N).double().pow_(CLIP_NORM).float()  # float32's depends on the position
+        tried_3N = torch.stack([error_N, candidate_N, candidate_zero_N])
+        best_3N = torch.where(error_N < best_3N[0], tried_3N, best_3N)
+    found_3N[:, index_N] = best_3N
+    return found_3N[1], found_3N[2]
 
 
-def _qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _widest_ends(low_N: Tensor, high_N: Tensor, scale_N: Tensor, grid: GridSpec, tiny: float) -> tuple[Tensor, Tensor]:
+    """Middle and half width, in scales of min-max, of an interval of which p parts hold the levels of p.
+
+    Apart from the range itself that is half a level, for the rounding of the zero point, the spare level of a symmetric
+    grid, and 1% of the range for the rounding of the scale.  Everything where a scale may have to be raised.
+    """
+    low_N, high_N = low_N / scale_N, high_N / scale_N
+    if grid.symmetric:
+        largest_N = torch.maximum(-low_N, high_N)
+        low_N, high_N = -largest_N * (2 ** (grid.bits - 1) / (2 ** (grid.bits - 1) - 1)), largest_N
+    slack_N = 0.51 + 0.01 * (high_N - low_N)
+    reach_N = (0.5 * (high_N - low_N) + slack_N).masked_fill_(scale_N < 10.0 * tiny, 1e30)
+    return 0.5 * (high_N + low_N), reach_N
+
+
+def _cut_off(rows_NS: Tensor, shrink: float, fixed_5N: Tensor, work_NS: Tensor) -> Tensor:
+    """A lower bound of a group's error for this candidate and all later ones, in min-max's scale^2.4; [N]."""
+    _, _, scale_N, middle_N, reach_N = fixed_5N
+    torch.div(rows_NS, scale_N.unsqueeze(1), out=work_NS)
+    work_NS.sub_(shrink * middle_N.unsqueeze(1)).abs_().sub_(shrink * reach_N.unsqueeze(1)).clamp_min_(0.0)
+    square_N, sum_N = torch.linalg.vector_norm(work_NS, dim=1).square_(), work_NS.sum(1)
+    bound_N = square_N.pow_(CLIP_NORM - 1) / sum_N.clamp_min_(torch.finfo(torch.float32).tiny).pow_(CLIP_NORM - 2)
+    return bound_N.mul_(0.999)  # for the rounding of float32
+
+
+def qparams_of_range(low_N: Tensor, high_N: Tensor, grid: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point that represent ``[low, high]`` (low <= 0 <= high), rounded to their storage dtypes."""
     limits = torch.finfo(dtype)
     top = 2**grid.bits - 1

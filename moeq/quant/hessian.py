@@ -13,10 +13,12 @@ rounding or in act-order, and the feedback of GPTQ carries it on (measured in be
 Shapes: E experts, I in features, T tokens of one expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+PANEL = 256  # rows of the Hessian that are added at once: 256 x 2048 float32 fit twice into a core's share of the cache
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,36 @@ class HessianState:
         num_tokens_E: float64, tokens.
         affinity_sum_E: float64, sum of c.
         affinity_square_sum_E: float64, sum of c^2.
+        weight_sum_E: float64, sum of w = c^p.
+        weight_square_sum_E: float64, sum of w^2.
     """
 
     sum_EII: Tensor
     num_tokens_E: Tensor
     affinity_sum_E: Tensor
     affinity_square_sum_E: Tensor
+    weight_sum_E: Tensor
+    weight_square_sum_E: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All sums, in a fixed order."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 def empty_state(num_experts: int, in_features: int, device: torch.device | str) -> HessianState:
     """Sums over no token."""
-    counts = [torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(3)]
+    counts = [torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(5)]
     shape = (num_experts, in_features, in_features)
     return HessianState(torch.zeros(shape, dtype=torch.float64, device=device), *counts)
 
 
 def accumulate(
-    state: HessianState, expert_idx: int, x_TI: Tensor, affinity_T: Tensor | None = None, power: float = 1.0
+    state: HessianState,
+    expert_idx: int,
+    x_TI: Tensor,
+    affinity_T: Tensor | None = None,
+    power: float = 1.0,
+    pool: HessianState | None = None,
 ) -> None:
     """Add the tokens of one expert, in place; products in float32 whatever the dtype of the inputs.
 
@@ -54,19 +69,29 @@ def accumulate(
         x_TI: Inputs of the linear, one row per token; no row is a valid input.
         affinity_T: Not negative, in the order of the rows; None is 1 for every token.
         power: p.
+        pool: Sums over all experts (E = 1), which get the same; one product serves both.
     """
-    rows_TI = x_TI.float()
-    if affinity_T is None:
-        affinity_sum = affinity_square_sum = torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)
-    else:
-        affinity_T = affinity_T.to(x_TI.device)
-        affinity_sum, affinity_square_sum = affinity_T.double().sum(), affinity_T.double().square().sum()
-        if power:
-            rows_TI = rows_TI * affinity_T.float().pow(power / 2).unsqueeze(1)
-    state.sum_EII[expert_idx] += rows_TI.mT @ rows_TI
-    state.num_tokens_E[expert_idx] += len(x_TI)
-    state.affinity_sum_E[expert_idx] += affinity_sum
-    state.affinity_square_sum_E[expert_idx] += affinity_square_sum
+    affinity_T = torch.ones(len(x_TI), device=x_TI.device) if affinity_T is None else affinity_T.to(x_TI.device)
+    weight_T = affinity_T.float().pow(power)
+    rows_TI = x_TI.float() * weight_T.sqrt().unsqueeze(1)
+    counts = [torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)]
+    for value_T in (affinity_T.double(), weight_T.double()):
+        counts += [value_T.sum(), value_T.square().sum()]
+    totals = [(state, expert_idx)] if pool is None else [(state, expert_idx), (pool, 0)]
+    _add_gram([total.sum_EII[index] for total, index in totals], rows_TI)
+    for total, index in totals:
+        for tensor, addend in zip(total.tensors()[1:], counts, strict=True):
+            tensor[index] += addend
+
+
+def _add_gram(sums: list[Tensor], rows_TI: Tensor) -> None:
+    """Add x^T x to each sum: half of the product, panel by panel while a panel is in cache; the rest is mirrored."""
+    for start in range(0, rows_TI.shape[1], PANEL):
+        panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
+        product_II = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
+        for sum_II in sums:
+            sum_II[panel, : panel.stop] += product_II
+            sum_II[:start, panel] = sum_II[panel, :start].mT
 
 
 def effective_samples(state: HessianState) -> Tensor:

@@ -8,13 +8,17 @@ Shapes: E experts, O out features, I in features, G groups per row.
 import torch
 from torch import Tensor
 
-from moeq.quant.grid import choose_qparams, dequantize, quantize
+from moeq.quant.grid import QParams, choose_qparams, dequantize, quantize
 from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec
 
 
 def round_to_nearest(
-    weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype, hessian_EII: Tensor | None = None
+    weight_EOI: Tensor,
+    grid: GridSpec,
+    scale_dtype: torch.dtype,
+    hessian_EII: Tensor | None = None,
+    qparams: QParams | None = None,
 ) -> Solution:
     """Quantize each expert to nearest; one expert at a time, so that the workspace is that of one weight.
 
@@ -23,11 +27,12 @@ def round_to_nearest(
         grid: The integer grid.
         scale_dtype: Storage dtype of the scales.
         hessian_EII: Norm in which the relative error is reported; None is the identity.  The codes do not depend on it.
+        qparams: Scales and zero points that were chosen before; None chooses them from the weight alone.
 
     Raises:
         ValueError: The group size does not divide the in features.
     """
-    qparams = choose_qparams(weight_EOI, grid, scale_dtype)
+    qparams = qparams or choose_qparams(weight_EOI, grid, scale_dtype)
     codes_EOI = torch.empty(weight_EOI.shape, dtype=torch.uint8, device=weight_EOI.device)
     error_E = torch.zeros(len(weight_EOI), dtype=torch.float64, device=weight_EOI.device)
     energy_E = torch.zeros_like(error_E)

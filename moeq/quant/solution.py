@@ -53,7 +53,8 @@ class Solution:
 def output_energy(weight_OI: Tensor, hessian_II: Tensor, product_dtype: torch.dtype = torch.float32) -> Tensor:
     """``tr(W H W^T)`` for a symmetric H, as a float64 scalar; O * I^2 operations, half of the full product.
 
-    Only the blocks on and below the diagonal of H are used: the ones above contribute the same amount again.
+    With G = W^T W it is the sum of H * G.  Only the blocks on and below the diagonal are used: those above contribute
+    the same amount again.
 
     Args:
         weight_OI: float32.
@@ -61,13 +62,11 @@ def output_energy(weight_OI: Tensor, hessian_II: Tensor, product_dtype: torch.dt
         product_dtype: Of the matrix products; with bfloat16 a large weight keeps four digits, at a third of the time.
     """
     total = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+    factor_OI = weight_OI.to(product_dtype)
     for start in range(0, weight_OI.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, weight_OI.shape[1])
-        # Twice the blocks left of the diagonal and once the one on it, in a single product.
-        panel_II = hessian_II[start:stop, :stop].mT.clone()
-        panel_II[:start] *= 2.0
-        product_OI = weight_OI[:, :stop].to(product_dtype) @ panel_II.to(product_dtype)
-        total += (product_OI * weight_OI[:, start:stop]).sum(dtype=torch.float64)
+        gram_II = (factor_OI[:, start:stop].mT @ factor_OI[:, :stop]).float().mul_(hessian_II[start:stop, :stop])
+        total += 2.0 * gram_II[:, :start].sum(dtype=torch.float64) + gram_II[:, start:].sum(dtype=torch.float64)
     return total
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeq.calibration.observe import observe, observe_routing
+from moeq.calibration.observe import Routing, observe, observe_routing
 from moeq.models.adapter import Adapter, Site
 from tests.tiny import tiny_model
 
@@ -10,14 +10,14 @@ FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3")
 Rows = dict[tuple[str, int], list[tuple[Tensor, Tensor]]]
 
 
-def observed(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Rows:
+def observed(model: nn.Module, ids: Tensor, mask: Tensor | None = None, routing: Routing = "routed") -> Rows:
     """Rows and affinities of every site of block 1, as the hooks hand them over."""
     adapter, rows = Adapter(model), {}
 
     def on_rows(site: Site, expert: int, x: Tensor, affinity: Tensor | None) -> None:
         rows.setdefault((site.name, expert), []).append((x, torch.ones(len(x)) if affinity is None else affinity))
 
-    with observe(adapter, adapter.sites(1), on_rows) as token_mask:
+    with observe(adapter, adapter.sites(1), on_rows, routing) as token_mask:
         token_mask.keep = None if mask is None else mask.flatten().bool()
         model(ids, attention_mask=mask)
     return rows
@@ -56,6 +56,28 @@ def reference_expert_hessians(
                 key = (name, expert)
                 result[key] = result.get(key, torch.zeros(len(row), len(row))) + c**power * torch.outer(row, row)
     return result
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_experts_each_expert_sees_every_token_and_the_output_stays(family: str, padded: bool) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(1, 257, (3, 17))
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0 if padded else 1
+    path, experts = "model.layers.1.mlp.experts", model.get_submodule("model.layers.1.mlp.experts")
+    rows = {key: value for key, value in observed(model, ids, mask, "all_experts").items() if path in key[0]}
+    # The inputs of gate and up, which all experts share, once.
+    assert set(rows) == {(f"{path}.gate_proj+up_proj", 0), *((f"{path}.down_proj", e) for e in range(8))}
+    hidden = record_inputs(model, ids, path, mask)[0].reshape(-1, 64)[mask.flatten().bool()]
+    for (name, expert), ((x, affinity),) in rows.items():
+        gate, up = (experts.gate_up_proj[expert] @ hidden.T).T.chunk(2, dim=-1)
+        expected = hidden if "gate" in name else torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(affinity, torch.ones(len(hidden)))
+    plain = model(ids, attention_mask=mask).logits
+    with observe(adapter := Adapter(model), adapter.sites(1), lambda *_: None, "all_experts"):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])

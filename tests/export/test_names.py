@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from moeq.export.names import (
@@ -8,10 +7,10 @@ from moeq.export.names import (
     dense_conversions,
     dense_weight,
     expert_leaves,
-    expert_modules,
     packed_conversions,
     weight_names,
 )
+from moeq.models.experts import expert_modules
 from tests.tiny import tiny_model
 
 CANONICAL = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
@@ -77,8 +76,18 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         dense_weight(model, name, expert_modules(model))
 
 
-def test_experts_that_files_cannot_express_are_refused_with_every_reason() -> None:
+def test_names_lead_to_the_rows_of_transposed_and_alternating_experts() -> None:
     model = tiny_model("gpt_oss")
-    assert isinstance(model, nn.Module)
-    with pytest.raises(ValueError, match=r"gpt_oss is not supported because .* transposed .* interleaved .* biases"):
+    experts = expert_modules(model)
+    fused = experts["model.layers.1.mlp.experts"]
+    for leaf, first in (("gate_proj", 0), ("up_proj", 1)):
+        weight = dense_weight(model, f"model.layers.1.mlp.experts.5.{leaf}", experts)
+        assert torch.equal(weight, fused.gate_up_proj[5, :, first::2].T)
+    assert torch.equal(dense_weight(model, "model.layers.1.mlp.experts.5.down_proj", experts), fused.down_proj[5].T)
+
+
+def test_experts_that_cannot_be_taken_apart_are_refused_with_the_reason() -> None:
+    model = tiny_model("mixtral")
+    model.get_submodule("model.layers.0.mlp.experts").has_post_expert_norm = True
+    with pytest.raises(ValueError, match=r"mixtral is not supported because .* has a norm after each expert"):
         check_expressible(model)

@@ -13,12 +13,12 @@ from moeq.kernels.packed import (
     dequantize_codes,
     packed_tensors,
 )
-from moeq.models.adapter import is_experts_module
+from moeq.models.experts import expert_weight, is_experts_module, projections, stacked_weight
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import GRIDS, real_weight, round_weight
 from tests.tiny import tiny_model
 
-FAMILIES = ("qwen2_moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe")
+FAMILIES = ("qwen2_moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "aria_text", "nemotron_h")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -74,19 +74,21 @@ def pack_experts(source: nn.Module, dtype: torch.dtype, *, plain: tuple[tuple[in
     """Round the experts of ``source`` in place, and hold them packed, those in ``plain`` as ordinary linears."""
     grids, experts = itertools.cycle(GRIDS), []
     for e in range(source.num_experts):
-        gate, up = source.gate_up_proj[e].chunk(2)
-        layers: list[nn.Module] = []
-        for leaf, view in (("gate_proj", gate), ("up_proj", up), ("down_proj", source.down_proj[e])):
+        layers: dict[str, nn.Module] = {}
+        for leaf in projections(source):
+            view = expert_weight(source, e, leaf)
             if (e, leaf) in plain:
                 linear = nn.Linear(view.shape[1], view.shape[0], bias=False, dtype=dtype)
                 linear.load_state_dict({"weight": view})
-                layers.append(linear)
+                layers[leaf] = linear
                 continue
             weight = round_weight(view, *next(grids))
             view.copy_(real_weight(weight))
-            layers.append(packed_linear(weight))
-        experts.append(PackedExpert(*layers))
-    return PackedExperts(source, experts)
+            layers[leaf] = packed_linear(weight)
+        experts.append(PackedExpert(**layers))
+    held = PackedExperts(source, experts)
+    held.load_state_dict({name: p for name, p in source.state_dict().items() if "bias" in name}, strict=False)
+    return held
 
 
 def experts_of(family: str, dtype: torch.dtype) -> nn.Module:
@@ -107,7 +109,7 @@ def test_packed_experts_equal_the_eager_loop_bit_for_bit(family: str, dtype: tor
     source = experts_of(family, dtype)
     experts = pack_experts(source, dtype, plain=((0, "gate_proj"), (1, "down_proj"), (2, "up_proj")))
     for tokens in (1, 37):
-        hidden = torch.randn(tokens, 64).to(dtype)
+        hidden = torch.randn(tokens, stacked_weight(source, "into").shape[-1]).to(dtype)
         index, weights = routing(tokens, source.num_experts, dtype)
         assert torch.equal(experts(hidden, index, weights), source(hidden, index, weights))
 

@@ -39,7 +39,7 @@ def test_stacked_weight_of_an_expert_is_gate_above_up() -> None:
     torch.testing.assert_close(experts._apply_gate(x @ experts.gate_up_proj[5].T), expected)
 
 
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+@pytest.mark.parametrize("family", [*PLAIN_FAMILIES, "gpt_oss", "aria_text", "nemotron_h"])
 def test_written_weights_are_read_back_and_touch_nothing_else(family: str) -> None:
     model = tiny_model(family)
     adapter = Adapter(model)
@@ -56,7 +56,30 @@ def test_written_weights_are_read_back_and_touch_nothing_else(family: str) -> No
 def test_sites_come_in_the_order_of_the_data_flow() -> None:
     stages = [STAGES.index(site.stage) for site in Adapter(tiny_model("deepseek_v3")).sites(1)]
     assert stages == sorted(stages)
-    assert set(stages) == set(range(5))
+    assert {STAGES[stage] for stage in stages} == set(STAGES) - {"mlp_pre", "mlp_post"}
+
+
+def test_latent_projections_stand_before_and_after_the_experts() -> None:
+    sites = Adapter(tiny_model("nemotron_h")).sites(1)
+    stages = [site.stage for site in sites]
+    assert stages == sorted(stages, key=STAGES.index)
+    assert {site.stage for site in sites if site.kind == "dense"} == {"mlp_pre", "mlp_post"}
+    assert next(site for site in sites if site.kind == "routed").in_features == 32
+
+
+def test_a_gate_inside_attention_is_calibrated_with_attention() -> None:
+    site = next(site for site in Adapter(tiny_model("afmoe")).sites(1) if "gate_proj" in site.leaves)
+    assert (site.kind, site.stage) == ("attention", "attention_in")
+
+
+def test_a_linear_that_no_table_knows_is_kept_and_reported() -> None:
+    model = tiny_model("qwen3_moe")
+    model.model.layers[0].mlp.extra = nn.Linear(64, 64)
+    adapter = Adapter(model)
+    assert [(kept.weight, kept.detail) for kept in adapter.kept()] == [
+        ("model.layers.0.mlp.extra", "no table says which input it reads")
+    ]
+    assert "model.layers.0.mlp.extra" not in {path for site in adapter.all_sites() for path in site.modules}
 
 
 def test_shared_experts_are_told_from_dense_blocks() -> None:
@@ -76,9 +99,11 @@ def test_a_dense_model_is_refused_with_its_family_and_the_ones_that_work() -> No
         Adapter(tiny_model("llama"))
 
 
-def test_gpt_oss_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"gpt_oss cannot be quantized by moeq: .*transposed expert weights"):
-        Adapter(tiny_model("gpt_oss"))
+def test_a_norm_after_each_expert_is_refused_with_the_reason() -> None:
+    model = tiny_model("mixtral")
+    model.get_submodule("model.layers.0.mlp.experts").has_post_expert_norm = True
+    with pytest.raises(ValueError, match=r"mixtral cannot be quantized by moeq: .* has a norm after each expert"):
+        Adapter(model)
 
 
 def test_a_module_without_blocks_is_refused() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.quant import grid as grid_module
 from moeq.quant.grid import CLIP_NORM, choose_qparams, dequantize, dequantize_weight, quantize
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
@@ -95,6 +96,28 @@ def test_clip_search_finds_the_best_of_all_candidates() -> None:
             for s in candidates
         ]
         assert float(found_EOG[0, row, 0]) == pytest.approx(min(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_groups_that_leave_the_search_early_lose_nothing(
+    bits: int, symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normal = weights(bits, (1, 64, 64))
+    stacks = [normal, normal**3 * 100, normal.abs(), -normal.abs() - 0.02, normal * 1e-36, normal * (normal > 0.04)]
+    grid = GridSpec(bits, 32, symmetric, clip_search=True)
+    evaluated = []
+    clip_error = grid_module._clip_error
+    monkeypatch.setattr(grid_module, "_clip_error", lambda *args: evaluated.append(len(args[0])) or clip_error(*args))
+    found = [choose_qparams(weight_EOI, grid, dtype) for weight_EOI in stacks]
+    groups = 128 * len(stacks)
+    assert sum(evaluated) < (0.9 if bits > 2 else 1.0) * groups * grid_module.CLIP_STEPS
+    monkeypatch.setattr(grid_module, "_cut_off", lambda rows_NS, *_: torch.full((len(rows_NS),), -1.0))
+    for weight_EOI, early in zip(stacks, found, strict=True):
+        late = choose_qparams(weight_EOI, grid, dtype)
+        assert torch.equal(early.scale_EOG, late.scale_EOG)
+        assert symmetric or torch.equal(early.zero_point_EOG, late.zero_point_EOG)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])

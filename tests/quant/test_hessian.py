@@ -94,3 +94,16 @@ def test_hessian_does_not_depend_on_the_order_of_the_batches() -> None:
         means.append(mean_hessian(state))
     assert torch.equal(means[0], means[1])
     assert torch.equal(means[0], means[2])
+
+
+@pytest.mark.parametrize("features", [255, 256, 300, 513])
+def test_panels_add_up_to_the_whole_symmetric_sum(features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(tokens, features, generator=generator) for tokens in (40, 1, 0, 70)]
+    state = empty_state(2, features, "cpu")
+    for x_TI in parts:
+        accumulate(state, 1, x_TI)
+    expected_II = sum((x_TI.double().mT @ x_TI.double() for x_TI in parts), torch.zeros(features, features).double())
+    torch.testing.assert_close(state.sum_EII[1], expected_II, rtol=1e-5, atol=1e-4)
+    assert torch.equal(state.sum_EII[1], state.sum_EII[1].mT)
+    assert not state.sum_EII[0].any()

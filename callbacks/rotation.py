@@ -1,0 +1,36 @@
+"""Rotate the model before it is calibrated: the same function of the tokens, without outliers in its weights."""
+
+import time
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from moeq.models.rotation import RotationSpec, rotate
+from moeq.module import MoEQuantModule
+from moeq.quant.hadamard import RotationKind
+
+
+class Rotation(Callback):
+    """Absorbs norms and rotates residual stream and values of heads (MoEQuant++); put it first in the list.
+
+    Args:
+        kind: "hadamard", or "orthogonal" for widths that no Hadamard matrix is known for.
+        seed: Of the random signs (of the random matrix).
+        value_output: Also rotate the values of each attention head, where that changes nothing.
+    """
+
+    def __init__(self, kind: RotationKind = "hadamard", seed: int = 0, value_output: bool = True) -> None:
+        self.spec = RotationSpec(kind, seed, value_output)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before anything is sampled, surveyed or calibrated; a resumed run rotates its model again, alike."""
+        assert isinstance(pl_module, MoEQuantModule)
+        start = time.perf_counter()
+        pl_module.prepare()
+        model = pl_module.model.to(pl_module.device)
+        vocabulary = model.config.get_text_config().vocab_size
+        probe = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+        pl_module.run.fallbacks += rotate(pl_module.adapter, probe.to(pl_module.device), self.spec)
+        pl_module.run.seconds["rotation"] = time.perf_counter() - start
+        rank_zero_info(f"Rotation: {self.spec.kind} of size {model.get_input_embeddings().weight.shape[-1]}")

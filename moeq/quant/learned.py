@@ -1,0 +1,188 @@
+"""Learned rounding: levels and scales of finished weights move along gradients of an error that spans linears.
+
+GPTQ rounds each linear alone; what a block of the model returns depends on all of them at once.  As in SignRound (Cheng
+et al., 2023, arXiv 2309.05516) and the block stage of EfficientQAT (Chen et al., 2024, arXiv 2407.11062), every weight
+gets
+
+    real = (clamp(round(u), 0, 2^bits - 1) - zero_point) * s exp(v)
+
+with latent levels u and log-scales v; gradients pass the rounding unchanged (straight-through).  The result is codes,
+scales and zero points as before, on the same grid, at no cost for who runs the model.
+
+Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
+given (the *offset*, cut to the code's cell).  Codes that GPTQ chose away from the nearest level compensate one another;
+if u began at the edge of their cells they would all fall back at the first step, and from the middle of the cells too
+few codes move (measured in benchmarks/LOG.md).
+
+Shapes: E experts, O out features, I in features, G groups per row, S in features per group.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moeq.quant.spec import QuantizedWeight
+
+NEAR_EDGE = 0.49  # just inside the cell of a code, which ends half a level from it
+START = 0.5
+
+
+@dataclass(frozen=True)
+class LearnedSpec:
+    """Settings of learned rounding.
+
+    Attributes:
+        num_steps: Steps of Adam on each block, one batch each; rates fall linearly to zero.
+        level_rate: Step size of the latent levels, in levels.
+        scale_rate: Step size of the logarithms of the scales.
+        seed: Order of the batches.
+    """
+
+    num_steps: int = 100
+    level_rate: float = 0.01
+    scale_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1; the usual value is 100 to 400")
+        for name, rate in (("level_rate", self.level_rate), ("scale_rate", self.scale_rate)):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} ({rate}) must lie between 0 and 1; usual values are 0.01 and 0.001")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Quantized weights of one grid, stacked over experts, as something that gradients can move.
+
+    Attributes:
+        level_EOGS: float32 leaf, u.
+        log_EOG: float32 leaf, v.
+        scale_EOG: Scales in their storage dtype, s.
+        zero_point_EOG: uint8, or None for a symmetric grid.
+        bits: Bits per code.
+    """
+
+    level_EOGS: Tensor
+    log_EOG: Tensor
+    scale_EOG: Tensor
+    zero_point_EOG: Tensor | None
+    bits: int
+
+
+def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
+    """Where the weight that was solved lies in the cell of its code, in levels: float16 [O, I], -0.49 to 0.49.
+
+    A later change of scale of a whole row does not change it.
+    """
+    scale_OG1 = weight.scale_OG.float().unsqueeze(-1)
+    exact_OGS = solved_OI.view(*weight.scale_OG.shape, -1) / scale_OG1 + _zero_point(weight.zero_point_OG, weight.bits)
+    offset_OI = exact_OGS.view(solved_OI.shape) - weight.codes_OI.float()
+    return offset_OI.clamp_(-NEAR_EDGE, NEAR_EDGE).half()
+
+
+def open_latent(weights: Sequence[QuantizedWeight], offset_EOI: Tensor) -> Latent:
+    """The starting point for quantized weights that share a grid.
+
+    Args:
+        weights: One per expert, all with the same bits and groups.
+        offset_EOI: ``level_offset`` of each; latents are on its device.
+    """
+    device = offset_EOI.device
+    scale_EOG = torch.stack([weight.scale_OG for weight in weights]).to(device)
+    zero_points = [weight.zero_point_OG for weight in weights if weight.zero_point_OG is not None]
+    level_EOI = torch.stack([weight.codes_OI for weight in weights]).to(device).float()
+    level_EOI.add_(offset_EOI.float(), alpha=START)
+    return Latent(
+        level_EOGS=level_EOI.view(*scale_EOG.shape, -1).requires_grad_(),
+        log_EOG=torch.zeros_like(scale_EOG, dtype=torch.float32).requires_grad_(),
+        scale_EOG=scale_EOG,
+        zero_point_EOG=torch.stack(zero_points).to(device) if zero_points else None,
+        bits=weights[0].bits,
+    )
+
+
+def dequantized(latent: Latent) -> Tensor:
+    """The weights [E, O, I] that the latents stand for now, float32; differentiable."""
+    level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
+    scale_EOG = _PassThrough.apply(latent.scale_EOG.float() * latent.log_EOG.exp(), _stored_as(latent.scale_EOG.dtype))
+    weight_EOGS = (level_EOGS - _zero_point(latent.zero_point_EOG, latent.bits)) * scale_EOG.unsqueeze(-1)
+    return weight_EOGS.flatten(2)
+
+
+def close_latent(latent: Latent, weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
+    """The weights that the latents were opened from, with their new codes and scales, on the latents' device."""
+    codes_EOI = latent.level_EOGS.detach().round().clamp(0, 2**latent.bits - 1).to(torch.uint8).flatten(2)
+    scale_EOG = (latent.scale_EOG.float() * latent.log_EOG.detach().exp()).to(latent.scale_EOG.dtype)
+    new = zip(weights, codes_EOI, scale_EOG, strict=True)
+    return [replace(weight, codes_OI=codes_OI, scale_OG=scale_OG) for weight, codes_OI, scale_OG in new]
+
+
+def learn(
+    latents: Sequence[Latent],
+    backward: Callable[[int], None],
+    num_batches: int,
+    spec: LearnedSpec,
+) -> None:
+    """Move the latents, in place, by Adam.
+
+    Args:
+        latents: What is learned.
+        backward: Adds the gradients of the error on one batch, by its number, to the latents' ``grad``.
+        num_batches: Batches are drawn in a random order, all of them before any is repeated.
+        spec: Steps and rates.
+    """
+    groups = [
+        {"params": [latent.level_EOGS for latent in latents], "lr": spec.level_rate},
+        {"params": [latent.log_EOG for latent in latents], "lr": spec.scale_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / spec.num_steps)
+    generator = torch.Generator().manual_seed(spec.seed)
+    order: list[int] = []
+    for _ in range(spec.num_steps):
+        order = order or torch.randperm(num_batches, generator=generator).tolist()
+        optimizer.zero_grad()
+        backward(order.pop())
+        optimizer.step()
+        schedule.step()
+        for latent in latents:  # a level far outside of the grid would take many steps to come back
+            latent.level_EOGS.data.clamp_(-NEAR_EDGE, 2**latent.bits - 1 + NEAR_EDGE)
+
+
+def block_error(output_BTD: Tensor, original_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """Mean over tokens of ``|output - original|^2 / |original|^2``: the next block's norm divides by the length, too.
+
+    The outputs of routed experts are in it as the block adds them up, that is times their affinities.
+
+    Args:
+        output_BTD: What the quantized block returns.
+        original_BTD: What the original returned.
+        keep_BT: bool; which tokens count.
+    """
+    original_ND = original_BTD[keep_BT].float()
+    energy_N = original_ND.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((output_BTD[keep_BT].float() - original_ND).square().sum(-1) / energy_N).mean()
+
+
+class _PassThrough(torch.autograd.Function):
+    """A function whose gradient is taken as one."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
+    """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
+    return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
+
+
+def _stored_as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.to(dtype).float()

@@ -1,0 +1,156 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeq.quant.grid import choose_qparams, dequantize_weight, quantize
+from moeq.quant.learned import (
+    Latent,
+    LearnedSpec,
+    block_error,
+    close_latent,
+    dequantized,
+    learn,
+    level_offset,
+    open_latent,
+)
+from moeq.quant.spec import GridSpec, QuantizedWeight
+
+
+def rounded(weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype = torch.bfloat16) -> list[QuantizedWeight]:
+    qparams = choose_qparams(weight_EOI, grid, dtype)
+    codes_EOI = quantize(weight_EOI, qparams, grid)
+    return [
+        QuantizedWeight(
+            codes_EOI[e], qparams.scale_EOG[e],
+            None if qparams.zero_point_EOG is None else qparams.zero_point_EOG[e], grid.bits, grid.group_size,
+        )
+        for e in range(len(weight_EOI))
+    ]  # fmt: skip
+
+
+def opened(weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype = torch.bfloat16) -> Latent:
+    given = rounded(weight_EOI, grid, dtype)
+    return open_latent(given, torch.stack([level_offset(*pair) for pair in zip(given, weight_EOI, strict=True)]))
+
+
+def weights(seed: int = 0) -> Tensor:
+    return torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(seed))
+
+
+GRIDS = [GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_start_is_the_solution_it_was_opened_from(grid: GridSpec) -> None:
+    given = rounded(weights(), grid)
+    latent = opened(weights(), grid)
+    for expert, weight_OI in zip(given, dequantized(latent), strict=True):
+        assert torch.equal(dequantize_weight(expert, torch.float32), weight_OI)
+    for before, after in zip(given, close_latent(latent, given), strict=True):
+        assert torch.equal(before.codes_OI, after.codes_OI)
+        assert torch.equal(before.scale_OG, after.scale_OG)
+        assert (before.bits, before.group_size) == (after.bits, after.group_size)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_is_learned_is_what_is_stored(grid: GridSpec) -> None:
+    given = rounded(weights(), grid)
+    latent = opened(weights(), grid)
+    generator = torch.Generator().manual_seed(1)
+    latent.level_EOGS.data.add_(torch.randn(latent.level_EOGS.shape, generator=generator))
+    latent.log_EOG.data.add_(0.2 * torch.randn(latent.log_EOG.shape, generator=generator))
+    for weight_OI, stored in zip(dequantized(latent), close_latent(latent, given), strict=True):
+        assert torch.equal(weight_OI, dequantize_weight(stored, torch.float32))
+        assert int(stored.codes_OI.max()) < 2**grid.bits
+        assert stored.scale_OG.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_offset_tells_where_in_its_cell_a_weight_lies_whatever_the_scale_of_its_row(grid: GridSpec) -> None:
+    given = rounded(weights(), grid, torch.float32)[0]
+    offset_OI = level_offset(given, weights()[0])
+    exact_OI = dequantize_weight(replace(given, codes_OI=given.codes_OI.float() + offset_OI), torch.float32)
+    inside_OI = offset_OI.abs() < 0.48
+    assert inside_OI.float().mean() > 0.5
+    torch.testing.assert_close(exact_OI[inside_OI], weights()[0][inside_OI], rtol=0, atol=2e-3)
+    rescaled = replace(given, scale_OG=given.scale_OG / 4)
+    assert torch.equal(level_offset(rescaled, weights()[0] / 4), offset_OI)
+
+
+def test_the_block_error_is_relative_and_leaves_padding_out() -> None:
+    original_BTD = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    keep_BT = torch.tensor([[True, True, False], [True, False, False]])
+    output_BTD = original_BTD * torch.tensor([1.1, 1.0, 9.0]).view(1, 3, 1)
+    assert float(block_error(output_BTD, original_BTD, keep_BT)) == pytest.approx(2 * 0.1**2 / 3, rel=1e-4)
+    assert float(block_error(100 * output_BTD, 100 * original_BTD, keep_BT)) == pytest.approx(2 * 0.1**2 / 3, rel=1e-4)
+
+
+def test_gradients_are_those_of_the_grid_without_rounding() -> None:
+    grid = GridSpec(8, 16)  # all levels inside, so nothing is clamped
+    latent = opened(weights(), grid, torch.float32)
+    dequantized(latent).square().sum().backward()
+    level_EOGS = latent.level_EOGS.detach().round()
+    assert latent.zero_point_EOG is not None
+    scale_EOG1, zero_EOG1 = latent.scale_EOG.unsqueeze(-1), latent.zero_point_EOG.unsqueeze(-1)
+    real_EOGS = (level_EOGS - zero_EOG1) * scale_EOG1
+    torch.testing.assert_close(latent.level_EOGS.grad, 2 * real_EOGS * scale_EOG1)
+    torch.testing.assert_close(latent.log_EOG.grad, (2 * real_EOGS.square()).sum(-1))
+
+
+def learned_error(spec: LearnedSpec) -> tuple[float, float]:
+    """Output error of two stacked linears in a row, before and after learning."""
+    generator = torch.Generator().manual_seed(0)
+    first_EOI, second_EOI = (0.3 * torch.randn(2, 16, 16, generator=generator) for _ in range(2))
+    x_ETI = torch.randn(2, 64, 16, generator=generator)
+    wanted_ETO = (x_ETI @ first_EOI.mT).relu() @ second_EOI.mT
+    grid = GridSpec(3, 8)
+    latents = [opened(w, grid) for w in (first_EOI, second_EOI)]
+
+    def error(part: slice = slice(None)) -> Tensor:
+        first, second = (dequantized(latent) for latent in latents)
+        return ((x_ETI[:, part] @ first.mT).relu() @ second.mT - wanted_ETO[:, part]).square().mean()
+
+    before = float(error().detach())
+    learn(latents, lambda batch: error(slice(16 * batch, 16 * batch + 16)).backward(), 4, spec)
+    return before, float(error().detach())
+
+
+def test_learning_lowers_an_error_that_spans_two_linears() -> None:
+    before, after = learned_error(LearnedSpec(num_steps=60, level_rate=0.02, scale_rate=0.002))
+    assert after < 0.9 * before
+
+
+def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
+    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.0, 0.002)):
+        before, after = learned_error(spec)
+        assert after < before
+    before, after = learned_error(LearnedSpec(20, 0.0, 0.0))
+    assert after == before
+
+
+def test_every_batch_is_seen_before_any_is_seen_again() -> None:
+    latent = opened(weights(), GRIDS[0])
+    seen: list[int] = []
+
+    def backward(batch: int) -> None:
+        seen.append(batch)
+        dequantized(latent).sum().backward()
+
+    learn([latent], backward, 5, LearnedSpec(num_steps=12))
+    assert sorted(seen[:5]) == sorted(seen[5:10]) == [0, 1, 2, 3, 4]
+    assert len(seen) == 12
+
+
+def test_levels_stay_near_the_grid() -> None:
+    latent = opened(weights(), GRIDS[1])
+    learn([latent], lambda _: (1e6 * dequantized(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
+    assert float(latent.level_EOGS.detach().min()) >= -0.5
+    assert isinstance(latent, Latent)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_steps", 0), ("level_rate", -1.0), ("scale_rate", 1.0)])
+def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        LearnedSpec(**{name: value})
