@@ -20,7 +20,8 @@ Data: `mixture` a quarter of each evaluated domain (what only an oracle knows), 
 of one thread on a machine that did other work; CPU s are not disturbed by it, loading and saving are in neither.
 Broken: experts with a constant weight or one that is not finite. Zeroed columns: input columns of weights that were
 not zero. Changed: routers and other weights that should not change. The last three are sums over seeds. What the
-names of the quantizers mean: [`benchmarks/peers/README.md`](../peers/README.md)."""
+names of the quantizers mean: [`benchmarks/peers/README.md`](../peers/README.md). The command above is the last of
+several: every result that was kept is in the table."""
 
 
 def kl_mean(row: Row) -> float:

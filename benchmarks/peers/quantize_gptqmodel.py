@@ -35,6 +35,8 @@ def main() -> None:
     config = QuantizeConfig(
         bits=options.bits, group_size=options.group_size or -1, sym=options.symmetric, mse=options.mse,
         moe=MoEConfig(ExpertsRoutingBypass()) if options.bypass else None,
+        # Its default order needs groups: "act_group_aware=True requires group_size > 0".
+        act_group_aware=bool(options.group_size),
     )  # fmt: skip
     model = GPTQModel.load(str(options.model), config, device="cpu")
     windows = [{"input_ids": ids_L, "attention_mask": torch.ones_like(ids_L)} for ids_L in load_ids(options.ids)]
