@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/few_tokens.py --output benchmarks/results/few_tokens.md
 
 AGQ, group size 64.  ``kappa`` is how many effective samples of the block's pooled Hessian each expert's own gets;
-``all experts`` makes the Hessians of all tokens (``--model.routing all_experts``), each with weight 1.  ``damping`` is the
-share of the mean diagonal that is added to it (0.01 where an arm does not say; kappa is auto where it does not).
+``all experts`` makes the Hessians of all tokens (``--model.routing all_experts``), each with weight 1.  ``damping`` is
+the share of the mean diagonal that is added to it (0.01 where an arm does not say; kappa is auto where it does not).
 """
 
 import argparse
