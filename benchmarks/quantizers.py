@@ -74,6 +74,13 @@ ARMS: dict[str, Arm] = {
     "AGQ, router, learned": Arm(
         lambda: [RouterCalibration(), *_hessians(CachedGridGPTQ(), LearnedRounding())], rotated=False
     ),
+    "AGQ, damping 0.1": Arm(lambda: _hessians(CachedGridGPTQ()), {"damping": 0.1}, rotated=False),
+    "AGQ, damping 0.1, router": Arm(
+        lambda: [RouterCalibration(), *_hessians(CachedGridGPTQ())], {"damping": 0.1}, rotated=False
+    ),
+    "AGQ, damping 0.1, router, learned": Arm(
+        lambda: [RouterCalibration(), *_hessians(CachedGridGPTQ(), LearnedRounding())], {"damping": 0.1}, rotated=False
+    ),
 }
 
 

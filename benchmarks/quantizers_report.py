@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 Row = dict[str, Any]
-OURS = ("AGQ", "AGQ, router", "AGQ, router, learned")
+OURS = ("AGQ", "AGQ, router", "AGQ, damping 0.1, router", "AGQ, damping 0.1, router, learned")
 
 
 def write_report(rows: Sequence[Row], peers: Sequence[Row], source: str, path: Path | None) -> None:
