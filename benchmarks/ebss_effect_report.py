@@ -34,9 +34,9 @@ def kl_table(rows: Sequence[Row]) -> str:
     lines.append("|---" * (7 + len(domains)) + "|")
     for key, group in _grouped(rows).items():
         bits, tokens, arm, power = key
-        cells = [_cell([1e3 * row["domains"][domain]["kl"] for row in group]) for domain in domains]
-        cells += [_cell([1e3 * statistic(row) for row in group]) for statistic in (mean_kl, worst_kl)]
-        cells.append(_cell([100 * router_agreement(row) for row in group]))
+        cells = [cell([1e3 * row["domains"][domain]["kl"] for row in group]) for domain in domains]
+        cells += [cell([1e3 * statistic(row) for row in group]) for statistic in (mean_kl, worst_kl)]
+        cells.append(cell([100 * router_agreement(row) for row in group]))
         lines.append(f"| {bits} | {tokens // 1024}k | {arm} | {METHOD[power]} | {' | '.join(cells)} |")
     return "KL in thousandths of a nat.\n\n" + "\n".join(lines) + "\n"
 
@@ -54,7 +54,7 @@ def ratio_table(rows: Sequence[Row]) -> str:
             continue
 
         def ratio(of: Callable[[Row], float], pairs: list[tuple[Row, Row]] = pairs) -> str:
-            return _cell([of(sampled) / of(mixture) for sampled, mixture in pairs], 3)
+            return cell([of(sampled) / of(mixture) for sampled, mixture in pairs], 3)
 
         cells = [ratio(lambda row, domain=domain: row["domains"][domain]["kl"]) for domain in domains]  # type: ignore[misc]
         cells += [ratio(mean_kl), ratio(worst_kl)]
@@ -112,6 +112,7 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[int, int, str, int], list[Row]]:
     return groups
 
 
-def _cell(values: Sequence[float], digits: int = 2) -> str:
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and standard deviation where there are several."""
     spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{spread}"

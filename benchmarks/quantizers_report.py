@@ -8,10 +8,10 @@ import json
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
-Row = dict[str, Any]
+from ebss_effect_report import Row, cell, mean_kl, router_agreement, worst_kl
+
 OURS = ("AGQ", "AGQ, router", "AGQ, damping 0.1, router", "AGQ, damping 0.1, router, learned")
 
 
@@ -54,8 +54,7 @@ def _method_row(label: str, group: Sequence[Row], domains: Sequence[str]) -> str
     cells += [cell([1e3 * worst_kl(row) for row in group])]
     cells += [f"{fmean(1e3 * row['domains'][name]['kl'] for row in group):.2f}" for name in domains]
     cells += [f"{fmean(exp(row['domains'][name]['nll']) for row in group):.2f}" for name in domains]
-    router = fmean(fmean(d["router_agreement"] for d in row["domains"].values()) for row in group)
-    cells += [f"{100 * router:.1f}", f"{fmean(row['seconds'] for row in group):.0f}"]
+    cells += [f"{100 * fmean(map(router_agreement, group)):.1f}", f"{fmean(row['seconds'] for row in group):.0f}"]
     cells.append(f"{fmean(row['peak_mb'] for row in group):.0f}")
     return "| " + " | ".join(cells) + " |"
 
@@ -78,22 +77,6 @@ def against_peers(rows: Sequence[Row], peers: Sequence[Row]) -> str:
             grid = f"g{group_size}" if group_size else "channel"
             lines.append(f"| {bits} | {grid} | {quantizer} | {data} | {len(group)} | {' | '.join(cells)} |")
     return "## Against other quantizers\n\n" + "\n".join(lines) + "\n"
-
-
-def mean_kl(row: Row) -> float:
-    """Mean over domains, nats."""
-    return fmean(domain["kl"] for domain in row["domains"].values())
-
-
-def worst_kl(row: Row) -> float:
-    """Of the domain with the largest divergence, nats."""
-    return max(domain["kl"] for domain in row["domains"].values())
-
-
-def cell(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and standard deviation where there are several."""
-    spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}"
 
 
 def _label(row: Row) -> str:
