@@ -39,7 +39,8 @@ class MoEQuantModule(L.LightningModule):
         group_size: In-features that share a scale; null is one scale per output channel.
         symmetric: Symmetric grids, without zero points.
         clip_search: Search the clipping range of each group (2.4-norm).
-        damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal.
+        damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal; 0.01 in the papers, and 0.1 holds
+            better where the calibration data are few or of other domains.
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
         routing: Tokens of a routed expert's Hessian: "routed" takes those that chose it, with their affinity;
