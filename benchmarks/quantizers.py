@@ -5,7 +5,7 @@
 All on the bundled model and on data that the model wrote itself (EBSS, corpus mode, 64 sequences of 256 tokens), five
 seeds, 2, 3 and 4 bits, in groups of 64 and per channel, asymmetric.  Results of single runs are kept in ``--folder`` as
 they come, seed by seed, so that a stopped study goes on, and ``--share 0/2`` and ``--share 1/2`` in two processes
-divide it; then run it once more without a share for the tables.
+divide it; then ``--report`` writes the tables of what is there.
 """
 
 import argparse
@@ -126,6 +126,16 @@ def measure(yardstick: Yardstick, case: Case, ids_NL: torch.Tensor, folder: Path
     print(f"{case} KL {mean:.4f} in {seconds:.0f} s", flush=True)
 
 
+def run_missing(cases: Sequence[Case], num_windows: int, folder: Path, sets: Path) -> None:
+    """Run the cases that have no result yet."""
+    for each in (folder, sets):
+        each.mkdir(parents=True, exist_ok=True)
+    yardstick = Yardstick(MODEL)
+    for case in cases:
+        if not case.path(folder).is_file():
+            measure(yardstick, case, calibration_set(yardstick, "corpus", num_windows, case.seed, sets), folder)
+
+
 def _peak_mb() -> float:
     """Resident memory at its peak since it was last forgotten, where the system says; else of the whole process."""
     status = Path("/proc/self/status")
@@ -148,6 +158,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/quantizers"), help="results of single runs")
     parser.add_argument("--sets", type=Path, default=Path("runs/ebss_effect"), help="sampled sets")
     parser.add_argument("--peers", type=Path, default=Path("benchmarks/results/peers.json"), help="to compare with")
+    parser.add_argument("--report", action="store_true", help="run nothing; report what is there")
     parser.add_argument("--json", type=Path, help="write all results here, and .md beside it")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
@@ -158,13 +169,8 @@ def main(args: Sequence[str] | None = None) -> None:
     grid = product(options.seeds, options.groups, options.bits, options.arms, options.rotations)
     cases = [Case(seed, group or None, bits, arm, bool(turn)) for seed, group, bits, arm, turn in grid]
     cases = [case for case in cases if case.makes_sense]
-    for folder in (options.folder, options.sets):
-        folder.mkdir(parents=True, exist_ok=True)
-    yardstick = Yardstick(MODEL)
-    for case in cases[part::num_parts]:
-        if not case.path(options.folder).is_file():
-            ids_NL = calibration_set(yardstick, "corpus", options.windows, case.seed, options.sets)
-            measure(yardstick, case, ids_NL, options.folder)
+    if not options.report:
+        run_missing(cases[part::num_parts], options.windows, options.folder, options.sets)
     rows = [json.loads(case.path(options.folder).read_text()) for case in cases if case.path(options.folder).is_file()]
     peers = json.loads(options.peers.read_text())["rows"] if options.peers.is_file() else []
     write_report(rows, peers, origin(__file__, args), options.json)

@@ -61,7 +61,7 @@ def _method_row(label: str, group: Sequence[Row], domains: Sequence[str]) -> str
 
 def against_peers(rows: Sequence[Row], peers: Sequence[Row]) -> str:
     """Markdown: moeq on its own data, and each other quantizer on each set of data; thousandths of a nat."""
-    lines = ["| bits | grid | quantizer | data | seeds | mean KL | worst KL |", "|---" * 7 + "|"]
+    lines = ["| bits | grid | quantizer | data | tokens | seeds | mean KL | worst KL |", "|---" * 8 + "|"]
     ours = [
         {**row, "quantizer": f"moeq ({row['arm']})", "data": "corpus"}
         for row in rows
@@ -71,11 +71,11 @@ def against_peers(rows: Sequence[Row], peers: Sequence[Row]) -> str:
     grids = dict.fromkeys((row["group_size"], row["bits"]) for row in sorted(theirs, key=lambda r: r["bits"]))
     for group_size, bits in grids:
         some = [row for row in [*ours, *theirs] if (row["group_size"], row["bits"]) == (group_size, bits)]
-        for quantizer, data in dict.fromkeys((row["quantizer"], row["data"]) for row in some):
-            group = [row for row in some if (row["quantizer"], row["data"]) == (quantizer, data)]
+        for key in dict.fromkeys((row["quantizer"], row["data"], row["tokens"]) for row in some):
+            group = [row for row in some if (row["quantizer"], row["data"], row["tokens"]) == key]
             cells = [cell([1e3 * statistic(row) for row in group]) for statistic in (mean_kl, worst_kl)]
-            grid = f"g{group_size}" if group_size else "channel"
-            lines.append(f"| {bits} | {grid} | {quantizer} | {data} | {len(group)} | {' | '.join(cells)} |")
+            cells = [str(bits), f"g{group_size}" if group_size else "channel", *map(str, key), str(len(group)), *cells]
+            lines.append(f"| {' | '.join(cells)} |")
     return "## Against other quantizers\n\n" + "\n".join(lines) + "\n"
 
 

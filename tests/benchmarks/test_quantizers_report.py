@@ -32,6 +32,6 @@ def test_other_quantizers_stand_beside_moeq_on_the_same_grid() -> None:
     table = against_peers([row("AGQ", 0, 0.01), row("AWQ", 0, 0.02), row("AGQ", 0, 0.5, bits=4)], [peer])
     lines = table.strip().splitlines()[4:]
     assert lines == [
-        "| 3 | g64 | moeq (AGQ) | corpus | 1 | 20.00 | 30.00 |",
-        "| 3 | g64 | other | mixture | 1 | 200.00 | 300.00 |",
+        "| 3 | g64 | moeq (AGQ) | corpus | 8192 | 1 | 20.00 | 30.00 |",
+        "| 3 | g64 | other | mixture | 8192 | 1 | 200.00 | 300.00 |",
     ]
