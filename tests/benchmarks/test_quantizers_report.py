@@ -21,14 +21,8 @@ def test_a_method_has_one_row_of_means_for_each_grid_and_with_rotation_another()
 
 
 def test_other_quantizers_stand_beside_moeq_on_the_same_grid() -> None:
-    peer = {
-        "peer": "other",
-        "bits": 3,
-        "group": 64,
-        "data": "mixture",
-        "seed": 0,
-        "domains": row("", 0, 0.1)["domains"],
-    }
+    peer = {"peer": "other", "bits": 3, "group": 64, "data": "mixture", "seed": 0, "tokens": 8192}
+    peer["domains"] = row("", 0, 0.1)["domains"]
     table = against_peers([row("AGQ", 0, 0.01), row("AWQ", 0, 0.02), row("AGQ", 0, 0.5, bits=4)], [peer])
     lines = table.strip().splitlines()[4:]
     assert lines == [
