@@ -38,8 +38,8 @@ class LearnedRounding(Callback):
         current, run = pl_module.current_pass, pl_module.run
         if not current.ends_block:
             return
-        names = {name for site in pl_module.adapter.sites(current.block) for name in site.weight_names()}
-        if run.offsets is None or not names <= run.offsets.keys():
+        names = [name for site in pl_module.adapter.sites(current.block) for name in site.weight_names()]
+        if run.offsets is None or not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
                 "put a method such as callbacks.gptq.GPTQ before callbacks.learned_rounding.LearnedRounding"
@@ -54,6 +54,6 @@ class LearnedRounding(Callback):
         )
         run.seconds[f"block {current.block} learned rounding"] = time.perf_counter() - start
         if not after < before:
-            name = f"{pl_module.adapter.block_prefix}.{current.block}"
-            detail = f"output error {before:.4g} -> {after:.4g}; kept as solved"
-            run.fallbacks.append(Fallback(name, "learned rounding did not help", detail))
+            # By a weight of the block, as its file keeps the records of its weights for a resumed run.
+            detail = f"output error of block {current.block} {before:.4g} -> {after:.4g}; all of it kept as solved"
+            run.fallbacks.append(Fallback(names[0], "learned rounding did not help", detail))

@@ -44,6 +44,8 @@ class RouterCalibration(Callback):
         current, adapter = pl_module.current_pass, pl_module.adapter
         if current.kind not in ("original", "router"):
             return
+        if current.kind == "original":
+            self._logits.clear()  # those of the block before, which a resumed run records and never needs
         for name, router in adapter.routers(current.block).items():
             weight_ED = adapter.model.get_parameter(f"{name}.weight")
             if current.kind == "router":
@@ -69,10 +71,10 @@ class RouterCalibration(Callback):
             change_parameters(pl_module.adapter, run, {f"{name}.weight": weight_ED})
             pl_module.log("router/logit_error_left", share, rank_zero_only=True)
         if not self._states:
-            name = f"{pl_module.adapter.block_prefix}.{current.block}"
+            routed = next(site for site in pl_module.adapter.sites(current.block) if site.kind == "routed")
+            name = routed.weight_names()[0]
             run.fallbacks.append(Fallback(name, "router not calibrated", "it has no single weight row per expert"))
         self._states.clear()
-        self._logits.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Hooks come off whatever happens."""

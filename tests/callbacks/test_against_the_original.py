@@ -1,5 +1,6 @@
 """RouterCalibration and LearnedRounding: steps that compare each block with the original's on its own states."""
 
+import json
 import os
 import subprocess
 import sys
@@ -102,6 +103,28 @@ def test_a_resumed_run_ends_with_the_same_bytes_though_it_needs_the_original_blo
     (runs["both"] / "blocks/block_001.safetensors").unlink()
     fit(variant(runs["both"].parent, ROUTER, LEARNED), model, runs["both"])
     assert (runs["both"] / WEIGHTS).read_bytes() == whole
+
+
+def test_what_did_not_help_is_still_on_record_after_a_resume(tmp_path: Path) -> None:
+    family = save_tiny("zaya", tmp_path / "model")  # its router is a network of several layers
+    config = yaml.safe_load(variant(tmp_path, ROUTER, LEARNED).read_text())
+    for each in config["trainer"]["callbacks"]:
+        if each["class_path"].endswith(LEARNED):  # steps that can only do harm
+            each["init_args"] = {"num_steps": 2, "level_rate": 0.99, "scale_rate": 0.99}
+    path = tmp_path / "moequant_harm.yaml"
+    path.write_text(yaml.safe_dump(config))
+    fit(path, family, tmp_path / "run")
+
+    def records() -> list[tuple[str, ...]]:
+        return sorted(tuple(each.values()) for each in json.loads((tmp_path / "run/fallbacks.json").read_text()))
+
+    whole = records()
+    for reason in ("learned rounding did not help", "router not calibrated"):
+        assert sum(reason in record for record in whole) == 2
+    (tmp_path / "run/export").rename(tmp_path / "old")
+    (tmp_path / "run/blocks/block_001.safetensors").unlink()
+    fit(path, family, tmp_path / "run")
+    assert records() == whole
 
 
 def test_two_ranks_refit_and_learn_together(model: Path, tmp_path: Path) -> None:
