@@ -18,6 +18,7 @@ from moeq.calibration.observe import Routing
 from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
 from moeq.models.loading import DType, load_model, load_tokenizer
+from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.resume import Resume
 from moeq.run import Run
@@ -164,26 +165,7 @@ class MoEQuantModule(L.LightningModule):
 
     def weight_shapes(self) -> list[WeightShape]:
         """Every quantizable weight with its shape, its place and the share of tokens that use it."""
-        shapes = []
-        for site in self.adapter.all_sites():
-            routed = site.kind == "routed"
-            share = self.num_experts_per_token / site.num_experts if routed else 1.0
-            for expert in range(site.num_experts):
-                for rows, leaf in zip(site.rows, site.leaves, strict=True):
-                    shapes.append(
-                        WeightShape(
-                            site.weight_name(expert, leaf), site.kind, rows, site.in_features, block=site.block,
-                            linear=leaf, expert=expert if routed else None, active_share=share,
-                        )
-                    )  # fmt: skip
-        return shapes
-
-    @property
-    def num_experts_per_token(self) -> int:
-        """Routed experts that a token uses, from the config (its name varies over families)."""
-        config = self.model.config.get_text_config()
-        names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
-        return int(next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1))
+        return weight_shapes(self.adapter)
 
     @property
     def current_pass(self) -> Pass:
