@@ -47,6 +47,7 @@ class Source:
         config: Its configuration there.
         splits: The first of these that exists is evaluated; which one it was is in the results.
         shots: Split of the few-shot examples; None where the task has none.
+        whole: A .txt file is one row; otherwise each of its lines is one.
     """
 
     folder: str
@@ -54,6 +55,7 @@ class Source:
     config: str | None = None
     splits: tuple[str, ...] = ("validation",)
     shots: str | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
