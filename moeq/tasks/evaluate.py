@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from moeq.tasks.arithmetic import greedy_continuations, parse_answer
 from moeq.tasks.divergence import kl_sum_and_agreement
-from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, MeanMetric, Perplexity, RouterAgreement
+from moeq.tasks.documents import Result
+from moeq.tasks.metrics import COMPARISONS, TaskMetrics
 from moeq.tasks.perplexity import nll_sum_and_count
 from moeq.tasks.routing import count_same_routing, record_routing
 
@@ -30,11 +31,7 @@ class SetMetrics(nn.Module):
         self.name = name
         self.tokenizer = tokenizer
         self.num_batches = 0
-        self.perplexity = Perplexity()
-        self.kl = MeanKL()
-        self.top1_agreement = Agreement()
-        self.router_agreement = RouterAgreement()
-        self.exact_match = ExactMatch()
+        self.metrics = TaskMetrics(name, {"perplexity": "perplexity", "exact_match": "mean", **COMPARISONS})
 
     @torch.no_grad()
     def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
@@ -56,36 +53,30 @@ class SetMetrics(nn.Module):
 
     def compute(self) -> dict[str, float]:
         """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
-        values = {}
-        for name, metric in self._metrics().items():
-            # Adding nothing marks the metric as updated: ranks without data still take part in the reduction.
-            metric.update(0, 0)
-            values[name] = float(metric.compute())
-        return {name: value for name, value in values.items() if value == value}  # NaN: no data anywhere
+        return {name: found.value for name, found in self.metrics.compute().get("", {}).items()}
 
     def reset(self) -> None:
         """Forget all batches."""
         self.num_batches = 0
-        for metric in self._metrics().values():
-            metric.reset()
+        self.metrics.reset()
 
-    def _metrics(self) -> dict[str, MeanMetric]:
-        return {name: metric for name, metric in self.named_children() if isinstance(metric, MeanMetric)}
+    def _add(self, **values: tuple[Any, Any]) -> None:
+        floats = {name: (float(total), float(weight)) for name, (total, weight) in values.items()}
+        self.metrics.add(Result(0, "", (), floats))
 
     def _update_windows(self, model: Any, reference: Any, input_ids_BL: Tensor) -> None:
         with record_routing(model) as routing:
             logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(logits_BLV, "the model")
-        self.perplexity.update(*nll_sum_and_count(logits_BLV, input_ids_BL))
+        self._add(perplexity=nll_sum_and_count(logits_BLV, input_ids_BL))
         if reference is None:
             return
         with record_routing(reference) as reference_routing:
             reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(reference_logits_BLV, "the reference model")
         kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
-        self.kl.update(kl_sum, num_positions)
-        self.top1_agreement.update(num_same, num_positions)
-        self.router_agreement.update(*count_same_routing(routing, reference_routing))
+        self._add(kl=(kl_sum, num_positions), top1_agreement=(num_same, num_positions))
+        self._add(router_agreement=count_same_routing(routing, reference_routing))
 
     def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
         if self.tokenizer is None:
@@ -103,7 +94,7 @@ class SetMetrics(nn.Module):
         self._check_finite(logits_BNV, "the model")
         texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
         right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
-        self.exact_match.update(right, len(answers))
+        self._add(exact_match=(right, len(answers)))
 
     def _check_finite(self, logits: Tensor, whose: str) -> None:
         if not logits.isfinite().all():
