@@ -1,16 +1,31 @@
-"""What validate does between Lightning's hooks: models in memory one way or the other, batches through them."""
+"""What validate does between Lightning's hooks: models in memory, together or one after the other, batches through them.
+
+The original of a comparison either runs beside the model on every batch ("memory"), or first, over all batches, leaving
+its logits in the run folder ("disk"), so that only one of the two is ever held.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
 
+from moeq.models.identity import model_identity
+from moeq.models.loading import DType, load_model, num_model_bytes
+from moeq.tasks.decoders import examine
 from moeq.tasks.documents import Document
-from moeq.tasks.evaluate import Evaluator
-from moeq.tasks.evaluation import TaskEvaluation
+from moeq.tasks.evaluate import Evaluator, LiveOriginal, Original, said_by
+from moeq.tasks.evaluation import Sampling, TaskEvaluation
+from moeq.tasks.likelihood import Scorer
+from moeq.tasks.originals import choose_mode
+from moeq.tasks.plan import Plan
+from moeq.tasks.spec import Generation
+from moeq.tasks.stored import StoredOriginal
+
+ReferenceMode = Literal["auto", "memory", "disk"]
 
 
 class Validation:
