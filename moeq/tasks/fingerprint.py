@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 FORMAT_VERSION = 1
+LIBRARIES = ("moeq", "torch", "transformers")
 
 
 def fingerprint(
@@ -18,21 +18,11 @@ def fingerprint(
         dtype: Dtype in which it runs.
         reference: Identity of the original that it is compared with, or None.
         settings: Settings that a result depends on and that a document's key does not hold; JSON values.
-        versions: Of moeq and the libraries below it.
+        versions: Versions by name, of which only those of ``LIBRARIES`` count.
     """
-    parts = {"model": model, "dtype": dtype, "reference": reference, "settings": settings, "versions": versions}
+    counted = {name: versions.get(name) for name in LIBRARIES}
+    parts = {"model": model, "dtype": dtype, "reference": reference, "settings": settings, "versions": counted}
     return json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True, allow_nan=False)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of moeq, torch and transformers; moeq is "unknown" in a source tree that is not installed."""
-    found = {}
-    for name in ("moeq", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
 
 
 def differences(before: str, now: str) -> list[str]:

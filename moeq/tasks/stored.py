@@ -21,13 +21,14 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moeq.run import digest, write_json
+from moeq.run import digest
 from moeq.tasks.fingerprint import differences
 
 MANIFEST = "manifest.json"
@@ -76,7 +77,7 @@ class StoredOriginal:
         elif folder.exists() and any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} holds safetensors files but no {MANIFEST}; give a folder of its own")
         else:
-            write_json(manifest, {"fingerprint": fingerprint})
+            _write_manifest(manifest, fingerprint)
 
     def has(self, plan: Any) -> bool:
         """Whether the batch is stored."""
@@ -110,8 +111,8 @@ class StoredOriginal:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         sums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
         metadata = {"fingerprint": digest(self.fingerprint), "crc32": sums}
-        # The process id, because several ranks may share a folder.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # No two ranks have the same batch, and what a kill leaves behind is written over when its batch comes again.
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             save_file(tensors, temporary, metadata=metadata)
             _sync(temporary)
@@ -199,6 +200,14 @@ def _bytes(tensor: Tensor) -> Any:
 
 def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(_bytes(tensor)) if tensor.numel() else 0
+
+
+def _write_manifest(path: Path, fingerprint: str) -> None:
+    """Every rank writes the same; under a name of its own until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf8")
+    os.replace(temporary, path)
 
 
 def _sync(path: Path) -> None:
