@@ -23,6 +23,8 @@ LAYERS = (
     "host name namespace",
     "private file system",
     "own user",
+    "no capabilities",
+    "no new privileges",
     "landlock",
     "seccomp",
 )
@@ -48,18 +50,18 @@ class Limits:
 
     Attributes:
         seconds: Time on the clock; also ends programs that only wait.
-        cpu_seconds: Whole seconds of processor time, as the 3 seconds of HumanEval's own harness, but the same verdict
-            however busy the machine is.
+        cpu_seconds: Whole seconds of processor time: the limit that ends endless loops, so that verdicts do not depend
+            on how busy the machine is.  The slowest reference program of MBPP takes about 2.
         memory_bytes: Address space.
         file_bytes: Size of each file.
         disk_bytes: Size of all files, kept in memory, where the system allows a private file system.
-        processes: Threads, and processes where no layer forbids them altogether.
+        processes: Threads that it may start, and processes where no layer forbids them altogether.
         open_files: Open files.
         output_bytes: Tail of its standard error that is kept; the rest is thrown away, as all standard output is.
     """
 
-    seconds: float = 10.0
-    cpu_seconds: int = 3
+    seconds: float = 15.0
+    cpu_seconds: int = 5
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20
     disk_bytes: int = 64 << 20

@@ -73,7 +73,8 @@ def run_confined(request: Mapping[str, Any], seconds: float, output_bytes: int) 
 def _start(request: dict[str, Any], report: int) -> "subprocess.Popen[bytes]":
     # No site (-S, -s), no directory of this script (-P) and none of the environment of this process.
     source = _SOURCE.format(str(Path(__file__).resolve().parent))
-    command = [sys.executable, "-s", "-S", "-P", "-B", "-c", source]
+    cached = ["-B"] if sys.dont_write_bytecode else []
+    command = [sys.executable, "-s", "-S", "-P", *cached, "-c", source]
     # The order of sets depends on the hash seed, and with it whether some programs pass.
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryFile() as file:

@@ -3,7 +3,11 @@
 import ctypes
 import os
 import sys
-from typing import Any
+
+# What only types need would take a tenth of the start-up time.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -11,7 +15,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
-def call(name: str, *arguments: Any) -> int:
+def call(name: str, *arguments: object) -> int:
     """Call a function of the C library; integers are passed as unsigned long, as the kernel takes them.
 
     Raises:
@@ -28,6 +32,15 @@ def call(name: str, *arguments: Any) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
     return result
+
+
+def works(function: "Callable[..., object]", *arguments: object) -> bool:
+    """Call a function; whether it did what it is for, or raised OSError."""
+    try:
+        function(*arguments)
+    except OSError:
+        return False
+    return True
 
 
 def drop_capabilities() -> None:

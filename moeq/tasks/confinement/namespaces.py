@@ -6,9 +6,8 @@ See ``man 7 namespaces``, ``man 7 user_namespaces``, ``man 2 pivot_root``.
 
 import os
 import sys
-from contextlib import suppress
 
-from .kernel import call
+from .kernel import call, works
 
 _NEW_USER = 0x10000000
 _NEW = {
@@ -31,25 +30,16 @@ def enter_namespaces(wanted: frozenset[str]) -> list[str]:
     """Leave the system's namespaces; returns which of the wanted ones this process (or its next child) is in now."""
     given = []
     names = [name for name in _NEW if name in wanted]
-    if not names or not _unshare(_NEW[names[0]]):
+    if not names or not works(call, "unshare", _NEW[names[0]]):
         uid, gid = os.getuid(), os.getgid()
-        if "user namespace" in wanted and _unshare(_NEW_USER):
+        if "user namespace" in wanted and works(call, "unshare", _NEW_USER):
             given.append("user namespace")
-            with suppress(OSError):
-                _write("/proc/self/uid_map", f"{uid} {uid} 1")
-                _write("/proc/self/setgroups", "deny")
-                _write("/proc/self/gid_map", f"{gid} {gid} 1")
+            works(_write, "/proc/self/uid_map", f"{uid} {uid} 1")
+            works(_write, "/proc/self/setgroups", "deny")
+            works(_write, "/proc/self/gid_map", f"{gid} {gid} 1")
     else:
         given.append(names.pop(0))
-    return given + [name for name in names if _unshare(_NEW[name])]
-
-
-def _unshare(flag: int) -> bool:
-    try:
-        call("unshare", flag)
-    except OSError:
-        return False
-    return True
+    return given + [name for name in names if works(call, "unshare", _NEW[name])]
 
 
 def _write(path: str, text: str) -> None:

@@ -12,13 +12,16 @@ import marshal
 import os
 import resource
 import sys
-from contextlib import suppress
-from typing import Any
 
-from .kernel import die_with_parent, drop_capabilities, forbid_new_privileges, hide_memory
+from .kernel import die_with_parent, drop_capabilities, forbid_new_privileges, hide_memory, works
 from .landlock import restrict_files
 from .namespaces import DEVICES, enter_namespaces, make_private_root, readable_paths
 from .seccomp import forbid_calls
+
+# Importing typing would take a quarter of the start-up time.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _REPORT = 3
 _UNUSED_USERS = 1 << 30  # far above the ids of users and of their containers
@@ -34,9 +37,8 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     wanted = frozenset(request["layers"])
-    with suppress(OSError):
-        die_with_parent()
-        hide_memory()
+    works(die_with_parent)
+    works(hide_memory)
     if os.getppid() != request["parent"]:
         os._exit(1)
     given = enter_namespaces(wanted)
@@ -65,7 +67,7 @@ def _fork_and_wait() -> None:
         os._exit(status if status >= 0 else 128 - status)
 
 
-def _confine(request: dict[str, Any], wanted: frozenset[str], given: list[str]) -> list[str]:
+def _confine(request: "dict[str, Any]", wanted: frozenset[str], given: list[str]) -> list[str]:
     """Take away files and rights from this process and its children; returns the layers that took effect."""
     layers = []
     folder = request["folder"]
@@ -77,15 +79,13 @@ def _confine(request: dict[str, Any], wanted: frozenset[str], given: list[str]) 
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
     if "own user" in wanted and _become_unused_user(folder):
         layers.append("own user")
-    with suppress(OSError):
-        drop_capabilities()
+    # A change of user undoes both.
+    works(die_with_parent)
+    works(hide_memory)
+    if "no capabilities" in wanted and works(drop_capabilities):
         layers.append("no capabilities")
-    with suppress(OSError):
-        forbid_new_privileges()
+    if "no new privileges" in wanted and works(forbid_new_privileges):
         layers.append("no new privileges")
-        # A change of user undoes both.
-        die_with_parent()
-        hide_memory()
         if "landlock" in wanted and restrict_files([*readable_paths(), *DEVICES], [folder, os.devnull]):
             layers.append("landlock")
     return layers
@@ -126,7 +126,7 @@ def _counts_processes_alone(given: list[str]) -> bool:
     return "user namespace" in given and os.getuid() != 0 and release >= (5, 14)
 
 
-def _limit(request: dict[str, Any], given: list[str]) -> list[str]:
+def _limit(request: "dict[str, Any]", given: list[str]) -> list[str]:
     """Set the limits of this process; returns those that took effect."""
     limits = {
         "processor time limit": (resource.RLIMIT_CPU, request["cpu_seconds"]),
@@ -136,15 +136,27 @@ def _limit(request: dict[str, Any], given: list[str]) -> list[str]:
         "no core files": (resource.RLIMIT_CORE, 0),
     }
     if _counts_processes_alone(given):
-        # Those that wait count, too.
-        limits["process limit"] = (resource.RLIMIT_NPROC, request["processes"] + 2)
+        # The program itself counts, as do those of this user that wait for it.
+        inside = "process namespace" in given
+        counted = 1 + inside + (inside and "own user" not in given)
+        limits["process limit"] = (resource.RLIMIT_NPROC, request["processes"] + counted)
     layers = []
     for name, (kind, value) in limits.items():
-        with suppress(OSError, ValueError):
-            # One more second of processor time between the signal and the end.
-            resource.setrlimit(kind, (value, value + (kind == resource.RLIMIT_CPU)))
+        # One more second of processor time between the signal and the end.
+        if works(_set_limit, kind, value, value + (kind == resource.RLIMIT_CPU)):
             layers.append(name)
     return layers
+
+
+def _set_limit(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, or a lower one that is in force already; raises OSError where this system has none of its kind."""
+    highest = resource.getrlimit(kind)[1]
+    if highest != resource.RLIM_INFINITY:
+        soft, hard = min(soft, highest), min(hard, highest)
+    try:
+        resource.setrlimit(kind, (soft, hard))
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def _run(program: str, token: bytes) -> None:
@@ -161,12 +173,22 @@ def _run(program: str, token: bytes) -> None:
         outcome = b" out of memory"
     except BaseException as error:
         outcome = b" failed: " + type(error).__name__.encode("ascii", "replace")
-        with suppress(BaseException):
-            outcome += b": " + str(error)[:400].encode("ascii", "backslashreplace").replace(b"\n", b" ")
-        with suppress(BaseException):
-            error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        outcome += _message(error)
+        try:
+            # Without the frame of this function.
+            error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
             show(type(error), error, error.__traceback__)
             sys.stderr.flush()
+        except BaseException:  # of a program that replaced or closed it
+            pass
     if process() == pid:
         write(_REPORT, token + outcome + b"\n")
     leave(0)
+
+
+def _message(error: BaseException) -> bytes:
+    """What an exception says, on one line; its class is the program's, so asking may fail in any way."""
+    try:
+        return b": " + str(error)[:400].encode("ascii", "backslashreplace").replace(b"\n", b" ").replace(b"\r", b" ")
+    except BaseException:
+        return b""
