@@ -72,7 +72,7 @@ FORK_BOMBS = {
     "double": "import os, time\nfor _ in range(50):\n    if attempt(os.fork) == 0:\n        os.setsid()\n"
     "        if attempt(os.fork) == 0:\n            time.sleep(600)\n        os._exit(0)\ntime.sleep(1)",
     "subprocess": "import subprocess\nwhile True: attempt(subprocess.Popen, ['/bin/sh', '-c', 'sleep 600'])",
-    "threads": "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(600,)).start()\n"
+    "threads": "import threading as t, time\nwhile True:\n    try: t.Thread(target=time.sleep, args=(600,)).start()\n"
     "    except RuntimeError: pass",
 }
 
@@ -318,3 +318,20 @@ def test_rights_cannot_be_taken_back(layers: tuple[str, ...]) -> None:
     )
     verdict = run_program(TRY + program, LIMITS, layers)
     assert verdict.passed, verdict
+
+
+def test_every_layer_that_the_system_offers_takes_effect() -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux has these layers")
+    given = protections()
+    if "Seccomp:" in Path("/proc/self/status").read_text() and os.uname().machine in ("x86_64", "aarch64"):
+        assert "seccomp" in given.layers
+    try:
+        offered = subprocess.run(
+            ["unshare", "--map-root-user", "--net", "--pid", "--mount", "--fork", "true"]
+        ).returncode
+    except FileNotFoundError:
+        offered = 1
+    if offered != 0:
+        pytest.skip("this system lets this user make no namespaces")
+    assert given.missing == ()

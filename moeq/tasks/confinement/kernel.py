@@ -60,5 +60,5 @@ def hide_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """This process is killed when the one that started it ends."""
+    """This process is killed when the thread that started it ends, however it ends."""
     call("prctl", PR_SET_PDEATHSIG, 9, 0, 0, 0)

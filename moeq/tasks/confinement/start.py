@@ -38,10 +38,11 @@ def main() -> None:
     os.close(nothing)
     wanted = frozenset(request["layers"])
     works(die_with_parent)
-    works(hide_memory)
     if os.getppid() != request["parent"]:
         os._exit(1)
     given = enter_namespaces(wanted)
+    # Not before: the files by which a user namespace is set up would be root's.
+    works(hide_memory)
     if "process namespace" in given:
         _fork_and_wait()
         os.setsid()
