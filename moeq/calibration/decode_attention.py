@@ -32,7 +32,9 @@ _CHANGES_SCORES = ("softcap", "position_bias", "output_attentions", "cache")
 def decoding(model: Any) -> Iterator[None]:
     """Let a model that attends by ``sdpa`` throughout attend by ``decode_attention``; others stay as they are."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    if any(getattr(config, "_attn_implementation", None) != "sdpa" for config in configs):
+    # Attention with an indexer masks what was not chosen only where it is called "eager" or "sdpa".
+    indexed = any(path.endswith(".indexer") for path, _ in model.named_modules())
+    if indexed or any(getattr(config, "_attn_implementation", None) != "sdpa" for config in configs):
         yield
         return
     model.set_attn_implementation(NAME)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeq.calibration.decode_attention import decoding as decode_attention
 from moeq.calibration.gumbel import draw_children, tempered
 from moeq.tasks.decoders import Decoder, Decoding, make_decoder
 from moeq.tasks.stopping import Stopping, end_of_text_ids
@@ -98,13 +97,11 @@ def generate(
     stopping = Stopping(tokenizer, stop, end_of_text_ids(model, tokenizer))
     sampler = Sampler(temperature, top_p)
     texts = [[""] * num_samples for _ in prompts]
-    with decode_attention(model):
-        for rows in _batches(prompts, num_samples, decoding, max_rows):
-            uniform_RS = _uniform(rows, seeds, max_new_tokens)
-            decoder = make_decoder(model, decoding)
-            continuations = _continue(decoder, prompts, rows, sampler, uniform_RS, stopping)
-            for row, new in zip(rows, continuations, strict=True):
-                texts[row.prompt][row.sample] = stopping.text(new)
+    for rows in _batches(prompts, num_samples, decoding, max_rows):
+        uniform_RS = _uniform(rows, seeds, max_new_tokens)
+        continuations = _continue(make_decoder(model, decoding), prompts, rows, sampler, uniform_RS, stopping)
+        for row, new in zip(rows, continuations, strict=True):
+            texts[row.prompt][row.sample] = stopping.text(new)
     return texts
 
 
