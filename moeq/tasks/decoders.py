@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moeq.calibration.cache import GrowingCache, grow_in_place
+from moeq.calibration.decode_attention import decoding as decode_attention
 from moeq.calibration.next_token import reorder_cache
 
 Way = Literal["padding behind", "padding in front", "equal lengths", "no cache"]
@@ -211,7 +212,8 @@ def examine(model: Any, prompts: Sequence[Sequence[int]]) -> Decoding:
         expected_SRV = torch.cat([_trace(UncachedDecoder(model), [row]) for row in rows], 1)
         decoder = CachedDecoder(model)
         try:
-            difference = _difference(_trace(decoder, rows), expected_SRV)
+            with decode_attention(model):
+                difference = _difference(_trace(decoder, rows), expected_SRV)
         except Exception as error:  # whatever a family's code raises: the next way may do
             complaints.append(f"with its cache and {way} it raises {type(error).__name__}: {str(error)[:120]}")
             continue
@@ -219,7 +221,8 @@ def examine(model: Any, prompts: Sequence[Sequence[int]]) -> Decoding:
             complaints.append(f"with its cache and {way} its logits are others (by {difference:.2g} of their spread)")
             continue
         if way == "padding in front" and decoder.is_plain:
-            behind = _difference(_trace(CachedDecoder(model, padding_behind=True), rows), expected_SRV)
+            with decode_attention(model):
+                behind = _difference(_trace(CachedDecoder(model, padding_behind=True), rows), expected_SRV)
             way = "padding behind" if behind <= rounding else way
         return Decoding(way, "; ".join(complaints))
     return Decoding("no cache", "; ".join(complaints))

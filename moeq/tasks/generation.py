@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moeq.calibration.decode_attention import decoding as decode_attention
 from moeq.calibration.gumbel import draw_children, tempered
 from moeq.tasks.decoders import Decoder, Decoding, make_decoder
 from moeq.tasks.stopping import Stopping, end_of_text_ids
@@ -99,7 +100,8 @@ def generate(
     texts = [[""] * num_samples for _ in prompts]
     for rows in _batches(prompts, num_samples, decoding, max_rows):
         uniform_RS = _uniform(rows, seeds, max_new_tokens)
-        continuations = _continue(make_decoder(model, decoding), prompts, rows, sampler, uniform_RS, stopping)
+        with decode_attention(model):
+            continuations = _continue(make_decoder(model, decoding), prompts, rows, sampler, uniform_RS, stopping)
         for row, new in zip(rows, continuations, strict=True):
             texts[row.prompt][row.sample] = stopping.text(new)
     return texts
