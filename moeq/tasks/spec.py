@@ -49,6 +49,7 @@ class Source:
         hub_file: The one file of the data set there that is the split, where that is a part of a large one.
         splits: The first of these that exists is evaluated; which one it was is in the results.
         shots: Split of the few-shot examples, or a part of it as in "prompt[1:4]"; None where the task has none.
+        whole: A .txt file is one row; otherwise each of its lines is one.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class Source:
     hub_file: str | None = None
     splits: tuple[str, ...] = ("validation",)
     shots: str | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
