@@ -4,7 +4,6 @@ The harness's own configuration files and functions are used; only where its row
 is downloaded.  ``lm_eval`` is no dependency of moeq: this module is for tests and benchmarks.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ CONFIGS = {
     "arc_easy": "arc/arc_easy.yaml",
     "boolq": "super_glue/boolq/default.yaml",
     "c4": "c4/c4.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
     "copa": "super_glue/copa/default.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
@@ -44,8 +44,6 @@ def harness_task(name: str, rows: Sequence[Row], shots: Sequence[Row] = (), num_
         shots: Rows of the split of the examples.
         num_shots: Examples per prompt.
     """
-    # Also without a network the hub is asked whether there are newer files, again and again.
-    os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
     import lm_eval.tasks
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask

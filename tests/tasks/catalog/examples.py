@@ -4,8 +4,6 @@ from typing import Any
 
 from moeq.tasks.spec import Row
 
-LETTERS = {"A": 0, "B": 1, "C": 2, "D": 3}
-
 
 def _science(question: str, texts: list[str], key: str, labels: str = "ABCD") -> dict[str, Any]:
     return {
@@ -39,7 +37,6 @@ WIKITEXT = [
 ROWS: dict[str, list[Row]] = {
     "arc_challenge": ARC,
     "arc_easy": ARC,
-    "arithmetic": [{"text": f"{a} + {b} = {a + b}\n" if a + b != 3 else ""} for a in range(3) for b in range(3)],
     "boolq": [
         {"question": "is rain wet", "passage": "Rain -- Rain is water.", "idx": 0, "label": 1},
         {"question": "is sand wet", "passage": "Sand -- Sand is dry.\nMostly.", "idx": 1, "label": 0},
@@ -107,6 +104,7 @@ ROWS: dict[str, list[Row]] = {
             "support": "",
         },
     ],
+    "sums": [{"text": f"{a} + {b} = {a + b}\n" if a + b != 3 else ""} for a in range(3) for b in range(3)],
     "wikitext": [{"text": line} for line in WIKITEXT],
     "winogrande": [
         {"sentence": "Ann thanked Eve because _ had helped .", "option1": "Ann", "option2": "Eve", "answer": "2"},

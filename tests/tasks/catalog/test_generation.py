@@ -80,9 +80,9 @@ def test_a_program_of_mbpp_fails_where_one_test_does() -> None:
         exec(task.program(ROWS["mbpp"][0], "inc = lambda n: 1 + max(n, 1)"), {})
 
 
-def test_arithmetic_shows_the_four_lines_before_each_problem() -> None:
-    task = generation("arithmetic")
-    documents = task.prepare(ROWS["arithmetic"])
+def test_sums_show_the_four_lines_before_each_problem() -> None:
+    task = generation("sums")
+    documents = task.prepare(ROWS["sums"])
     # Of the nine lines two are blank.
     assert len(documents) == 7
     assert task.prompt(documents[5]) == "0 + 1 = 1\n0 + 2 = 2\n1 + 0 = 1\n1 + 1 = 2\n2 + 0 ="
@@ -92,13 +92,13 @@ def test_arithmetic_shows_the_four_lines_before_each_problem() -> None:
 
 
 @pytest.mark.parametrize(("text", "right"), [(" 2", 1), ("2", 1), (" 3", 0), (" 2 apples", 0), ("", 0)])
-def test_arithmetic_is_right_where_the_line_is_the_number(text: str, right: int) -> None:
-    assert generation("arithmetic").score_text({"answer": "2"}, text) == {"exact_match": (right, 1.0)}
+def test_a_sum_is_right_where_the_line_is_the_number(text: str, right: int) -> None:
+    assert generation("sums").score_text({"answer": "2"}, text) == {"exact_match": (right, 1.0)}
 
 
-def test_no_problem_of_arithmetic_states_its_own_answer() -> None:
+def test_no_sum_states_its_own_answer() -> None:
     lines = ["1 + 1 = 2", "2 + 2 = 4", "1 + 1 = 2", "3 + 3 = 6", "4 + 4 = 8", "5 + 5 = 10", "1 + 1 = 2"]
-    for document in generation("arithmetic").prepare([{"text": f"{line}\n"} for line in lines]):
+    for document in generation("sums").prepare([{"text": f"{line}\n"} for line in lines]):
         *shots, question = document["prompt"].split("\n")
         assert len(shots) == 4
         assert not any(shot.startswith(question) for shot in shots)
