@@ -241,12 +241,10 @@ class MoEQuantModule(L.LightningModule):
         assert isinstance(metrics, SetMetrics)
         metrics.update(self.model, self.reference, batch)
 
-    @override
-    def on_validation_epoch_end(self) -> None:
-        for metrics in self.set_metrics:
-            assert isinstance(metrics, SetMetrics)
-            for key, value in metrics.compute().items():
-                self.log(f"{metrics.name}/{key}", value, sync_dist=False)
+    @property
+    def evaluations(self) -> list[SetMetrics]:
+        """The sets that were evaluated."""
+        return [metrics for metrics in self.set_metrics if isinstance(metrics, SetMetrics)]
 
 
 def _keep_BT(batch: dict[str, Tensor]) -> Tensor:

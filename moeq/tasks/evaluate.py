@@ -1,5 +1,6 @@
 """All metrics of one evaluation set: forward passes and bookkeeping around the functions of this package."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from moeq.tasks.documents import Result
 from moeq.tasks.metrics import COMPARISONS, TaskMetrics
 from moeq.tasks.perplexity import nll_sum_and_count
 from moeq.tasks.routing import count_same_routing, record_routing
+from moeq.tasks.spec import Kind, Source, Task
 
 
 class SetMetrics(nn.Module):
@@ -31,7 +33,10 @@ class SetMetrics(nn.Module):
         self.name = name
         self.tokenizer = tokenizer
         self.num_batches = 0
-        self.metrics = TaskMetrics(name, {"perplexity": "perplexity", "exact_match": "mean", **COMPARISONS})
+        metrics: dict[str, Kind] = {"perplexity": "perplexity", "exact_match": "mean"}
+        self.task = Task(name=name, source=Source(folder="", hub=None, splits=("text",)), metrics=metrics)
+        self.metrics = TaskMetrics(name, {**metrics, **COMPARISONS})
+        self._start, self._num_tokens = time.perf_counter(), 0
 
     @torch.no_grad()
     def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
@@ -55,6 +60,15 @@ class SetMetrics(nn.Module):
         """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
         return {name: found.value for name, found in self.metrics.compute().get("", {}).items()}
 
+    def description(self) -> Any:
+        """What this rank measured."""
+        count = max((found.num_documents for found in self.metrics.compute().get("", {}).values()), default=0)
+        return {
+            "split": "text", "origin": "", "sha256": "", "num_shots": 0, "num_documents": count,
+            "num_available": count, "num_tokens": self._num_tokens, "num_truncated": 0, "partial": None,
+            "fallbacks": {}, "seconds": time.perf_counter() - self._start,
+        }  # fmt: skip
+
     def reset(self) -> None:
         """Forget all batches."""
         self.num_batches = 0
@@ -68,14 +82,17 @@ class SetMetrics(nn.Module):
         with record_routing(model) as routing:
             logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(logits_BLV, "the model")
-        self._add(perplexity=nll_sum_and_count(logits_BLV, input_ids_BL))
+        self._num_tokens += input_ids_BL.numel()
+        for logits_LV, ids_L in zip(logits_BLV, input_ids_BL, strict=True):
+            self._add(perplexity=nll_sum_and_count(logits_LV[None], ids_L[None]))
         if reference is None:
             return
         with record_routing(reference) as reference_routing:
             reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
         self._check_finite(reference_logits_BLV, "the reference model")
-        kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
-        self._add(kl=(kl_sum, num_positions), top1_agreement=(num_same, num_positions))
+        for logits_LV, reference_logits_LV in zip(logits_BLV, reference_logits_BLV, strict=True):
+            kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_LV[None], logits_LV[None])
+            self._add(kl=(kl_sum, num_positions), top1_agreement=(num_same, num_positions))
         self._add(router_agreement=count_same_routing(routing, reference_routing))
 
     def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
@@ -93,8 +110,8 @@ class SetMetrics(nn.Module):
         )
         self._check_finite(logits_BNV, "the model")
         texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
-        right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
-        self._add(exact_match=(right, len(answers)))
+        for text, answer in zip(texts, answers, strict=True):
+            self._add(exact_match=(parse_answer(text) == answer, 1))
 
     def _check_finite(self, logits: Tensor, whose: str) -> None:
         if not logits.isfinite().all():
