@@ -1,0 +1,146 @@
+"""The two sides of a comparison with lm-evaluation-harness: the same model on the same rows, document by document."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness_files import HARNESS_NAMES, Files
+
+from moeq.tasks.batches import batches
+from moeq.tasks.documents import Document
+from moeq.tasks.encode import Encoder
+from moeq.tasks.likelihood import Scorer, outcomes, plan_requests
+from moeq.tasks.metrics import measurement, ratio_sums
+from moeq.tasks.rows import load_rows
+from moeq.tasks.spec import Kind, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
+
+# Of the bootstrap by which the harness finds the standard error of LAMBADA's perplexity.
+BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a side says of one document.
+
+    Attributes:
+        likelihoods: Of its choices, or of the whole text, in nats.
+        values: Total and weight of each metric.
+        lengths: Characters of each choice; empty where the side does not say.
+        num_cut: Tokens that were cut off its left; 0 where the side does not say.
+    """
+
+    likelihoods: tuple[float, ...]
+    values: Values
+    lengths: tuple[int, ...] = ()
+    num_cut: int = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a side says of a task.
+
+    Attributes:
+        documents: By name of the harness's task (a subject of MMLU is one), in order.
+        measured: Value and standard error (None: not stated) of each metric, by name of task or group.
+    """
+
+    documents: dict[str, list[Scored]]
+    measured: dict[str, dict[str, tuple[float, float | None]]]
+
+
+def run_moeq(model: Any, tokenizer: Any, files: Files, max_length: int, batch_tokens: int) -> Side:
+    """A task as ``main.py validate`` evaluates it."""
+    task, rows = files.task, load_rows(files.task.source, files.data_dir)
+    encoder = Encoder(tokenizer, max_length)
+    documents = encoder.documents(task, rows, window_length=max_length, num_documents=None)
+    scorer, scored = Scorer(model), {}
+    for batch in batches(documents, batch_tokens):
+        scored |= dict(zip((document.index for document in batch), _score(scorer, task, batch), strict=True))
+    assert not scorer.fallbacks, scorer.fallbacks
+    by_name: dict[str, list[Scored]] = {}
+    members: dict[str, list[Scored]] = {}
+    for document in documents:
+        own = scored[document.index]
+        name = f"{task.name}_{document.groups[-1]}" if document.groups else task.name
+        by_name.setdefault(HARNESS_NAMES.get(name, name), []).append(own)
+        for group in (task.name, *(f"{task.name}_{group}" for group in document.groups)):
+            members.setdefault(HARNESS_NAMES.get(group, group), []).append(own)
+    return Side(by_name, {name: _measured(own, task.metrics) for name, own in members.items()})
+
+
+def _score(scorer: Scorer, task: Task, documents: Sequence[Document]) -> Iterable[Scored]:
+    requests = [request for document in documents for request in document.requests]
+    owners = [i for i, document in enumerate(documents) for _ in document.requests]
+    found = iter(outcomes(scorer.run(plan_requests(requests, owners)), len(requests)))
+    for document in documents:
+        own: list[Outcome] = [next(found) for _ in document.requests]
+        likelihoods = tuple(outcome.loglikelihood for outcome in own)
+        if isinstance(task, Rolling):
+            likelihood = math.fsum(likelihoods)
+            yield Scored((likelihood,), task.score(document.row, likelihood), (), document.num_cut)
+        else:
+            assert isinstance(task, MultipleChoice | LastWord)
+            lengths = [len(choice) for choice in task.choices(document.row)] if isinstance(task, MultipleChoice) else ()
+            yield Scored(likelihoods, task.score(document.row, own), tuple(lengths), document.num_cut)
+
+
+def _measured(documents: Sequence[Scored], kinds: Mapping[str, Kind]) -> dict[str, tuple[float, float | None]]:
+    found = {}
+    for metric, kind in kinds.items():
+        pairs = [document.values[metric] for document in documents]
+        sums_S = ratio_sums(*torch.tensor(pairs, dtype=torch.float64).unbind(1))
+        value, stderr, _, _ = measurement(sums_S, kind)
+        found[metric] = value, stderr
+    return found
+
+
+def harness_tasks(files: Files) -> Any:
+    """The harness's tasks and groups, with their data loaded."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(files.configurations), include_defaults=False)
+    return manager.load(["mmlu"] if files.task.name == "mmlu" else list(files.names))
+
+
+def harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """The harness's view of a model."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def run_harness(model: Any, tokenizer: Any, files: Files, batch_size: int) -> Side:
+    """A task as the harness evaluates it."""
+    import lm_eval
+
+    results = lm_eval.evaluate(
+        harness_model(model, tokenizer, batch_size), harness_tasks(files), bootstrap_iters=BOOTSTRAP_SAMPLES
+    )
+    assert results is not None
+    kinds = files.task.metrics
+    documents = {
+        name: [_of_sample(sample, kinds) for sample in sorted(results["samples"][name], key=lambda x: x["doc_id"])]
+        for name in files.names
+    }
+    measured = {}
+    for name, found in {**results["results"], **results.get("groups", {})}.items():
+        errors = {metric: found.get(f"{metric}_stderr,none") for metric in kinds}
+        measured[name] = {
+            metric: (float(found[f"{metric},none"]), error if isinstance(error, float) else None)
+            for metric, error in errors.items()
+        }
+    return Side(documents, measured)
+
+
+def _of_sample(sample: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Scored:
+    """A logged sample: numbers of the harness as totals and weights."""
+    values: Values = {}
+    for metric, kind in kinds.items():
+        found = sample[metric]
+        total, weight = found if isinstance(found, tuple | list) else (found, 1)
+        values[metric] = (float(total if kind == "mean" else -total), float(weight))
+    responses = sample["filtered_resps"]
+    likelihoods = tuple(float(x[0] if isinstance(x, tuple | list) else x) for x in responses)
+    return Scored(likelihoods, values)
