@@ -65,8 +65,9 @@ def write_files(name: str, data_dir: Path, folder: Path, num_documents: int | No
     target = data / task.source.folder / source.name.removesuffix(".gz")
     target.parent.mkdir(parents=True, exist_ok=True)
     if name == "wikitext":
-        pages = _spread(_pages(_text(source)), num_documents)
-        target.write_text("".join(pages), encoding="utf8")
+        text = _text(source)
+        pages = _spread(_pages(text), num_documents)
+        target.write_text(text if num_documents is None else "".join(pages), encoding="utf8")
         # The newline before a title separates two lines; that at the end of the file is the last page's.
         of_name = {name: [{"page": page.removesuffix("\n")} for page in pages[:-1]] + [{"page": pages[-1]}]}
     elif name == "mmlu":
@@ -156,4 +157,4 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")

@@ -35,6 +35,7 @@ def _questions(rows: list[Row], count: int) -> list[Row]:
 
 LONG = "The ox sat by the wall, and the wall by the sea. " * 20
 SAME = {"choices": {"text": ["salt"] * 4, "label": list("ABCD")}, "answerKey": "C"}
+ARC_CHOICES = {"choices": ARC[0]["choices"], "answerKey": "B"}
 # The best of these is another one without normalisation, by characters, and by bytes.
 ENDINGS = ["\u4e2d\u6587\u4e2d\u6587", "no", "a much longer one, at long last", "\u00e9\u00e9\u00e9\u00e9 e"]
 # Rows that are longer than the window, have no context, no text, or equal choices.
@@ -50,7 +51,10 @@ MORE: dict[str, list[Row]] = {
         *({**ROWS["hellaswag"][1], "endings": ENDINGS, "label": str(label)} for label in range(4)),
     ],
     "lambada_openai": [{"text": "Alone"}, {"text": LONG.strip()}],
-    "openbookqa": [{"id": "3", "question_stem": "", **SAME}],
+    "openbookqa": [
+        {"id": "3", "question_stem": "", **SAME},
+        {"id": "4", "question_stem": "A fire ends with  ", **ARC_CHOICES},
+    ],
     "piqa": [{"goal": LONG, "sol1": "sit", "sol2": "stand up", "label": 1}],
     "wikitext": [{"text": line} for line in (" = Long = \n", "", f" {LONG}\n", f" {LONG}\n")],
 }  # fmt: skip
