@@ -49,6 +49,11 @@ class CalibrationDataModule(L.LightningDataModule):
             self._ids_NL = self.make_ids()
         return self._ids_NL
 
+    @property
+    def _tokenizer(self) -> Any:
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return self.trainer.lightning_module.tokenizer
+
     @abstractmethod
     def make_ids(self) -> Tensor:
         """The sequences, int64 [N, L] on the CPU; called by every rank, from ``on_fit_start`` on."""

@@ -28,8 +28,9 @@ from moeq.task_report import scalars
 from moeq.tasks.documents import Document
 from moeq.tasks.encode import window_of
 from moeq.tasks.evaluation import TaskEvaluation
-from moeq.tasks.fingerprint import fingerprint, library_versions
+from moeq.tasks.fingerprint import fingerprint
 from moeq.validation import ReferenceMode, start_validation
+from moeq.versions import installed_versions
 
 
 class MoEQuantModule(L.LightningModule):
@@ -237,7 +238,7 @@ class MoEQuantModule(L.LightningModule):
         name, reference, dtype = (self.hparams[key] for key in ("name", "reference", "dtype"))
         return fingerprint(
             model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
-            settings=settings, versions=library_versions(),
+            settings=settings, versions=installed_versions(),
         )  # fmt: skip
 
     @property

@@ -1,4 +1,4 @@
-"""What validate does between Lightning's hooks: models in memory, together or one after the other; batches through them.
+"""What validate does between the hooks of Lightning: models in memory, batches through them.
 
 The original of a comparison either runs beside the model on every batch ("memory"), or before it over all batches,
 leaving its logits in the run folder ("disk"), so that only one of the two is ever held.
@@ -22,10 +22,11 @@ from moeq.tasks.decoders import Decoding, examine
 from moeq.tasks.documents import Document
 from moeq.tasks.evaluate import Evaluator, Original, ask_checked, plan_documents
 from moeq.tasks.evaluation import Sampling, TaskEvaluation
-from moeq.tasks.fingerprint import fingerprint, library_versions
+from moeq.tasks.fingerprint import fingerprint
 from moeq.tasks.likelihood import Scorer
 from moeq.tasks.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
 from moeq.tasks.spec import Generation
+from moeq.versions import installed_versions
 
 ReferenceMode = Literal["auto", "memory", "disk"]
 
@@ -105,7 +106,7 @@ def run_original(
     """Let the original run over all batches that it has not run over yet, and release it."""
     reference, dtype = settings["reference"], settings["dtype"]
     identity = fingerprint(
-        model=model_identity(reference), dtype=dtype, reference=None, settings={}, versions=library_versions()
+        model=model_identity(reference), dtype=dtype, reference=None, settings={}, versions=installed_versions()
     )
     stored = StoredOriginal(folder, identity)
     missing = [

@@ -146,17 +146,6 @@ def ask_checked(
     return said
 
 
-@dataclass(frozen=True)
-class LiveOriginal:
-    """The original in memory."""
-
-    scorer: Scorer
-
-    def said(self, plan: Plan) -> Said:
-        """What the original says of a batch."""
-        return ask(self.scorer, plan)
-
-
 def _likelihoods(task: Task, documents: Sequence[Document], scored: Scored) -> Iterator[Judged]:
     """Values of documents that are scored by likelihood alone."""
     found = iter(outcomes(scored, sum(len(document.requests) for document in documents)))

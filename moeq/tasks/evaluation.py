@@ -40,7 +40,7 @@ class Sampling:
             )
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"num_samples ({self.num_samples}) above 1 needs a temperature above 0, as greedy samples are all equal; "
+                f"num_samples ({self.num_samples}) above 1 needs a temperature above 0, greedy samples being equal; "
                 "choose temperature 0.8"
             )
         if not self.k or not 1 <= min(self.k) <= max(self.k) <= self.num_samples:
