@@ -4,11 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
-
-import lightning as L
 
 
 class BatchShare(Sampler[list[int]]):

@@ -38,6 +38,7 @@ NOTES = {
     "benchmarks/reference_model/card_template.md": "text of the model card",
     "benchmarks/reference_model/config.yaml": "settings of the training run",
     "constraints.txt": "exact tested versions",
+    "docs/code_execution.md": "running model-written code: what is protected how, and what is not",
     "docs/families.md": "model families: what differs, what is quantized, what is refused and why",
     "docs/methods.md": "every method: equations, and where each is in the code",
     "docs/tasks.md": "evaluation tasks: all of them, their data, the papers' protocols, adding one",

@@ -1,31 +1,35 @@
 """Next-token logits of many rows that grow by a token each, with the model's own cache or without one.
 
-With a cache, prompts are padded on the left; positions count a row's own tokens, so padding changes no number but by
-rounding.  Tokens that all prompts begin with are computed once, as one row, and the cache is expanded; the padding then
-stands between the shared tokens and the rest of a row.  Attention does not see it there, but a window counts it and a
-recurrence runs over it, so that is done only where every layer of the cache is plain attention.
+With a cache, rows of any lengths share a batch.  Positions count a row's own tokens and a mask hides the padding, so it
+changes no number but by rounding.  Where it stands depends on the cache:
 
-Not every family of transformers can do this (5.23): some caches raise, some give other numbers, some forget the padding
-after the prefill.  ``examine`` finds out on the model itself, and names the first of these ways that gives what the
-model says of each row alone:
+- every layer plain attention: behind the prompt, in the middle of the row.  Causal attention needs no mask then until
+  the first new token, which is the fast path of every kernel; tokens that all prompts begin with are computed once, as
+  one row, and the cache is expanded;
+- else in front of the prompt, since a sliding window would count padding in the middle of a row and a recurrence would
+  run over it.
 
-    cached, any lengths  ->  cached, equal lengths  ->  uncached, any lengths  ->  uncached, equal lengths
+Not every family of transformers can do all this (5.23): some caches raise, some give other numbers, some forget the
+padding after the prefill.  ``examine`` finds out on the model itself, and names the first way that gives what the model
+says of each row alone: padding behind, padding in front, rows of equal length, no cache (which is right by definition,
+and costs a forward pass of the whole text per token).
 
-The last is right by definition, and costs a forward pass of the whole text per token.
-
-Legend: R rows, T tokens, V vocabulary.
+Legend: R rows, T tokens, S steps, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from moeq.calibration.cache import GrowingCache, grow_in_place
+from moeq.calibration.decode_attention import decoding as decode_attention
 from moeq.calibration.next_token import reorder_cache
+
+Way = Literal["padding behind", "padding in front", "equal lengths", "no cache"]
 
 # Fewer shared tokens cost less inside of every row than in a forward pass of their own.
 _LEAST_SHARED = 16
@@ -39,19 +43,21 @@ _PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a model can be decoded.
+    """How a model is decoded.
 
     Attributes:
-        cached: With its cache.
-        any_lengths: Rows of different lengths in one batch.
-        shared_prefix: Tokens that all prompts begin with are computed once.
-        reason: Why not the fastest way; empty where it is.
+        way: "padding in front" is right for most models, "padding behind" faster for plain attention.  Rows have to be
+            of equal length for the other two.
+        reason: Why it is a slower way than those; empty where it is not.
     """
 
-    cached: bool = True
-    any_lengths: bool = True
-    shared_prefix: bool = False
+    way: Way = "padding in front"
     reason: str = ""
+
+    @property
+    def any_lengths(self) -> bool:
+        """Whether rows of different lengths can share a batch."""
+        return self.way.startswith("padding")
 
 
 class Decoder(Protocol):
@@ -72,40 +78,37 @@ class CachedDecoder:
 
     Args:
         model: A causal LM in eval mode.
-        shared_prefix: Tokens that all prompts begin with are computed once.
+        padding_behind: Where padding stands; only for a cache that ``is_plain``.
     """
 
-    def __init__(self, model: Any, *, shared_prefix: bool = False) -> None:
-        self._model, self._shared_prefix = model, shared_prefix
+    def __init__(self, model: Any, *, padding_behind: bool = False) -> None:
+        self._model, self._padding_behind = model, padding_behind
         self._device = model.get_input_embeddings().weight.device
-        self.cache: Any = None
+        self._cache: Any = None
         self._length_R = self._mask_RT = torch.empty(0)
 
     @property
     def is_plain(self) -> bool:
         """Whether every layer of the cache is plain attention, which does not mind padding in the middle of a row."""
-        return isinstance(self.cache, GrowingCache) and self.cache.num_in_place == len(self.cache.layers)
+        return isinstance(self._cache, GrowingCache) and self._cache.num_in_place == len(self._cache.layers)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin with these rows."""
-        self.cache = None
-        num_shared = _num_shared(prompts) if self._shared_prefix else 0
-        if num_shared:
-            ids_1T = torch.tensor([prompts[0][:num_shared]], device=self._device)
-            self._forward(ids_1T, torch.ones_like(ids_1T), torch.arange(num_shared, device=self._device)[None])
-            reorder_cache(self.cache, torch.zeros(len(prompts), dtype=torch.int64, device=self._device))
-        ids_RT, mask_RT = (x.to(self._device) for x in pad_left([prompt[num_shared:] for prompt in prompts]))
-        self._mask_RT = torch.cat([mask_RT.new_ones(len(prompts), num_shared), mask_RT], 1)
-        self._length_R = self._mask_RT.sum(1)
-        positions_RT = (num_shared + mask_RT.cumsum(1) - 1).clamp_(min=0)
-        logits_RV = self._forward(ids_RT, self._mask_RT, positions_RT)
-        self.cache = grow_in_place(self.cache, len(prompts))
-        return logits_RV
+        self._cache = None
+        if not self._padding_behind:
+            ids_RT, self._mask_RT = (x.to(self._device) for x in pad_left(prompts))
+            self._length_R = self._mask_RT.sum(1)
+            logits_RV = self._forward(ids_RT, (self._mask_RT.cumsum(1) - 1).clamp_(min=0), self._mask_RT)
+            self._cache = grow_in_place(self._cache, len(prompts))
+            return logits_RV
+        self._fill([prompt[:-1] for prompt in prompts])
+        return self.step(torch.tensor([prompt[-1] for prompt in prompts]))
 
     def select(self, index_R: Tensor) -> None:
         """Row r becomes old row ``index_R[r]``."""
         index_R = index_R.to(self._device)
-        reorder_cache(self.cache, index_R)
+        if self._cache is not None:
+            reorder_cache(self._cache, index_R)
         self._mask_RT, self._length_R = self._mask_RT[index_R], self._length_R[index_R]
 
     def step(self, token_R: Tensor) -> Tensor:
@@ -113,24 +116,40 @@ class CachedDecoder:
         self._mask_RT = torch.cat([self._mask_RT, self._mask_RT.new_ones(len(self._mask_RT), 1)], 1)
         position_R = self._length_R
         self._length_R = self._length_R + 1
-        return self._forward(token_R.to(self._device)[:, None], self._mask_RT, position_R[:, None])
+        return self._forward(token_R.to(self._device)[:, None], position_R[:, None], self._mask_RT)
+
+    def _fill(self, rows: Sequence[Sequence[int]]) -> None:
+        """Put rows, some of which may be empty, into the cache, the padding behind them."""
+        num_shared = _num_shared(rows)
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        column_T = torch.arange(longest, device=self._device)
+        self._length_R = torch.tensor(lengths, device=self._device)
+        self._mask_RT = (column_T < self._length_R[:, None]).to(torch.int64)
+        if num_shared:
+            self._forward(torch.tensor([rows[0][:num_shared]], device=self._device), column_T[None, :num_shared])
+            reorder_cache(self._cache, torch.zeros(len(rows), dtype=torch.int64, device=self._device))
+        if longest > num_shared:
+            ids_RT = torch.tensor([[*row, *[0] * (longest - len(row))][num_shared:] for row in rows])
+            self._forward(ids_RT.to(self._device), column_T[num_shared:].expand(len(rows), -1))
+        self._cache = grow_in_place(self._cache, len(rows))
 
     @torch.no_grad()
-    def _forward(self, ids_RT: Tensor, mask_RT: Tensor, positions_RT: Tensor) -> Tensor:
+    def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask_RT: Tensor | None = None) -> Tensor:
         output = self._model(
             input_ids=ids_RT,
             attention_mask=mask_RT,
             position_ids=positions_RT,
-            past_key_values=self.cache,
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = output.past_key_values
+        self._cache = output.past_key_values
         return output.logits[:, -1]
 
 
 class UncachedDecoder:
-    """Every step runs the rows again from their beginning; padding is on the right, where no token sees it.
+    """Every step runs the rows, which are of one length, again from their beginning.
 
     Args:
         model: A causal LM in eval mode.
@@ -139,36 +158,32 @@ class UncachedDecoder:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._device = model.get_input_embeddings().weight.device
-        self._rows: list[list[int]] = []
+        self._ids_RT = torch.empty(0)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin with these rows."""
-        self._rows = [list(prompt) for prompt in prompts]
+        self._ids_RT = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
         return self._forward()
 
     def select(self, index_R: Tensor) -> None:
         """Row r becomes old row ``index_R[r]``."""
-        self._rows = [list(self._rows[index]) for index in index_R.tolist()]
+        self._ids_RT = self._ids_RT[index_R.to(self._device)]
 
     def step(self, token_R: Tensor) -> Tensor:
         """Append a token to each row."""
-        for row, token in zip(self._rows, token_R.tolist(), strict=True):
-            row.append(token)
+        self._ids_RT = torch.cat([self._ids_RT, token_R.to(self._device)[:, None]], 1)
         return self._forward()
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
-        longest = max(len(row) for row in self._rows)
-        ids_RT = torch.tensor([row + [0] * (longest - len(row)) for row in self._rows], device=self._device)
-        last_R = torch.tensor([len(row) - 1 for row in self._rows], device=self._device)
-        kept, place_R = last_R.unique(return_inverse=True)
-        logits_RKV = self._model(input_ids=ids_RT, use_cache=False, logits_to_keep=kept).logits
-        return logits_RKV[torch.arange(len(self._rows), device=self._device), place_R]
+        return self._model(input_ids=self._ids_RT, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
 def make_decoder(model: Any, decoding: Decoding) -> Decoder:
     """The decoder of one way of decoding."""
-    return CachedDecoder(model, shared_prefix=decoding.shared_prefix) if decoding.cached else UncachedDecoder(model)
+    if decoding.way == "no cache":
+        return UncachedDecoder(model)
+    return CachedDecoder(model, padding_behind=decoding.way == "padding behind")
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -191,20 +206,26 @@ def examine(model: Any, prompts: Sequence[Sequence[int]]) -> Decoding:
     # Of the weights: logits may come in float32 from a coarse model.
     rounding = _ROUNDING.get(model.get_input_embeddings().weight.dtype, _COARSE_ROUNDING)
     complaints = []
-    for decoding in (Decoding(), Decoding(any_lengths=False), Decoding(cached=False)):
-        rows = pieces if decoding.any_lengths else [piece[-shortest:] for piece in pieces]
+    ways: tuple[Way, ...] = ("padding in front", "equal lengths")
+    for way in ways:
+        rows = pieces if way == "padding in front" else [piece[-shortest:] for piece in pieces]
         expected_SRV = torch.cat([_trace(UncachedDecoder(model), [row]) for row in rows], 1)
-        decoder = make_decoder(model, decoding)
+        decoder = CachedDecoder(model)
         try:
-            difference = _difference(_trace(decoder, rows), expected_SRV)
+            with decode_attention(model):
+                difference = _difference(_trace(decoder, rows), expected_SRV)
         except Exception as error:  # whatever a family's code raises: the next way may do
-            complaints.append(f"{_way(decoding)} raises {type(error).__name__}: {str(error)[:120]}")
+            complaints.append(f"with its cache and {way} it raises {type(error).__name__}: {str(error)[:120]}")
             continue
-        if difference <= rounding:
-            plain = decoding.any_lengths and isinstance(decoder, CachedDecoder) and decoder.is_plain
-            return replace(decoding, shared_prefix=plain, reason="; ".join(complaints))
-        complaints.append(f"{_way(decoding)} gives other logits (by {difference:.2g} of their spread)")
-    return Decoding(cached=False, any_lengths=False, reason="; ".join(complaints))
+        if difference > rounding:
+            complaints.append(f"with its cache and {way} its logits are others (by {difference:.2g} of their spread)")
+            continue
+        if way == "padding in front" and decoder.is_plain:
+            with decode_attention(model):
+                behind = _difference(_trace(CachedDecoder(model, padding_behind=True), rows), expected_SRV)
+            way = "padding behind" if behind <= rounding else way
+        return Decoding(way, "; ".join(complaints))
+    return Decoding("no cache", "; ".join(complaints))
 
 
 def _trace(decoder: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -224,13 +245,7 @@ def _difference(logits_SRV: Tensor, expected_SRV: Tensor) -> float:
     return float((error_SR / expected_SRV.float().std(-1)).nan_to_num(torch.inf).max())
 
 
-def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, each keeping one of its own; 0 where a pass of their own does not pay."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return shared if shared >= _LEAST_SHARED and len(prompts) > 1 else 0
-
-
-def _way(decoding: Decoding) -> str:
-    lengths = "any lengths" if decoding.any_lengths else "equal lengths"
-    return f"decoding {'with' if decoding.cached else 'without'} its cache, {lengths},"
+def _num_shared(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with; 0 where a forward pass of their own does not pay."""
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
+    return shared if shared >= _LEAST_SHARED and len(rows) > 1 else 0

@@ -98,13 +98,12 @@ def generate(
     stopping = Stopping(tokenizer, stop, end_of_text_ids(model, tokenizer))
     sampler = Sampler(temperature, top_p)
     texts = [[""] * num_samples for _ in prompts]
-    with decode_attention(model):
-        for rows in _batches(prompts, num_samples, decoding, max_rows):
-            uniform_RS = _uniform(rows, seeds, max_new_tokens)
-            decoder = make_decoder(model, decoding)
-            continuations = _continue(decoder, prompts, rows, sampler, uniform_RS, stopping)
-            for row, new in zip(rows, continuations, strict=True):
-                texts[row.prompt][row.sample] = stopping.text(new)
+    for rows in _batches(prompts, num_samples, decoding, max_rows):
+        uniform_RS = _uniform(rows, seeds, max_new_tokens)
+        with decode_attention(model):
+            continuations = _continue(make_decoder(model, decoding), prompts, rows, sampler, uniform_RS, stopping)
+        for row, new in zip(rows, continuations, strict=True):
+            texts[row.prompt][row.sample] = stopping.text(new)
     return texts
 
 
