@@ -27,9 +27,10 @@ from torch import Tensor
 from moeq.run import digest
 from moeq.tasks.checked_file import read_checked, smallest, write_checked
 from moeq.tasks.comparison import Said, ask
+from moeq.tasks.extent import Layout
 from moeq.tasks.fingerprint import differences
 from moeq.tasks.likelihood import Scored, Scorer
-from moeq.tasks.plan import Layout, Plan, plan_requests
+from moeq.tasks.plan import Plan, plan_requests
 
 Mode = Literal["memory", "disk"]
 # Models need room to run in: activations, caches and logits.
