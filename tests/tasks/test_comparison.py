@@ -13,7 +13,7 @@ from moeq.tasks.comparison import Said, ask, compare
 from moeq.tasks.documents import Request
 from moeq.tasks.extent import Layout
 from moeq.tasks.likelihood import Scorer
-from moeq.tasks.plan import plan_requests
+from moeq.tasks.plan import Plan, plan_requests
 from moeq.tasks.spec import Values
 from tests.tiny import tiny_model
 
@@ -79,6 +79,18 @@ def test_values_by_document_equal_those_of_requests_run_alone_in_any_two_layouts
                     assert values[owner][name] == pytest.approx(pair, rel=2e-4), (owner, name)
     agreements = [entry["router_agreement"] for entry in expected.values()]
     assert any(0 < same < count for same, count in agreements)
+
+
+def test_a_layout_that_does_not_work_is_replaced_and_trial_passes_are_not_recorded() -> None:
+    class WithoutCache(Scorer):
+        def settled(self, plan: Plan) -> Plan:
+            self.model(input_ids=torch.arange(50).view(1, 50))  # a trial
+            return plan_requests(plan.requests, plan.owners, "plain")
+
+    plan = plan_requests(REQUESTS, OWNERS, "document")
+    said = ask(WithoutCache(tiny_model("mixtral")), plan)
+    assert said.scored.plan.layout == "plain"
+    assert {len(ids_TK) for ids_TK in said.routing.values()} == {said.scored.plan.num_tokens}
 
 
 def test_a_model_equals_itself_whatever_the_dtype_and_order_of_the_ids() -> None:
