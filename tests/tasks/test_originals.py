@@ -10,6 +10,7 @@ import torch
 
 from moeq.tasks.comparison import ask, compare
 from moeq.tasks.documents import Request
+from moeq.tasks.extent import Layout
 from moeq.tasks.fingerprint import fingerprint
 from moeq.tasks.likelihood import Scorer
 from moeq.tasks.originals import (
@@ -21,7 +22,7 @@ from moeq.tasks.originals import (
     num_bytes,
     plan_key,
 )
-from moeq.tasks.plan import Layout, Plan, plan_requests
+from moeq.tasks.plan import Plan, plan_requests
 from tests.tiny import tiny_model
 
 CONTEXTS = [(5, 6, 7, 8, 9, 10), (5, 6, 7, 8, 40, 41, 42)]
