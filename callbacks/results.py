@@ -55,8 +55,14 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     """Model, options, versions and machine of an evaluation, as JSON-like data."""
     options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
     data = getattr(trainer.datamodule, "evaluation", None)  # type: ignore[attr-defined]
+    model = {
+        "name": options["name"],
+        "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
+        "digest": model_digest(module.model),
+        "reference": options["reference"],
+    }
     known = {
-        "model": {"name": options["name"], "digest": model_digest(module.model), "reference": options["reference"]},
+        "model": model,
         "settings": {"model": options, "data": data and asdict(data), "limit_val_batches": trainer.limit_val_batches},
         "versions": installed_versions(),
         "device": str(module.device),
