@@ -120,8 +120,11 @@ class EvaluationDataModule(L.LightningDataModule):
         except ValueError as error:
             raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
         records = Records(module.run_dir, task.name, module.fingerprint(asdict(self.sampling)), trainer.global_rank)
-        if module.hparams["restart"] and trainer.is_global_zero:
-            records.clear()
+        if module.hparams["restart"]:
+            if trainer.is_global_zero:
+                records.clear()
+            # No rank reads what another is about to forget: all have to leave out the same documents.
+            trainer.strategy.barrier("moeq_restart")
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
         evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
         evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
