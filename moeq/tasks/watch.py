@@ -111,7 +111,7 @@ class _Stream:
             selector.register(self.report, selectors.EVENT_READ)
             selector.register(process.stderr, selectors.EVENT_READ)
             while selector.get_map():
-                ended = _has_ended(process.pid)
+                ended = _has_ended(process)
                 events = selector.select(0 if ended else _POLL_SECONDS)
                 for key, _ in events:
                     if not self._read(key.fd):
@@ -124,7 +124,7 @@ class _Stream:
                 if ended and not events:
                     break
         # It closed both pipes, or is about to be gone.
-        while not _has_ended(process.pid):
+        while not _has_ended(process):
             if time.monotonic() > deadline:
                 return True
             time.sleep(_POLL_SECONDS / 50)
@@ -147,14 +147,16 @@ class _Stream:
         return [line.removeprefix(start).decode("ascii", "replace") for line in lines if line.startswith(start)]
 
 
-def _has_ended(process_id: int) -> bool:
-    """Whether a child has ended; it is not reaped, so that its number cannot become another's."""
-    return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it has ended; where there is a way, it is not reaped, so that its number cannot become another's."""
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill the process with its group; in a process namespace nothing in there outlives it."""
-    # Not reaped yet: the number is still its own, and its group may have outlived it.
+    # The number is still its own, and its group may have outlived it.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stderr is not None:
