@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
-from datamodules.evaluation import EvaluationDataModule, EvaluationSpec
+import lightning as L
 
 
 class BatchShare(Sampler[list[int]]):
@@ -34,11 +34,11 @@ class BatchShare(Sampler[list[int]]):
         return len(self._batches)
 
 
-class CalibrationDataModule(EvaluationDataModule):
-    """Train batches ``{"input_ids": [B, L]}`` from ``calibration_ids``, and the validation sets of the parent."""
+class CalibrationDataModule(L.LightningDataModule):
+    """Train batches ``{"input_ids": [B, L]}`` from ``calibration_ids``."""
 
-    def __init__(self, batch_size: int, evaluation: EvaluationSpec | None) -> None:
-        super().__init__(evaluation)
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be positive; the usual value is 8")
         self.batch_size = batch_size

@@ -41,6 +41,7 @@ NOTES = {
     "docs/code_execution.md": "running model-written code: what is protected how, and what is not",
     "docs/families.md": "model families: what differs, what is quantized, what is refused and why",
     "docs/methods.md": "every method: equations, and where each is in the code",
+    "docs/tasks.md": "evaluation tasks: all of them, their data, the papers' protocols, adding one",
     "docs/variant.md": "adding a quantization variant, with HQQ as the worked example",
     "main.py": "the command line: fit and validate",
     "pyproject.toml": "packages, dependencies, settings of ruff, mypy and pytest",

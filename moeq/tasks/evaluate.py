@@ -1,114 +1,111 @@
-"""All metrics of one evaluation set: forward passes and bookkeeping around the functions of this package."""
+"""A batch of documents through the model and, where there is one, the original: a ``Result`` for each document.
 
-from collections.abc import Mapping
+Likelihood tasks are scored in one plan of forward passes; what is compared with the original are the same positions of
+the same plan.  Generation tasks write text, which is judged as text or, for programs, by running them; they are
+compared along the text that would be right, since two models that write different texts share no other.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from moeq.tasks.decoders import Decoding
+from moeq.tasks.documents import Document, Result
+from moeq.tasks.evaluation import Sampling
+from moeq.tasks.finite import check_finite, first_non_finite
+from moeq.tasks.generation import NonFiniteLogits, generate
+from moeq.tasks.likelihood import Scored, Scorer, outcomes, plan_requests
+from moeq.tasks.originals import Original, Said, compare
+from moeq.tasks.passk import pass_at_k
+from moeq.tasks.routing import record_routing
+from moeq.tasks.sandbox import Limits, run_programs
+from moeq.tasks.spec import Code, Generation, Outcome, Rolling, Task, Values, Windows
 
-from moeq.tasks.arithmetic import greedy_continuations, parse_answer
-from moeq.tasks.divergence import kl_sum_and_agreement
-from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, MeanMetric, Perplexity, RouterAgreement
-from moeq.tasks.perplexity import nll_sum_and_count
-from moeq.tasks.routing import count_same_routing, record_routing
+Judged = tuple[Values, dict[str, Any]]
 
 
-class SetMetrics(nn.Module):
-    """Metrics of one evaluation set.
+@dataclass
+class Evaluator:
+    """What it takes to evaluate a document of any task.
 
-    A batch with ``input_ids`` [B, L] is windows of text: perplexity and, against a reference model, KL divergence,
-    top-1 agreement and router agreement.  A batch with ``prompt_ids`` [B, P], ``attention_mask`` [B, P] and ``answers``
-    is arithmetic: exact match by greedy generation.
-
-    Args:
-        name: Name of the set, for messages.
-        tokenizer: Decodes generated answers; only generation batches need it.
+    Attributes:
+        scorer: Runs plans on the model.
+        tokenizer: Of the model.
+        original: The original's side of a comparison, or None.
+        sampling: How text is generated.
+        decoding: How the model can be decoded.
+        limits: Of programs.
+        num_workers: Programs that run at the same time.
     """
 
-    def __init__(self, name: str, tokenizer: Any = None) -> None:
-        super().__init__()
-        self.name = name
-        self.tokenizer = tokenizer
-        self.num_batches = 0
-        self.perplexity = Perplexity()
-        self.kl = MeanKL()
-        self.top1_agreement = Agreement()
-        self.router_agreement = RouterAgreement()
-        self.exact_match = ExactMatch()
+    scorer: Scorer
+    tokenizer: Any
+    original: Original | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    limits: Limits = field(default_factory=Limits)
+    num_workers: int = 1
 
-    @torch.no_grad()
-    def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
-        """Run the model (and the reference, where one is given) on a batch and add to the metrics.
-
-        Args:
-            model: The causal LM under evaluation.
-            reference: The original model, or None: then only perplexity and exact match are measured.
-            batch: See the class.
+    def run(self, task: Task, documents: Sequence[Document]) -> list[Result]:
+        """Results of a batch, in the order of its documents.
 
         Raises:
-            ValueError: Logits are not finite, or the two models do not fit together.
+            NonFiniteError: Logits are not finite; names the task, the document and the module.
         """
-        if "prompt_ids" in batch:
-            self._update_exact_match(model, batch)
-        else:
-            self._update_windows(model, reference, batch["input_ids"])
-        self.num_batches += 1
+        judged: Sequence[Judged] = [({}, {}) for _ in documents]
+        compared: dict[int, Values] = {}
+        if isinstance(task, Generation):
+            judged = self._judge(task, documents, self._write(task, documents))
+        if self.original is not None or not isinstance(task, Generation):
+            scored, compared = self._score(task, documents)
+            if not isinstance(task, Generation):
+                judged = list(_likelihoods(task, documents, scored))
+        return [
+            Result(document.index, document.key, document.groups, values | compared.get(i, {}), details)
+            for i, (document, (values, details)) in enumerate(zip(documents, judged, strict=True))
+        ]
 
-    def compute(self) -> dict[str, float]:
-        """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
-        values = {}
-        for name, metric in self._metrics().items():
-            # Adding nothing marks the metric as updated: ranks without data still take part in the reduction.
-            metric.update(0, 0)
-            values[name] = float(metric.compute())
-        return {name: value for name, value in values.items() if value == value}  # NaN: no data anywhere
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        self.num_batches = 0
-        for metric in self._metrics().values():
-            metric.reset()
-
-    def _metrics(self) -> dict[str, MeanMetric]:
-        return {name: metric for name, metric in self.named_children() if isinstance(metric, MeanMetric)}
-
-    def _update_windows(self, model: Any, reference: Any, input_ids_BL: Tensor) -> None:
+    def _score(self, task: Task, documents: Sequence[Document]) -> tuple[Scored, dict[int, Values]]:
+        """Logits of every request of a batch, and by document what a comparison with the original says."""
+        owners = [i for i, document in enumerate(documents) for _ in document.requests]
+        plan = plan_requests([request for document in documents for request in document.requests], owners)
+        model = self.scorer.model
         with record_routing(model) as routing:
-            logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
-        self._check_finite(logits_BLV, "the model")
-        self.perplexity.update(*nll_sum_and_count(logits_BLV, input_ids_BL))
-        if reference is None:
-            return
-        with record_routing(reference) as reference_routing:
-            reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
-        self._check_finite(reference_logits_BLV, "the reference model")
-        kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
-        self.kl.update(kl_sum, num_positions)
-        self.top1_agreement.update(num_same, num_positions)
-        self.router_agreement.update(*count_same_routing(routing, reference_routing))
-
-    def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
-        if self.tokenizer is None:
-            raise ValueError(f"set {self.name} has generation batches but no tokenizer; give SetMetrics one")
-        answers: list[str] = batch["answers"]
-        pad = self.tokenizer.pad_token_id
-        new_ids_BN, logits_BNV = greedy_continuations(
-            model,
-            batch["prompt_ids"],
-            batch["attention_mask"],
-            # A space, the digits at one token each, and one more token to see that the number has ended.
-            max_new_tokens=max(map(len, answers)) + 2,
-            pad_token_id=0 if pad is None else pad,
+            scored = self.scorer.run(plan)
+        check_finite(
+            scored.logits_NV,
+            _indices(scored, documents),
+            model=model,
+            run=lambda: self.scorer.run(plan),
+            task=task.name,
         )
-        self._check_finite(logits_BNV, "the model")
-        texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
-        right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
-        self.exact_match.update(right, len(answers))
+        if self.original is None:
+            return scored, {}
+        ...
 
-    def _check_finite(self, logits: Tensor, whose: str) -> None:
-        if not logits.isfinite().all():
-            bad = int((~logits.isfinite()).sum())
-            raise ValueError(
-                f"{whose} gave {bad} non-finite logits of {logits.numel()} on set {self.name}, "
-                f"batch {self.num_batches}; check its weights, or load it in bfloat16 or float32 instead of float16"
+    def _write(self, task: Generation, documents: Sequence[Document]) -> list[list[str]]:
+        """What the model writes after each prompt: one text, or the samples of a program."""
+        sampling = self.sampling
+        several = isinstance(task, Code)
+        prompts = [document.requests[0].context for document in documents]
+
+        def write() -> list[list[str]]:
+            return generate(
+                self.scorer.model,
+                prompts,
+                tokenizer=self.tokenizer,
+                stop=task.stop,
+                max_new_tokens=task.max_new_tokens,
+                seeds=[int(document.key[:8], 16) + sampling.seed for document in documents],
+                num_samples=sampling.num_samples if several else 1,
+                temperature=sampling.temperature if several else 0.0,
+                top_p=sampling.top_p if several else 1.0,
+                decoding=self.decoding,
             )
+
+        try:
+            return write()
+        except NonFiniteLogits as error:
+            where = first_non_finite(self.scorer.model, write)
+            raise NonFiniteError(...) from error
