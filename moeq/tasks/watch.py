@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SOURCE = "import sys; sys.path.insert(0, {!r}); from confinement.start import main; del sys.path[0]; main()"
+# The standard library comes first, and this project's folder is not there any more when the program runs.
+_SOURCE = "import sys; sys.path.append({!r}); from moeq.tasks.confinement.start import main; sys.path.pop(); main()"
 _START_SECONDS = 60.0  # for the confinement alone, before the program's own time
 _POLL_SECONDS = 0.05  # only matters where processes that are left behind hold the pipes open
 _REPORT_BYTES = 8192
@@ -72,7 +73,7 @@ def run_confined(request: Mapping[str, Any], seconds: float, output_bytes: int) 
 
 def _start(request: dict[str, Any], report: int) -> "subprocess.Popen[bytes]":
     # No site (-S, -s), no directory of this script (-P) and none of the environment of this process.
-    source = _SOURCE.format(str(Path(__file__).resolve().parent))
+    source = _SOURCE.format(str(Path(__file__).resolve().parents[2]))
     cached = ["-B"] if sys.dont_write_bytecode else []
     command = [sys.executable, "-s", "-S", "-P", *cached, "-c", source]
     # The order of sets depends on the hash seed, and with it whether some programs pass.
