@@ -8,11 +8,11 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from moeq.tasks.batches import batches
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
 from moeq.tasks.encode import Encoder
 from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
-from moeq.tasks.likelihood import batches
 from moeq.tasks.records import Records
 from moeq.tasks.registry import expand
 from moeq.tasks.rows import load_rows
@@ -107,19 +107,15 @@ class EvaluationDataModule(L.LightningDataModule):
         rows = load_rows(task.source, self.data_dir)
         encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
         try:
-            documents = encoder.documents(
-                task, rows, window_length=self.window_length, num_documents=self.num_documents
-            )
+            encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
         except ValueError as error:
             raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
         records = Records(module.run_dir, task.name, module.fingerprint(asdict(self.sampling)), trainer.global_rank)
         if module.hparams["restart"] and trainer.is_global_zero:
             records.clear()
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
-        evaluation = TaskEvaluation(task, rows, documents, kinds, records, trainer.global_rank)
-        evaluation.batches = batches(
-            evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size
-        )
+        evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
         return evaluation
 
 
