@@ -4,11 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
-
-import lightning as L
 
 
 class BatchShare(Sampler[list[int]]):
@@ -49,6 +48,11 @@ class CalibrationDataModule(L.LightningDataModule):
         if self._ids_NL is None:
             self._ids_NL = self.make_ids()
         return self._ids_NL
+
+    @property
+    def _tokenizer(self) -> Any:
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return self.trainer.lightning_module.tokenizer
 
     @abstractmethod
     def make_ids(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Evaluation tasks as Lightning validation loaders: one per task, each batch a list of documents."""
 
-from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,10 +8,16 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from moeq.tasks.batches import batches
+from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
 from moeq.tasks.encode import Encoder
-from moeq.tasks.evaluation import Sampling, Selection, TaskEvaluation, open_task
+from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
+from moeq.tasks.records import Records
 from moeq.tasks.registry import expand
+from moeq.tasks.rows import load_rows
+from moeq.tasks.sandbox import check_permission
+from moeq.tasks.spec import Code, Task
 
 
 class EvaluationDataModule(L.LightningDataModule):
@@ -62,13 +68,16 @@ class EvaluationDataModule(L.LightningDataModule):
         names = [task.name for task in self.tasks]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{doubled} are named more than once among tasks and domains; rename the domain")
-        self.selection = Selection(num_documents, dict(num_shots or {}))
-        self.selection.check(self.tasks)
+        if unknown := sorted((num_shots or {}).keys() - set(names)):
+            raise ValueError(f"num_shots names {unknown}, which are not among the tasks {names}; correct the names")
+        self.tasks = [replace(task, num_shots=(num_shots or {}).get(task.name, task.num_shots)) for task in self.tasks]
+        for task in self.tasks:
+            if isinstance(task, Code):
+                check_permission(execute_code, task.name)
         self.data_dir = None if data_dir is None else Path(data_dir)
+        self.num_documents, self.window_length = num_documents, window_length
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.sampling = sampling or Sampling()
-        self.execute_code = execute_code
-        refuse_code(self.tasks, execute_code)
         self.evaluations: list[TaskEvaluation] = []
 
     @override
@@ -81,14 +90,41 @@ class EvaluationDataModule(L.LightningDataModule):
             ValueError: A missing or malformed file, or a text shorter than the windows asked for.
         """
         assert self.trainer is not None, "the loaders are built by a Trainer"
-        trainer, module = self.trainer, cast(Any, self.trainer.lightning_module)
-        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
-        self.evaluations = []
-        for task in self.tasks:
-            self.evaluations.append(open_task(...))
+        self.evaluations = [self._open(task) for task in self.tasks]
+        # Every rank has read what is finished before any of them adds to it.
+        self.trainer.strategy.barrier("moeq_evaluation")
         return [_loader(evaluation.batches) for evaluation in self.evaluations]
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Documents are plain data: scoring makes its tensors on the device of the model."""
         return batch
+
+    def _open(self, task: Task) -> TaskEvaluation:
+        """Read a task's data, turn its rows into documents, leave out those that are finished, batch the others."""
+        assert self.trainer is not None
+        trainer, module = self.trainer, cast(Any, self.trainer.lightning_module)
+        rows = load_rows(task.source, self.data_dir)
+        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
+        try:
+            encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
+        except ValueError as error:
+            raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
+        records = Records(module.run_dir, task.name, module.fingerprint(asdict(self.sampling)), trainer.global_rank)
+        if module.hparams["restart"] and trainer.is_global_zero:
+            records.clear()
+        kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
+        evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
+        return evaluation
+
+
+def _loader(dataset: list[list[Document]]) -> DataLoader[Any]:
+    # A rank without documents has one empty batch: Lightning does not validate at all where there is none.
+    return DataLoader(cast(Dataset[Any], dataset or [[]]), batch_size=None, collate_fn=list)
+
+
+def _check_positive(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be positive; leave it out for the usual value")

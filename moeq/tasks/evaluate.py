@@ -2,22 +2,36 @@
 
 Likelihood tasks are scored in one plan of forward passes; what is compared with the original are the same positions of
 the same plan.  Generation tasks write text, which is judged as text or, for programs, by running them; they are
-compared along the text that would be right, as two models that write different texts cannot be compared along either.
+compared along the text that would be right, since two models that write different texts share no other.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
+import torch
+
+from moeq.tasks.comparison import Said, ask, compare
+from moeq.tasks.decoders import Decoding
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.evaluation import Sampling
-from moeq.tasks.finite import NonFiniteError, first_non_finite
-from moeq.tasks.generation import generate
-from moeq.tasks.likelihood import Plan, Scored, Scorer, outcomes, plan_requests
-from moeq.tasks.originals import LiveOriginal, StoredOriginal, compare
+from moeq.tasks.finite import NonFiniteError, check_finite, first_non_finite
+from moeq.tasks.generation import NonFiniteLogits, generate
+from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
 from moeq.tasks.passk import pass_at_k
-from moeq.tasks.sandbox import Limits, run_programs
-from moeq.tasks.spec import Code, Generation, Outcome, Rolling, Task, Values, Windows
+from moeq.tasks.plan import Plan, plan_requests
+from moeq.tasks.sandbox import Limits, Verdict, run_programs
+from moeq.tasks.spec import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
+
+Judged = tuple[Values, dict[str, Any]]
+
+
+class Original(Protocol):
+    """The original's side of a comparison: in memory, or what it said before."""
+
+    def said(self, plan: Plan) -> Said:
+        """What the original says of a batch."""
 
 
 @dataclass
@@ -29,35 +43,128 @@ class Evaluator:
         tokenizer: Of the model.
         original: The original's side of a comparison, or None.
         sampling: How text is generated.
-        limits: Of programs; None refuses to run any.
+        decoding: How the model can be decoded.
+        limits: Of programs.
         num_workers: Programs that run at the same time.
     """
 
     scorer: Scorer
     tokenizer: Any
-    original: LiveOriginal | StoredOriginal | None = None
-    sampling: Sampling = Sampling()
-    limits: Limits | None = None
+    original: Original | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    limits: Limits = field(default_factory=Limits)
     num_workers: int = 1
 
     def run(self, task: Task, documents: Sequence[Document]) -> list[Result]:
         """Results of a batch, in the order of its documents.
 
         Raises:
-            NonFiniteError: Logits are not finite; names the task, the documents and the block.
+            NonFiniteError: Logits are not finite; names the task, the document and the module.
         """
-        scores: list[tuple[Values, dict[str, Any]]]
-        if isinstance(task, Code):
-            scores = self._programs(task, documents)
-        elif isinstance(task, Generation):
-            scores = self._texts(task, documents)
+        judged: list[Judged]
+        compared: dict[int, Values] = {}
+        if isinstance(task, Generation):
+            judged = self._judge(task, documents, self._write(task, documents))
+            if self.original is not None:
+                _, compared = self._score(task, documents, self.original)
         else:
-            scores = [({}, {}) for _ in documents]
-        if self.original is not None or not isinstance(task, Generation):
-            for (values, details), (more, seen) in zip(scores, self._likelihoods(task, documents), strict=True):
-                values.update(more)
-                details.update(seen)
+            scored, compared = self._score(task, documents, self.original)
+            judged = list(_likelihoods(task, documents, scored))
         return [
-            Result(document.index, document.key, document.groups, values, details)
-            for document, (values, details) in zip(documents, scores, strict=True)
+            Result(document.index, document.key, document.groups, values | compared.get(i, {}), details)
+            for i, (document, (values, details)) in enumerate(zip(documents, judged, strict=True))
         ]
+
+    def _score(
+        self, task: Task, documents: Sequence[Document], original: Original | None
+    ) -> tuple[Scored, dict[int, Values]]:
+        """Logits of every request of a batch, and by number of the document what the comparison says."""
+        plan = plan_documents(documents)
+        said = ask_checked(self.scorer, plan, task, documents)
+        return said.scored, compare(original.said(plan), said) if original is not None else {}
+
+    def _write(self, task: Generation, documents: Sequence[Document]) -> list[list[str]]:
+        """What the model writes after each prompt: one text, or the samples of a program."""
+        # Samples are for pass@k; the protocols of all other tasks are greedy.
+        sampling = self.sampling if isinstance(task, Code) else Sampling()
+
+        def write() -> list[list[str]]:
+            return generate(
+                self.scorer.model,
+                [document.requests[0].context for document in documents],
+                tokenizer=self.tokenizer,
+                stop=task.stop,
+                max_new_tokens=task.max_new_tokens,
+                seeds=[int(document.key[:8], 16) + sampling.seed for document in documents],
+                num_samples=sampling.num_samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                decoding=self.decoding,
+            )
+
+        try:
+            return write()
+        except NonFiniteLogits as error:
+            where = first_non_finite(self.scorer.model, write) or "no module when it was run again"
+            raise NonFiniteError(
+                f"task {task.name}, document {documents[error.prompt].index}: {error}; the first module whose output "
+                f"is not finite is {where}; check its weights, or load the model in bfloat16 or float32"
+            ) from error
+
+    def _judge(self, task: Generation, documents: Sequence[Document], texts: Sequence[Sequence[str]]) -> list[Judged]:
+        if not isinstance(task, Code):
+            return [
+                (task.score_text(document.row, text), {"text": text})
+                for document, (text,) in zip(documents, texts, strict=True)
+            ]
+        programs = [task.program(d.row, text) for d, samples in zip(documents, texts, strict=True) for text in samples]
+        verdicts = iter(run_programs(programs, self.limits, self.num_workers))
+        return [_pass_rates(samples, list(islice(verdicts, len(samples))), self.sampling.k) for samples in texts]
+
+
+def plan_documents(documents: Sequence[Document]) -> Plan:
+    """The passes for all requests of a batch."""
+    owners = [i for i, document in enumerate(documents) for _ in document.requests]
+    return plan_requests([request for document in documents for request in document.requests], owners)
+
+
+def ask_checked(
+    scorer: Scorer, plan: Plan, task: Task, documents: Sequence[Document], whose: str = "the model"
+) -> Said:
+    """What a model says of a batch; raises NonFiniteError where that is no number."""
+    said = ask(scorer, plan)
+    ran = said.scored.plan
+    check_finite(
+        said.scored.logits_NV,
+        torch.tensor([document.index for document in documents])[ran.owner_N],
+        model=scorer.model,
+        run=lambda: run_plan(scorer.model, ran),
+        task=task.name,
+        whose=whose,
+    )
+    return said
+
+
+def _likelihoods(task: Task, documents: Sequence[Document], scored: Scored) -> Iterator[Judged]:
+    """Values of documents that are scored by likelihood alone."""
+    found = iter(outcomes(scored, sum(len(document.requests) for document in documents)))
+    for document in documents:
+        yield _likelihood(task, document, list(islice(found, len(document.requests))))
+
+
+def _likelihood(task: Task, document: Document, scores: list[Outcome]) -> Judged:
+    total = sum(outcome.loglikelihood for outcome in scores)
+    if isinstance(task, MultipleChoice | LastWord):
+        details = {"loglikelihoods": [outcome.loglikelihood for outcome in scores]}
+        return task.score(document.row, scores), details
+    if isinstance(task, Rolling):
+        return task.score(document.row, total), {"loglikelihood": total}
+    num_tokens = sum(len(request.continuation) for request in document.requests)
+    return {"perplexity": (-total, float(num_tokens))}, {}
+
+
+def _pass_rates(samples: Sequence[str], verdicts: Sequence[Verdict], ks: Sequence[int]) -> Judged:
+    num_passed = sum(verdict.passed for verdict in verdicts)
+    values = {f"pass@{k}": (pass_at_k(len(samples), num_passed, k), 1.0) for k in ks}
+    return values, {"texts": list(samples), "verdicts": [verdict.reason for verdict in verdicts]}

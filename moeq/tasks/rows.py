@@ -17,6 +17,7 @@ from typing import Any
 from moeq.tasks.spec import Row, Source
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+_SUFFIX = re.compile(r"[.](jsonl|txt)([.]gz)?$")
 _PART = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
 
 
@@ -56,7 +57,7 @@ def load_rows(source: Source, data_dir: Path | None) -> Rows:
         origin = " ".join(filter(None, (source.hub, source.config, split)))
     else:
         path = find_file(source, source.splits, data_dir)
-        split, origin = path.name.split(".")[0], str(path)
+        split, origin = _SUFFIX.sub("", path.name), str(path)
         rows, digest = read_file(path, source.whole)
     if source.shots is None:
         return Rows(rows, [], split, origin, digest)

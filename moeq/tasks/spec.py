@@ -13,6 +13,7 @@ totals and weights of its documents, seen through its ``Kind``; so sums over doc
 any order.  Nothing here reads files, tokenizes or runs a model.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,10 @@ class MultipleChoice(Task):
     def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
         """Values of one document; of equal log-likelihoods the first counts, as in numpy's argmax."""
         likelihoods = [outcome.loglikelihood for outcome in outcomes]
-        by_length = [x / len(choice) for x, choice in zip(likelihoods, self.choices(row), strict=True)]
+        # An empty choice never wins.
+        by_length = [
+            x / len(choice) if choice else -math.inf for x, choice in zip(likelihoods, self.choices(row), strict=True)
+        ]
         answer = self.answer(row)
         right = {"acc": likelihoods, "acc_norm": by_length}
         return {name: (float(right[name].index(max(right[name])) == answer), 1.0) for name in self.metrics}
