@@ -83,12 +83,12 @@ def test_a_cache_that_forgets_which_rows_it_holds_is_found_out(monkeypatch: pyte
     monkeypatch.setattr("moeq.tasks.decoders.reorder_cache", lambda cache, index: None)
     decoding = examine(model, prompts(20, 20, 20))
     assert decoding.way == "no cache"
-    assert "with its cache and equal lengths its logits are others" in decoding.reason
+    assert "its cache with equal lengths gives other logits" in decoding.reason
 
 
 def test_a_family_whose_cache_raises_says_so() -> None:
     reason = examine(tiny_model("axk2", index_topk=64), prompts(20)).reason
-    assert reason.startswith("with its cache and padding in front it raises ValueError: Cannot call `update_indexer`")
+    assert reason.startswith("its cache with padding in front raises ValueError: Cannot call `update_indexer`")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "nemotron_h"])
