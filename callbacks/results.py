@@ -15,7 +15,7 @@ from moeq.gallery import show_figure
 from moeq.models.digest import model_digest
 from moeq.module import MoEQuantModule
 from moeq.report import markdown_table, result_row, write_results
-from moeq.task_report import TaskReport, scalars, task_report
+from moeq.task_report import TaskReport
 from moeq.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
 from moeq.versions import installed_versions
 
@@ -33,13 +33,11 @@ class Results(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks reduce their metrics; the first one writes."""
         assert isinstance(pl_module, MoEQuantModule)
-        reports = [task_report(evaluated) for evaluated in pl_module.evaluations]
+        reports = pl_module.validation.reports
         if not trainer.is_global_zero:
             return
         row = result_row(reports, **describe_model(pl_module))
         write_results([row], pl_module.run_dir, reports, setting(trainer, pl_module))
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars(reports), trainer.global_step)
         draw(reports, trainer, pl_module.run_dir)
         rank_zero_info(f"\n{markdown_table([row])}\n{markdown_tasks(reports)}")
 

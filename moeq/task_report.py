@@ -25,6 +25,9 @@ class Description(TypedDict):
         seconds: Wall time.
         chance: What guessing would score, between 0 and 1; for choices only.
         protections: Of the execution of generated code, those that were in effect.
+        num_resumed: Of the documents, those that an interrupted evaluation had finished.
+        num_tokens_cut: Tokens that were cut from the truncated documents.
+        notes: What happened to records of earlier evaluations.
     """
 
     split: str
@@ -40,6 +43,9 @@ class Description(TypedDict):
     seconds: float
     chance: NotRequired[float | None]
     protections: NotRequired[Sequence[str]]
+    num_resumed: NotRequired[int]
+    num_tokens_cut: NotRequired[int]
+    notes: NotRequired[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,17 @@ class Evaluated(Protocol):
     task: Task
     metrics: TaskMetrics
 
-    def description(self) -> Description:
-        """What it was measured on."""
+    def description(self, num_evaluated: int) -> Description:
+        """What it was measured on; ``num_evaluated`` documents, by all ranks."""
 
 
 def task_report(evaluated: Evaluated) -> TaskReport:
     """Put together what all ranks measured; all must call it, and all get the same."""
     metrics, task = evaluated.metrics, evaluated.task
     found = metrics.compute()
-    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, evaluated.description())
+    num_evaluated = max((measured.num_documents for measured in found.get("", {}).values()), default=0)
+    described = evaluated.description(num_evaluated)
+    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, described)
 
 
 def scalars(reports: Iterable[TaskReport]) -> dict[str, float]:

@@ -13,6 +13,7 @@ totals and weights of its documents, seen through its ``Kind``; so sums over doc
 any order.  Nothing here reads files, tokenizes or runs a model.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,15 +46,19 @@ class Source:
         folder: Folder below ``data_dir``.
         hub: Id of the data set on the hub; None where it has no copy there.
         config: Its configuration there.
+        hub_file: The one file of the data set there that is the split, where that is a part of a large one.
         splits: The first of these that exists is evaluated; which one it was is in the results.
-        shots: Split of the few-shot examples; None where the task has none.
+        shots: Split of the few-shot examples, or a part of it as in "prompt[1:4]"; None where the task has none.
+        whole: A .txt file is one row; otherwise each of its lines is one.
     """
 
     folder: str
     hub: str | None
     config: str | None = None
+    hub_file: str | None = None
     splits: tuple[str, ...] = ("validation",)
     shots: str | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,10 @@ class Task:
     shots_like: Callable[[Row], Any] = lambda row: None
     description: Callable[[Row], str] = lambda row: ""
 
+    def shot(self, row: Row) -> str:
+        """A row as an example; raises ValueError for kinds that have no prompts."""
+        raise ValueError(f"task {self.name} ({type(self).__name__}) takes no examples; set num_shots to 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice(Task):
@@ -96,12 +105,14 @@ class MultipleChoice(Task):
         choices: The choices, without the delimiter.
         answer: Index of the right one.
         delimiter: Between context and choice.
+        shot_delimiter: The same in examples; None is ``delimiter``.
     """
 
     context: Callable[[Row], str]
     choices: Callable[[Row], Sequence[str]]
     answer: Callable[[Row], int]
     delimiter: str = " "
+    shot_delimiter: str | None = None
     metrics: Mapping[str, Kind] = field(default_factory=lambda: {"acc": "mean", "acc_norm": "mean"})
 
     def pairs(self, row: Row, shots: str = "") -> list[tuple[str, str]]:
@@ -110,12 +121,16 @@ class MultipleChoice(Task):
 
     def shot(self, row: Row) -> str:
         """A row as an example: its context and its right choice."""
-        return self.context(row) + self.delimiter + self.choices(row)[self.answer(row)]
+        delimiter = self.delimiter if self.shot_delimiter is None else self.shot_delimiter
+        return self.context(row) + delimiter + self.choices(row)[self.answer(row)]
 
     def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
         """Values of one document; of equal log-likelihoods the first counts, as in numpy's argmax."""
         likelihoods = [outcome.loglikelihood for outcome in outcomes]
-        by_length = [x / len(choice) for x, choice in zip(likelihoods, self.choices(row), strict=True)]
+        # An empty choice never wins.
+        by_length = [
+            x / len(choice) if choice else -math.inf for x, choice in zip(likelihoods, self.choices(row), strict=True)
+        ]
         answer = self.answer(row)
         right = {"acc": likelihoods, "acc_norm": by_length}
         return {name: (float(right[name].index(max(right[name])) == answer), 1.0) for name in self.metrics}
