@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16":
 
 
 class Results(Callback):
-    """Writes results.json, results.md and figures after validate, logs every metric, and prints the tables.
+    """Writes results.json, results.md and figures after validate, and prints the tables.
 
-    Reads ``pl_module.evaluations``: the evaluated tasks, each with ``task``, ``metrics`` and ``description()``.
+    Reads ``pl_module.validation.reports``, which all ranks have put together; the module logs the numbers themselves.
     """
 
     affects_weights = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All ranks reduce their metrics; the first one writes."""
+        """The first rank writes."""
         assert isinstance(pl_module, MoEQuantModule)
         reports = pl_module.validation.reports
         if not trainer.is_global_zero:
@@ -54,7 +53,7 @@ def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:
 def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     """Model, options, versions and machine of an evaluation, as JSON-like data."""
     options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
-    data = getattr(trainer.datamodule, "evaluation", None)  # type: ignore[attr-defined]
+    data = dict(trainer.datamodule.hparams)  # type: ignore[attr-defined]
     model = {
         "name": options["name"],
         "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
@@ -63,7 +62,7 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     }
     known = {
         "model": model,
-        "settings": {"model": options, "data": data and asdict(data), "limit_val_batches": trainer.limit_val_batches},
+        "settings": {"model": options, "data": data, "limit_val_batches": trainer.limit_val_batches},
         "versions": installed_versions(),
         "device": str(module.device),
         "dtype": str(module.model.dtype).removeprefix("torch."),

@@ -34,6 +34,9 @@ class Module(MoEQuantModule):
     def on_validation_start(self) -> None:
         """No model."""
 
+    def on_validation_epoch_end(self) -> None:
+        """No metrics."""
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Nothing."""
 

@@ -1,7 +1,6 @@
 """The callback that writes what was evaluated, on stubs of a module and a trainer."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from callbacks.results import Results
 from moeq.module import MoEQuantModule
 from moeq.report import read_results
-from moeq.task_report import Description
+from moeq.task_report import Description, task_report
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import TaskMetrics
 from moeq.tasks.spec import MultipleChoice, Source
@@ -33,14 +32,8 @@ class Evaluation:
         for index in range(20):
             self.metrics.add(Result(index, "", GROUPS[index % 2], {"acc": (float(index < 15), 1.0)}))
 
-    def description(self) -> Description:
-        return description(num_documents=20, partial="limit_val_batches", num_shots=5)
-
-
-@dataclass
-class Spec:
-    tasks: tuple[str, ...]
-    data_dir: Path
+    def description(self, num_evaluated: int) -> Description:
+        return description(num_documents=num_evaluated, partial="limit_val_batches", num_shots=5)
 
 
 class Module(MoEQuantModule):
@@ -49,18 +42,16 @@ class Module(MoEQuantModule):
     def __init__(self, folder: Path) -> None:
         super().__init__(name="tiny", label="original")
         self._models["model"] = tiny_model("qwen2_moe")
-        self.folder, self.evaluations = folder, [Evaluation()]  # type: ignore[misc]
+        self.folder, self.validation = folder, SimpleNamespace(reports=[task_report(Evaluation())])  # type: ignore[assignment]
 
     @property
     def run_dir(self) -> Path:
         return self.folder
 
-    evaluations: Any = None
-
 
 def validated(folder: Path, **changes: Any) -> list[Any]:
     loggers = [TensorBoardLogger(folder / "tensorboard"), CSVLogger(folder / "csv")]
-    data = SimpleNamespace(evaluation=Spec(("mmlu",), Path("data")))
+    data = SimpleNamespace(hparams={"tasks": ["mmlu"], "data_dir": Path("data")})
     trainer = SimpleNamespace(
         is_global_zero=True, loggers=loggers, global_step=0, datamodule=data, limit_val_batches=1.0, world_size=1
     )
@@ -86,16 +77,13 @@ def test_files_hold_what_was_measured_where_and_with_what(tmp_path: Path, caplog
     assert "| mmlu / stem" in caplog.text
 
 
-def test_tensorboard_has_every_metric_with_its_error_and_the_figures(tmp_path: Path) -> None:
+def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger, _ = validated(tmp_path)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    tags = events.Tags()
-    assert {"mmlu/acc", "mmlu/acc_stderr", "mmlu/acc_by_subject", "mmlu/law/acc"} <= set(tags["scalars"])
-    assert events.Scalars("mmlu/acc")[0].value == 0.75
-    assert set(tags["images"]) == {"figures/tasks", "figures/task_table", "figures/mmlu_groups"}
+    assert set(events.Tags()["images"]) == {"figures/tasks", "figures/task_table", "figures/mmlu_groups"}
     assert sorted(path.stem for path in tmp_path.glob("figures/*.png")) == ["mmlu_groups", "task_table", "tasks"]
 
 
