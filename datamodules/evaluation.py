@@ -53,6 +53,7 @@ class EvaluationDataModule(L.LightningDataModule):
         execute_code: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         _check_positive(
             num_documents=num_documents, window_length=window_length, num_windows=num_windows, max_length=max_length,
             batch_tokens=batch_tokens,
@@ -94,6 +95,14 @@ class EvaluationDataModule(L.LightningDataModule):
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")
         return [_loader(evaluation.batches) for evaluation in self.evaluations]
+
+    @property
+    def batch_costs(self) -> list[list[tuple[int, float]]]:
+        """Documents and tokens of each batch of each loader, for the progress bar."""
+        return [
+            [(len(documents), float(sum(d.num_tokens for d in documents))) for documents in evaluation.batches or [[]]]
+            for evaluation in self.evaluations
+        ]
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:

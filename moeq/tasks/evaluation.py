@@ -108,7 +108,7 @@ class TaskEvaluation:
         return {
             "split": self.rows.split, "origin": self.rows.origin, "sha256": self.rows.sha256,
             "num_shots": self.task.num_shots, "num_documents": num_evaluated, "num_available": self.num_available,
-            "num_tokens": sum(len(r.context) + len(r.continuation) for d in self.documents for r in d.requests),
+            "num_tokens": sum(document.num_tokens for document in self.documents),
             "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut), "partial": partial,
             "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(), "notes": self.records.notes,
         }  # fmt: skip

@@ -42,7 +42,8 @@ class Module(MoEQuantModule):
     def __init__(self, folder: Path) -> None:
         super().__init__(name="tiny", label="original")
         self._models["model"] = tiny_model("qwen2_moe")
-        self.folder, self.validation = folder, SimpleNamespace(reports=[task_report(Evaluation())])  # type: ignore[assignment]
+        self.folder = folder
+        self.validation = SimpleNamespace(reports=[task_report(Evaluation())])  # type: ignore[assignment]
 
     @property
     def run_dir(self) -> Path:
@@ -83,7 +84,8 @@ def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
     logger, _ = validated(tmp_path)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert set(events.Tags()["images"]) == {"figures/tasks", "figures/task_table", "figures/mmlu_groups"}
+    tags = events.Tags()
+    assert set(tags["images"]) == {"figures/tasks", "figures/task_table", "figures/mmlu_groups"}
     assert sorted(path.stem for path in tmp_path.glob("figures/*.png")) == ["mmlu_groups", "task_table", "tasks"]
 
 
