@@ -53,7 +53,7 @@ def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:
 def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     """Model, options, versions and machine of an evaluation, as JSON-like data."""
     options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
-    data = dict(trainer.datamodule.hparams)  # type: ignore[attr-defined]
+    data = {k: v for k, v in trainer.datamodule.hparams.items() if not k.startswith("_")}  # type: ignore[attr-defined]
     model = {
         "name": options["name"],
         "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub

@@ -86,10 +86,16 @@ class TaskReport:
                 return metric
         return None
 
+    @property
+    def documents_per_second(self) -> float | None:
+        """Speed of this run: what an interrupted one had finished took it no time; None where that is all."""
+        ran = self.description["num_documents"] - self.description.get("num_resumed", 0)
+        return ran / self.description["seconds"] if ran > 0 and self.description["seconds"] > 0 else None
+
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``results.json``."""
         described: dict[str, Any] = dict(self.description)
-        reason, seconds = described.pop("partial"), described["seconds"]
+        reason = described.pop("partial")
         return {
             "task": self.name,
             "kind": self.kind,
@@ -97,7 +103,7 @@ class TaskReport:
             "partial": reason is not None,
             "partial_reason": reason,
             **described,
-            "documents_per_second": described["num_documents"] / seconds if seconds else None,
+            "documents_per_second": self.documents_per_second,
             "groups": {group: _json_of(found) for group, found in self.measurements.items() if group},
         }
 

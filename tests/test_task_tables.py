@@ -67,10 +67,12 @@ def test_what_one_has_to_know_is_noted() -> None:
     described = description(
         num_documents=100, partial="limit_val_batches", num_truncated=3, chance=0.5,
         fallbacks={"no end-of-text token": 2}, protections=["time", "memory", "no network"],
+        num_tokens_cut=70, num_resumed=40, notes=["records of another model were left alone"],
     )  # fmt: skip
     assert notes(described) == (
-        "partial: 100 of 10042 (limit_val_batches); chance 50.0; 3 truncated; 2 x no end-of-text token; "
-        "code run with time, memory, no network"
+        "partial: 100 of 10042 (limit_val_batches); chance 50.0; 3 truncated by 70 tokens in all; "
+        "40 from an earlier run; 2 x no end-of-text token; code run with time, memory, no network; "
+        "records of another model were left alone"
     )
 
 
@@ -78,6 +80,14 @@ def test_a_partial_task_says_so_in_both_tables() -> None:
     report = hellaswag(num_documents=100, partial="num_documents")
     assert "| partial: 100 of 10042 (num_documents); chance 25.0 |" in markdown_tasks([report])
     assert "| 100 of 10042 |" in markdown_details([report])
+
+
+def test_speed_counts_what_this_run_evaluated() -> None:
+    assert hellaswag(num_documents=100, num_resumed=60, seconds=8.0).documents_per_second == 5
+    for nothing_ran in ({"num_documents": 100, "num_resumed": 100}, {"seconds": 0.0}):
+        report = hellaswag(**nothing_ran)
+        assert report.documents_per_second is None
+        assert " - | data/" in markdown_details([report])
 
 
 def test_digits_follow_the_metric_and_an_unknown_error_is_left_out() -> None:
