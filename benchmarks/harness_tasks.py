@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 from moeq.tasks.pages import pages
-from moeq.tasks.prompts import SHOT_SEED
 from moeq.tasks.spec import Row
 
 # Configuration files below lm_eval/tasks, by the name of the same task here.
@@ -47,6 +46,7 @@ def harness_task(name: str, rows: Sequence[Row], shots: Sequence[Row] = (), num_
     import lm_eval.tasks
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = CONFIGS.get(name, f"mmlu/default/{name}.yaml")
@@ -66,7 +66,7 @@ def harness_task(name: str, rows: Sequence[Row], shots: Sequence[Row] = (), num_
         num_fewshot=num_shots,
     )
     task = ConfigurableTask(config=config)
-    task.set_fewshot_seed(SHOT_SEED)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     task.build_all_requests(rank=0, world_size=1)
     return task
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from moeq.gallery import show_figure
 from moeq.models.digest import model_digest
 from moeq.module import MoEQuantModule
 from moeq.report import markdown_table, result_row, write_results
-from moeq.task_report import TaskReport, scalars, task_report
+from moeq.task_report import TaskReport
 from moeq.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
 from moeq.versions import installed_versions
 
@@ -23,23 +22,21 @@ BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16":
 
 
 class Results(Callback):
-    """Writes results.json, results.md and figures after validate, logs every metric, and prints the tables.
+    """Writes results.json, results.md and figures after validate, and prints the tables.
 
-    Reads ``pl_module.evaluations``: the evaluated tasks, each with ``task``, ``metrics`` and ``description()``.
+    Reads ``pl_module.validation.reports``, which all ranks have put together; the module logs the numbers themselves.
     """
 
     affects_weights = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All ranks reduce their metrics; the first one writes."""
+        """The first rank writes."""
         assert isinstance(pl_module, MoEQuantModule)
-        reports = [task_report(evaluated) for evaluated in pl_module.evaluations]
+        reports = pl_module.validation.reports
         if not trainer.is_global_zero:
             return
         row = result_row(reports, **describe_model(pl_module))
         write_results([row], pl_module.run_dir, reports, setting(trainer, pl_module))
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars(reports), trainer.global_step)
         draw(reports, trainer, pl_module.run_dir)
         rank_zero_info(f"\n{markdown_table([row])}\n{markdown_tasks(reports)}")
 
@@ -56,10 +53,16 @@ def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:
 def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     """Model, options, versions and machine of an evaluation, as JSON-like data."""
     options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
-    data = getattr(trainer.datamodule, "evaluation", None)  # type: ignore[attr-defined]
+    data = {k: v for k, v in trainer.datamodule.hparams.items() if not k.startswith("_")}  # type: ignore[attr-defined]
+    model = {
+        "name": options["name"],
+        "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
+        "digest": model_digest(module.model),
+        "reference": options["reference"],
+    }
     known = {
-        "model": {"name": options["name"], "digest": model_digest(module.model), "reference": options["reference"]},
-        "settings": {"model": options, "data": data and asdict(data), "limit_val_batches": trainer.limit_val_batches},
+        "model": model,
+        "settings": {"model": options, "data": data, "limit_val_batches": trainer.limit_val_batches},
         "versions": installed_versions(),
         "device": str(module.device),
         "dtype": str(module.model.dtype).removeprefix("torch."),

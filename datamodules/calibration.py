@@ -4,11 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
-
-import lightning as L
 
 
 class BatchShare(Sampler[list[int]]):
@@ -50,9 +49,19 @@ class CalibrationDataModule(L.LightningDataModule):
             self._ids_NL = self.make_ids()
         return self._ids_NL
 
+    @property
+    def _tokenizer(self) -> Any:
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return self.trainer.lightning_module.tokenizer
+
     @abstractmethod
     def make_ids(self) -> Tensor:
         """The sequences, int64 [N, L] on the CPU; called by every rank, from ``on_fit_start`` on."""
+
+    @override
+    def val_dataloader(self) -> list[Any]:
+        """None: the tasks of validate have a datamodule of their own."""
+        return []
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:

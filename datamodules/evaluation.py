@@ -8,11 +8,11 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from moeq.tasks.batches import batches
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
 from moeq.tasks.encode import Encoder
 from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
-from moeq.tasks.likelihood import batches
 from moeq.tasks.records import Records
 from moeq.tasks.registry import expand
 from moeq.tasks.rows import load_rows
@@ -53,6 +53,7 @@ class EvaluationDataModule(L.LightningDataModule):
         execute_code: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         _check_positive(
             num_documents=num_documents, window_length=window_length, num_windows=num_windows, max_length=max_length,
             batch_tokens=batch_tokens,
@@ -90,36 +91,45 @@ class EvaluationDataModule(L.LightningDataModule):
             ValueError: A missing or malformed file, or a text shorter than the windows asked for.
         """
         assert self.trainer is not None, "the loaders are built by a Trainer"
-        self.evaluations = [self._open(task) for task in self.tasks]
+        module = cast(Any, self.trainer.lightning_module)
+        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
+        fingerprint = module.fingerprint(asdict(self.sampling))
+        self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")
         return [_loader(evaluation.batches) for evaluation in self.evaluations]
+
+    @property
+    def batch_costs(self) -> list[list[tuple[int, float]]]:
+        """Documents and tokens of each batch of each loader, for the progress bar."""
+        return [
+            [(len(documents), float(sum(d.num_tokens for d in documents))) for documents in evaluation.batches or [[]]]
+            for evaluation in self.evaluations
+        ]
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Documents are plain data: scoring makes its tensors on the device of the model."""
         return batch
 
-    def _open(self, task: Task) -> TaskEvaluation:
+    def _open(self, task: Task, encoder: Encoder, fingerprint: str) -> TaskEvaluation:
         """Read a task's data, turn its rows into documents, leave out those that are finished, batch the others."""
         assert self.trainer is not None
         trainer, module = self.trainer, cast(Any, self.trainer.lightning_module)
         rows = load_rows(task.source, self.data_dir)
-        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
         try:
-            documents = encoder.documents(
-                task, rows, window_length=self.window_length, num_documents=self.num_documents
-            )
+            encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
         except ValueError as error:
             raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
-        records = Records(module.run_dir, task.name, module.fingerprint(asdict(self.sampling)), trainer.global_rank)
-        if module.hparams["restart"] and trainer.is_global_zero:
-            records.clear()
+        records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank)
+        if module.hparams["restart"]:
+            if trainer.is_global_zero:
+                records.clear()
+            # No rank reads what another is about to forget: all have to leave out the same documents.
+            trainer.strategy.barrier("moeq_restart")
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
-        evaluation = TaskEvaluation(task, rows, documents, kinds, records, trainer.global_rank)
-        evaluation.batches = batches(
-            evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size
-        )
+        evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
         return evaluation
 
 

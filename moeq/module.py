@@ -17,13 +17,20 @@ from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.calibration.observe import Routing
 from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
-from moeq.models.loading import DType, load_model, load_tokenizer
+from moeq.models.identity import model_identity
+from moeq.models.loading import DType, load_config, load_model, load_tokenizer
 from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.resume import Resume
 from moeq.run import Run
 from moeq.schedule import Pass, Sequential, build_schedule
-from moeq.validation import ReferenceMode, Validation
+from moeq.task_report import scalars
+from moeq.tasks.documents import Document
+from moeq.tasks.encode import window_of
+from moeq.tasks.evaluation import TaskEvaluation
+from moeq.tasks.fingerprint import fingerprint
+from moeq.validation import ReferenceMode, start_validation
+from moeq.versions import installed_versions
 
 
 class MoEQuantModule(L.LightningModule):
@@ -222,11 +229,31 @@ class MoEQuantModule(L.LightningModule):
 
     # -- validate
 
+    def max_length(self, override: int | None) -> int:
+        """Tokens that the model can read, or ``override``."""
+        return override or window_of(load_config(self.hparams["name"]), self.tokenizer)
+
+    def fingerprint(self, settings: dict[str, Any]) -> str:
+        """What the result of a document depends on besides the document."""
+        name, reference, dtype = (self.hparams[key] for key in ("name", "reference", "dtype"))
+        return fingerprint(
+            model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
+            settings=settings, versions=installed_versions(),
+        )  # fmt: skip
+
+    @property
+    def evaluations(self) -> list[TaskEvaluation]:
+        """The tasks of validate."""
+        found: list[TaskEvaluation] = self.trainer.datamodule.evaluations  # type: ignore[attr-defined]
+        return found
+
     @override
     def on_validation_start(self) -> None:
         """The data are read by now: a mistake in them does not wait for a large model to load."""
-        evaluations: list[TaskEvaluation] = self.trainer.datamodule.evaluations  # type: ignore[attr-defined]
-        self.validation = Validation.start(self, evaluations)
+        sampling = self.trainer.datamodule.sampling  # type: ignore[attr-defined]
+        self.validation = start_validation(
+            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir
+        )
         self._models["model"] = self.validation.evaluator.scorer.model
 
     @override
@@ -236,7 +263,8 @@ class MoEQuantModule(L.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation.scalars().items():
+        self.validation.finish()
+        for name, value in scalars(self.validation.reports).items():
             self.log(name, value, sync_dist=False)
 
 

@@ -25,6 +25,10 @@ class Description(TypedDict):
         seconds: Wall time.
         chance: What guessing would score, between 0 and 1; for choices only.
         protections: Of the execution of generated code, those that were in effect.
+        shots_sha256: Hash of the rows that the examples come from; "" where there are none.
+        num_resumed: Of the documents, those that an interrupted evaluation had finished.
+        num_tokens_cut: Tokens that were cut from the truncated documents.
+        notes: What happened to records of earlier evaluations.
     """
 
     split: str
@@ -40,6 +44,10 @@ class Description(TypedDict):
     seconds: float
     chance: NotRequired[float | None]
     protections: NotRequired[Sequence[str]]
+    shots_sha256: NotRequired[str]
+    num_resumed: NotRequired[int]
+    num_tokens_cut: NotRequired[int]
+    notes: NotRequired[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,16 @@ class TaskReport:
                 return metric
         return None
 
+    @property
+    def documents_per_second(self) -> float | None:
+        """Speed of this run: what an interrupted one had finished took it no time; None where that is all."""
+        ran = self.description["num_documents"] - self.description.get("num_resumed", 0)
+        return ran / self.description["seconds"] if ran > 0 and self.description["seconds"] > 0 else None
+
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``results.json``."""
         described: dict[str, Any] = dict(self.description)
-        reason, seconds = described.pop("partial"), described["seconds"]
+        reason = described.pop("partial")
         return {
             "task": self.name,
             "kind": self.kind,
@@ -91,7 +105,7 @@ class TaskReport:
             "partial": reason is not None,
             "partial_reason": reason,
             **described,
-            "documents_per_second": described["num_documents"] / seconds if seconds else None,
+            "documents_per_second": self.documents_per_second,
             "groups": {group: _json_of(found) for group, found in self.measurements.items() if group},
         }
 
@@ -102,15 +116,17 @@ class Evaluated(Protocol):
     task: Task
     metrics: TaskMetrics
 
-    def description(self) -> Description:
-        """What it was measured on."""
+    def description(self, num_evaluated: int) -> Description:
+        """What it was measured on; ``num_evaluated`` documents, by all ranks."""
 
 
 def task_report(evaluated: Evaluated) -> TaskReport:
     """Put together what all ranks measured; all must call it, and all get the same."""
     metrics, task = evaluated.metrics, evaluated.task
     found = metrics.compute()
-    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, evaluated.description())
+    num_evaluated = max((measured.num_documents for measured in found.get("", {}).values()), default=0)
+    described = evaluated.description(num_evaluated)
+    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, described)
 
 
 def scalars(reports: Iterable[TaskReport]) -> dict[str, float]:

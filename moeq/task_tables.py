@@ -59,10 +59,14 @@ def notes(described: Description) -> str:
     if (chance := described.get("chance")) is not None:
         found.append(f"chance {100 * chance:.1f}")
     if described["num_truncated"]:
-        found.append(f"{described['num_truncated']} truncated")
+        cut = described.get("num_tokens_cut")
+        found.append(f"{described['num_truncated']} truncated{f' by {cut} tokens in all' if cut else ''}")
+    if resumed := described.get("num_resumed"):
+        found.append(f"{resumed} from an earlier run")
     found += [f"{count} x {reason}" for reason, count in described["fallbacks"].items()]
     if protections := described.get("protections"):
         found.append(f"code run with {', '.join(protections)}")
+    found += described.get("notes", ())
     return "; ".join(found)
 
 
@@ -88,8 +92,7 @@ def data_rows(reports: Iterable[TaskReport]) -> list[tuple[str, ...]]:
         described = report.description
         count, available, seconds = described["num_documents"], described["num_available"], described["seconds"]
         documents = str(count) if count == available else f"{count} of {available}"
-        speed = number(count / seconds, 1) if seconds else "-"
-        size = (str(described["num_tokens"]), f"{seconds:.1f}", speed)
+        size = (str(described["num_tokens"]), f"{seconds:.1f}", number(report.documents_per_second, 1))
         rows.append((report.name, documents, *size, described["origin"], described["sha256"][:16]))
     return rows
 

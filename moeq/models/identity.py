@@ -21,19 +21,22 @@ SUFFIXES = frozenset({".json", ".py", ".safetensors", ".bin", ".pt", ".model", "
 
 
 def model_identity(name: str) -> str:
-    """The digest of a folder, or the commit of a hub id as it lies in the local cache.
+    """The digest of a folder, or the commit of a hub id: the newest, or offline that of the local cache.
 
     Raises:
-        ValueError: The folder has no model files, or the hub id is not in the cache: it has to be loaded first.
+        ValueError: The folder has no model files, or the hub does not know the id or cannot be reached for it.
     """
     if Path(name).is_dir():
         return f"sha256:{folder_digest(Path(name))}"
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    found = try_to_load_from_cache(name, "config.json")
-    if not isinstance(found, str):
-        raise ValueError(f"{name!r} is neither a folder nor a model in the local cache of the hub; load it first")
-    return f"{name}@{Path(found).parent.name}"
+    try:
+        # Its path ends in snapshots/<commit>/config.json.
+        return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name}"
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no model found at {name!r}: it is not a folder here and the hub does not know or cannot be reached for it"
+        ) from error
 
 
 def folder_digest(folder: Path) -> str:

@@ -18,7 +18,7 @@ Legend: R rows, T tokens, S steps, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol
 
@@ -95,20 +95,20 @@ class CachedDecoder:
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin with these rows."""
         self._cache = None
-        if not self._padding_behind:
+        if self._padding_behind:
+            self._fill([prompt[:-1] for prompt in prompts])
+            logits_RV = self.step(torch.tensor([prompt[-1] for prompt in prompts]))
+        else:
             ids_RT, self._mask_RT = (x.to(self._device) for x in pad_left(prompts))
             self._length_R = self._mask_RT.sum(1)
             logits_RV = self._forward(ids_RT, (self._mask_RT.cumsum(1) - 1).clamp_(min=0), self._mask_RT)
-            self._cache = grow_in_place(self._cache, len(prompts))
-            return logits_RV
-        self._fill([prompt[:-1] for prompt in prompts])
-        return self.step(torch.tensor([prompt[-1] for prompt in prompts]))
+        self._cache = grow_in_place(self._cache, len(prompts))
+        return logits_RV
 
     def select(self, index_R: Tensor) -> None:
         """Row r becomes old row ``index_R[r]``."""
         index_R = index_R.to(self._device)
-        if self._cache is not None:
-            reorder_cache(self._cache, index_R)
+        reorder_cache(self._cache, index_R)
         self._mask_RT, self._length_R = self._mask_RT[index_R], self._length_R[index_R]
 
     def step(self, token_R: Tensor) -> Tensor:
@@ -132,7 +132,6 @@ class CachedDecoder:
         if longest > num_shared:
             ids_RT = torch.tensor([[*row, *[0] * (longest - len(row))][num_shared:] for row in rows])
             self._forward(ids_RT.to(self._device), column_T[num_shared:].expand(len(rows), -1))
-        self._cache = grow_in_place(self._cache, len(rows))
 
     @torch.no_grad()
     def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask_RT: Tensor | None = None) -> Tensor:
@@ -202,29 +201,28 @@ def examine(model: Any, prompts: Sequence[Sequence[int]]) -> Decoding:
         prompts: Some of the real ones; short pieces of them are decoded.
     """
     pieces = [list(prompts[i % len(prompts)][-n:]) for i, n in enumerate(_PROBE_LENGTHS)]
-    shortest = min(len(piece) for piece in pieces)
+    equal = [piece[-min(map(len, pieces)) :] for piece in pieces]
     # Of the weights: logits may come in float32 from a coarse model.
     rounding = _ROUNDING.get(model.get_input_embeddings().weight.dtype, _COARSE_ROUNDING)
-    complaints = []
-    ways: tuple[Way, ...] = ("padding in front", "equal lengths")
-    for way in ways:
-        rows = pieces if way == "padding in front" else [piece[-shortest:] for piece in pieces]
-        expected_SRV = torch.cat([_trace(UncachedDecoder(model), [row]) for row in rows], 1)
-        decoder = CachedDecoder(model)
+    complaints: list[str] = []
+    for decoding in (Decoding("padding behind"), Decoding("padding in front"), Decoding("equal lengths")):
+        rows = pieces if decoding.any_lengths else equal
+        decoder = CachedDecoder(model, padding_behind=decoding.way == "padding behind")
+        complaint = ""
         try:
             with decode_attention(model):
-                difference = _difference(_trace(decoder, rows), expected_SRV)
+                trace_SRV = _trace(decoder, rows)
         except Exception as error:  # whatever a family's code raises: the next way may do
-            complaints.append(f"with its cache and {way} it raises {type(error).__name__}: {str(error)[:120]}")
-            continue
-        if difference > rounding:
-            complaints.append(f"with its cache and {way} its logits are others (by {difference:.2g} of their spread)")
-            continue
-        if way == "padding in front" and decoder.is_plain:
-            with decode_attention(model):
-                behind = _difference(_trace(CachedDecoder(model, padding_behind=True), rows), expected_SRV)
-            way = "padding behind" if behind <= rounding else way
-        return Decoding(way, "; ".join(complaints))
+            complaint = f"raises {type(error).__name__}: {str(error)[:120]}"
+        else:
+            difference = _difference(trace_SRV, torch.cat([_trace(UncachedDecoder(model), [row]) for row in rows], 1))
+            if difference > rounding:
+                complaint = f"gives other logits (by {difference:.2g} of their spread)"
+        if decoding.way == "padding behind" and not decoder.is_plain:
+            continue  # not for this model, whatever it gave
+        if not complaint:
+            return replace(decoding, reason="; ".join(complaints))
+        complaints.append(f"its cache with {decoding.way} {complaint}")
     return Decoding("no cache", "; ".join(complaints))
 
 

@@ -8,21 +8,30 @@ compared along the text that would be right, since two models that write differe
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+
+from moeq.tasks.comparison import Said, ask, compare
 from moeq.tasks.decoders import Decoding
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.evaluation import Sampling
-from moeq.tasks.finite import check_finite, first_non_finite
+from moeq.tasks.finite import check_finite, first_non_finite, non_finite_error
 from moeq.tasks.generation import NonFiniteLogits, generate
-from moeq.tasks.likelihood import Scored, Scorer, outcomes, plan_requests
-from moeq.tasks.originals import Original, Said, compare
+from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
 from moeq.tasks.passk import pass_at_k
-from moeq.tasks.routing import record_routing
-from moeq.tasks.sandbox import Limits, run_programs
-from moeq.tasks.spec import Code, Generation, Outcome, Rolling, Task, Values, Windows
+from moeq.tasks.plan import Plan, plan_requests
+from moeq.tasks.sandbox import Limits, Verdict, run_programs
+from moeq.tasks.spec import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
 
 Judged = tuple[Values, dict[str, Any]]
+
+
+class Original(Protocol):
+    """The original's side of a comparison: in memory, or what it said before."""
+
+    def said(self, plan: Plan) -> Said:
+        """What the original says of a batch."""
 
 
 @dataclass
@@ -53,54 +62,44 @@ class Evaluator:
         Raises:
             NonFiniteError: Logits are not finite; names the task, the document and the module.
         """
-        judged: Sequence[Judged] = [({}, {}) for _ in documents]
+        judged: list[Judged]
         compared: dict[int, Values] = {}
         if isinstance(task, Generation):
             judged = self._judge(task, documents, self._write(task, documents))
-        if self.original is not None or not isinstance(task, Generation):
-            scored, compared = self._score(task, documents)
-            if not isinstance(task, Generation):
-                judged = list(_likelihoods(task, documents, scored))
+            if self.original is not None:
+                _, compared = self._score(task, documents, self.original)
+        else:
+            scored, compared = self._score(task, documents, self.original)
+            judged = list(_likelihoods(task, documents, scored))
         return [
             Result(document.index, document.key, document.groups, values | compared.get(i, {}), details)
             for i, (document, (values, details)) in enumerate(zip(documents, judged, strict=True))
         ]
 
-    def _score(self, task: Task, documents: Sequence[Document]) -> tuple[Scored, dict[int, Values]]:
-        """Logits of every request of a batch, and by document what a comparison with the original says."""
-        owners = [i for i, document in enumerate(documents) for _ in document.requests]
-        plan = plan_requests([request for document in documents for request in document.requests], owners)
-        model = self.scorer.model
-        with record_routing(model) as routing:
-            scored = self.scorer.run(plan)
-        check_finite(
-            scored.logits_NV,
-            _indices(scored, documents),
-            model=model,
-            run=lambda: self.scorer.run(plan),
-            task=task.name,
-        )
-        if self.original is None:
-            return scored, {}
-        ...
+    def _score(
+        self, task: Task, documents: Sequence[Document], original: Original | None
+    ) -> tuple[Scored, dict[int, Values]]:
+        """Logits of every request of a batch, and by number of the document what the comparison says."""
+        plan = plan_documents(documents)
+        said = ask_checked(self.scorer, plan, task, documents)
+        return said.scored, compare(original.said(plan), said) if original is not None else {}
 
     def _write(self, task: Generation, documents: Sequence[Document]) -> list[list[str]]:
         """What the model writes after each prompt: one text, or the samples of a program."""
-        sampling = self.sampling
-        several = isinstance(task, Code)
-        prompts = [document.requests[0].context for document in documents]
+        # Samples are for pass@k; the protocols of all other tasks are greedy.
+        sampling = self.sampling if isinstance(task, Code) else Sampling()
 
         def write() -> list[list[str]]:
             return generate(
                 self.scorer.model,
-                prompts,
+                [document.requests[0].context for document in documents],
                 tokenizer=self.tokenizer,
                 stop=task.stop,
                 max_new_tokens=task.max_new_tokens,
                 seeds=[int(document.key[:8], 16) + sampling.seed for document in documents],
-                num_samples=sampling.num_samples if several else 1,
-                temperature=sampling.temperature if several else 0.0,
-                top_p=sampling.top_p if several else 1.0,
+                num_samples=sampling.num_samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 decoding=self.decoding,
             )
 
@@ -108,4 +107,61 @@ class Evaluator:
             return write()
         except NonFiniteLogits as error:
             where = first_non_finite(self.scorer.model, write)
-            raise NonFiniteError(...) from error
+            raise non_finite_error(task.name, [documents[error.prompt].index], where) from error
+
+    def _judge(self, task: Generation, documents: Sequence[Document], texts: Sequence[Sequence[str]]) -> list[Judged]:
+        if not isinstance(task, Code):
+            return [
+                (task.score_text(document.row, text), {"text": text})
+                for document, (text,) in zip(documents, texts, strict=True)
+            ]
+        programs = [task.program(d.row, text) for d, samples in zip(documents, texts, strict=True) for text in samples]
+        verdicts = iter(run_programs(programs, self.limits, self.num_workers))
+        return [_pass_rates(samples, list(islice(verdicts, len(samples))), self.sampling.k) for samples in texts]
+
+
+def plan_documents(documents: Sequence[Document]) -> Plan:
+    """The passes for all requests of a batch."""
+    owners = [i for i, document in enumerate(documents) for _ in document.requests]
+    return plan_requests([request for document in documents for request in document.requests], owners)
+
+
+def ask_checked(
+    scorer: Scorer, plan: Plan, task: Task, documents: Sequence[Document], whose: str = "the model"
+) -> Said:
+    """What a model says of a batch; raises NonFiniteError where that is no number."""
+    said = ask(scorer, plan)
+    ran = said.scored.plan
+    check_finite(
+        said.scored.logits_NV,
+        torch.tensor([document.index for document in documents])[ran.owner_N],
+        model=scorer.model,
+        run=lambda: run_plan(scorer.model, ran),
+        task=task.name,
+        whose=whose,
+    )
+    return said
+
+
+def _likelihoods(task: Task, documents: Sequence[Document], scored: Scored) -> Iterator[Judged]:
+    """Values of documents that are scored by likelihood alone."""
+    found = iter(outcomes(scored, sum(len(document.requests) for document in documents)))
+    for document in documents:
+        yield _likelihood(task, document, list(islice(found, len(document.requests))))
+
+
+def _likelihood(task: Task, document: Document, scores: list[Outcome]) -> Judged:
+    total = sum(outcome.loglikelihood for outcome in scores)
+    if isinstance(task, MultipleChoice | LastWord):
+        details = {"loglikelihoods": [outcome.loglikelihood for outcome in scores]}
+        return task.score(document.row, scores), details
+    if isinstance(task, Rolling):
+        return task.score(document.row, total), {"loglikelihood": total}
+    num_tokens = sum(len(request.continuation) for request in document.requests)
+    return {"perplexity": (-total, float(num_tokens))}, {}
+
+
+def _pass_rates(samples: Sequence[str], verdicts: Sequence[Verdict], ks: Sequence[int]) -> Judged:
+    num_passed = sum(verdict.passed for verdict in verdicts)
+    values = {f"pass@{k}": (pass_at_k(len(samples), num_passed, k), 1.0) for k in ks}
+    return values, {"texts": list(samples), "verdicts": [verdict.reason for verdict in verdicts]}

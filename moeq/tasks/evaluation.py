@@ -1,17 +1,15 @@
 """One task in a run: its documents, what is finished already, this rank's batches, and the metrics so far."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
+from moeq.task_report import Description
 from moeq.tasks.documents import Document, Result
-from moeq.tasks.metrics import TaskMetrics
+from moeq.tasks.metrics import COMPARISONS, TaskMetrics
 from moeq.tasks.records import Records, reuse
 from moeq.tasks.rows import Rows
-from moeq.tasks.spec import Code, Generation, Kind, Task
-
-COMPARED: dict[str, Kind] = {"kl": "mean", "top1_agreement": "mean", "router_agreement": "mean"}
+from moeq.tasks.spec import Code, Kind, MultipleChoice, Task
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Sampling:
             )
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"num_samples ({self.num_samples}) above 1 needs a temperature above 0, as greedy samples are all equal; "
+                f"num_samples ({self.num_samples}) above 1 needs a temperature above 0, greedy samples being equal; "
                 "choose temperature 0.8"
             )
         if not self.k or not 1 <= min(self.k) <= max(self.k) <= self.num_samples:
@@ -55,7 +53,7 @@ class Sampling:
 def metric_kinds(task: Task, sampling: Sampling, compared: bool) -> dict[str, Kind]:
     """Kind of every metric that a task reports in a run, in the order of the tables."""
     kinds = {f"pass@{k}": "mean" for k in sampling.k} if isinstance(task, Code) else dict(task.metrics)
-    return kinds | (COMPARED if compared else {})  # type: ignore[return-value]
+    return kinds | (COMPARISONS if compared else {})  # type: ignore[return-value]
 
 
 class TaskEvaluation:
@@ -82,13 +80,14 @@ class TaskEvaluation:
         rank: int,
     ) -> None:
         self.task, self.rows, self.documents, self.num_available = task, rows, documents, num_available
-        self.metrics = TaskMetrics(task.name, kinds, sorted({group for d in documents for group in d.groups}))
+        self.metrics = TaskMetrics(task.name, kinds, {document.groups for document in documents})
         self.records = records
         resumed, self.unfinished = reuse(records.finished(), documents)
         self.num_resumed = len(resumed)
         self.batches: list[list[Document]] = []
         self.seconds = 0.0
-        self.fallbacks: Counter[str] = Counter()
+        self.fallbacks: dict[str, int] = {}
+        self.protections: tuple[str, ...] = ()
         for result in resumed if rank == 0 else []:
             self.metrics.add(result)
 
@@ -99,26 +98,26 @@ class TaskEvaluation:
             self.metrics.add(result)
         self.seconds += seconds
 
-    def description(self) -> dict[str, Any]:
-        """Everything but the metrics that belongs into a report, as plain data."""
+    def description(self, num_evaluated: int) -> Description:
+        """Everything but the metrics that belongs into a report; ``num_evaluated`` documents, by all ranks."""
         cut = [document.num_cut for document in self.documents if document.num_cut]
+        partial = None
+        if len(self.documents) < self.num_available:
+            partial = "num_documents"
+        elif num_evaluated < len(self.documents):
+            partial = "limit_val_batches"
         return {
-            "task": self.task.name,
-            "origin": self.rows.origin,
-            "split": self.rows.split,
-            "sha256": self.rows.sha256,
-            "num_shots": self.task.num_shots,
-            "kind": _kind(self.task),
-            "num_documents": len(self.documents),
-            "num_available": self.num_available,
-            "num_resumed": self.num_resumed,
-            "num_truncated": len(cut),
-            "num_tokens_cut": sum(cut),
-            "num_tokens": sum(len(r.context) + len(r.continuation) for d in self.documents for r in d.requests),
-            "seconds": self.seconds,
-            "fallbacks": dict(self.fallbacks),
-        }
+            "split": self.rows.split, "origin": self.rows.origin, "sha256": self.rows.sha256,
+            "shots_sha256": self.rows.shots_sha256, "num_shots": self.task.num_shots,
+            "num_documents": num_evaluated, "num_available": self.num_available, "partial": partial,
+            "num_tokens": sum(document.num_tokens for document in self.documents),
+            "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut),
+            "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(),
+            "protections": self.protections, "notes": self.records.notes,
+        }  # fmt: skip
 
-
-def _kind(task: Task) -> str:
-    return "generation" if isinstance(task, Generation) else "likelihood"
+    def _chance(self) -> float | None:
+        """What guessing would score, where documents are choices."""
+        if not isinstance(self.task, MultipleChoice):
+            return None
+        return fmean(1 / len(self.task.choices(document.row)) for document in self.documents)

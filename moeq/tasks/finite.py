@@ -84,19 +84,36 @@ def check_finite(
         return
     documents = owner_N.to(bad_N.device)[bad_N > 0].unique().tolist()
     where = first_non_finite(model, run)
-    raise NonFiniteError(_message(whose, task, documents, (num_bad, logits_NV.numel()), where))
+    raise non_finite_error(task, documents, where, counts=(num_bad, logits_NV.numel()), whose=whose)
 
 
-def _message(whose: str, task: str, documents: Sequence[int], counts: tuple[int, int], where: str | None) -> str:
-    others = f" and {len(documents) - 1} others of its batch" if len(documents) > 1 else ""
+def non_finite_error(
+    task: str,
+    documents: Sequence[int],
+    where: str | None,
+    *,
+    counts: tuple[int, int] | None = None,
+    whose: str = "the model",
+) -> NonFiniteError:
+    """The error that says everything.
+
+    Args:
+        task: Name of the task.
+        documents: Indices of the documents, at least one.
+        where: What ``first_non_finite`` found.
+        counts: Logits that are not finite, and all logits, where they are known.
+        whose: Which of two models it is.
+    """
+    several = f" and {len(documents) - 1} others of its batch" if len(documents) > 1 else ""
+    logits = "non-finite logits" if counts is None else f"{counts[0]} non-finite logits of {counts[1]}"
     begin = (
         f"the first NaN or infinity comes out of {where}"
         if where is not None
         else "the same pass, run again, was finite in every module: the device or a kernel is not reliable"
     )
-    return (
-        f"{whose} gave {counts[0]} non-finite logits of {counts[1]} on task {task}, document {documents[0]}{others}; "
-        f"{begin}; check its weights there, or load it in bfloat16 or float32 instead of float16 (--model.dtype)"
+    return NonFiniteError(
+        f"{whose} gave {logits} on task {task}, document {documents[0]}{several}; {begin}; "
+        "check its weights there, or load it in bfloat16 or float32 instead of float16 (--model.dtype)"
     )
 
 

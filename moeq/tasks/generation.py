@@ -95,6 +95,8 @@ def generate(
         ValueError: An empty prompt, or settings that contradict each other.
     """
     _check(prompts, seeds, num_samples, temperature, top_p)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive; choose the task's own, such as 256")
     stopping = Stopping(tokenizer, stop, end_of_text_ids(model, tokenizer))
     sampler = Sampler(temperature, top_p)
     texts = [[""] * num_samples for _ in prompts]

@@ -1,30 +1,48 @@
-"""A model compared with the original that it was made from: per document, divergence and agreement.
+"""Where the original's answers come from: it runs on every batch too, or it has run before and they are on disk.
 
-    kl = sum over positions of KL(P || Q) in nats,  P the original's next-token distribution, Q the model's
-    top1_agreement = positions with the same most likely token
-    router_agreement = (token, block) pairs that go to the same set of experts
+The disk is for when the two models do not both fit.  The original runs first, over all batches, and is then released;
+its logits (in its own dtype, bit for bit) and the experts that it chose (in the smallest integer dtype) wait in one
+file per batch.  A file is named after the requests of its batch, so that any later evaluation with the same batches, of
+another quantization say, reads it again; when it is read it is mapped into memory, not copied.
 
-each with the number of positions or pairs as its weight, so that they add up over documents.  The original either runs
-beside the model on every batch, or has run before it and is read from disk (``moeq.tasks.stored``).
+    bytes = P * V * bytes of the dtype + 2 * T * chosen experts per token, over all blocks
 
-Shapes: N compared positions of a batch, V vocabulary, T tokens that an experts module saw, K experts per token.
+for P different positions whose logits are compared; 2048 of a vocabulary of 150k are 0.6 GB in bfloat16.
+
+Shapes: P positions whose logits are computed, N predicted tokens (several may be at one position), V vocabulary, T
+tokens that an experts module saw, K experts per token.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moeq.tasks.routing import same_topk
-from moeq.tasks.spec import Values
-from moeq.tasks.stored import Said
+from moeq.run import digest
+from moeq.tasks.checked_file import read_checked, smallest, write_checked
+from moeq.tasks.comparison import Said, ask
+from moeq.tasks.extent import Layout
+from moeq.tasks.fingerprint import differences
+from moeq.tasks.likelihood import Scored, Scorer
+from moeq.tasks.plan import Plan, plan_requests
 
 Mode = Literal["memory", "disk"]
-CHUNK_POSITIONS = 512
 # Models need room to run in: activations, caches and logits.
 ROOM = 1.15
+MANIFEST = "manifest.json"
+LOGITS = "logits_PV"
+ROUTING = "ids_TK:"
+# Left free on the disk beyond what is needed.
+SPARE_BYTES = 1 << 28
+# Names, shapes and sums at the beginning of a file.
+HEADER_BYTES = 1 << 15
+REMEDY = "delete it and start again: the original then runs on its batch"
 
 
 def choose_mode(
@@ -52,65 +70,154 @@ def choose_mode(
     return requested
 
 
-def compare(reference: Said, said: Said, owner_N: Tensor, owners_T: Mapping[str, Tensor]) -> dict[int, Values]:
-    """Values ``kl``, ``top1_agreement`` and, where there are experts, ``router_agreement`` by document.
+def plan_key(plan: Plan) -> str:
+    """SHA-256 of the requests of a batch, whatever the passes that compute them."""
+    return hashlib.sha256(repr((plan.requests, plan.owners)).encode()).hexdigest()[:32]
+
+
+def num_bytes(plan: Plan, vocab_size: int, dtype: torch.dtype, num_choices: int = 0) -> int:
+    """Bytes that a batch takes at most.
 
     Args:
-        reference: What the original said of a batch.
-        said: What the model said of it.
-        owner_N: Document of each compared position; negative where it counts for none.
-        owners_T: Document of each token that an experts module saw, by path of the module; negative at padding.
+        plan: The passes that the original runs.
+        vocab_size: V.
+        dtype: Dtype of its logits.
+        num_choices: Experts that a token goes to, over all blocks.
+    """
+    num_positions = sum(len(segment.read_K) for segment in plan.segments)
+    return num_positions * vocab_size * dtype.itemsize + 2 * plan.num_tokens * num_choices + HEADER_BYTES
+
+
+class LiveOriginal:
+    """The original in memory, as a source of what it said like ``StoredOriginal``.
+
+    Args:
+        scorer: Of the original.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def said(self, plan: Plan) -> Said:
+        """What the original says of a batch."""
+        return ask(self.scorer, plan)
+
+
+class StoredOriginal:
+    """The original's answers in a folder, which several ranks may share.
+
+    Args:
+        folder: Where they are, or will be.
+        fingerprint: Identity of the original and of everything that changes its logits; see
+            ``moeq.tasks.fingerprint``.
 
     Raises:
-        ValueError: The two have other vocabularies, positions or experts modules.
+        ValueError: The folder holds those of another original, or files that are none.
     """
-    kl_N, same_N = divergence(reference.logits_NV, said.logits_NV)
-    values: dict[int, Values] = {}
-    for owner, (kl, same, count) in _sums_by_owner(owner_N, kl_N, same_N, torch.ones_like(same_N)).items():
-        values[owner] = {"kl": (kl, count), "top1_agreement": (same, count)}
-    if said.routing.keys() != reference.routing.keys():
-        differing = sorted(said.routing.keys() ^ reference.routing.keys())
-        raise ValueError(
-            f"the models do not share the experts modules {differing}; "
-            "compare a model with the original that it was made from"
-        )
-    for name, ids_TK in said.routing.items():
-        same_T = same_topk(ids_TK.cpu(), reference.routing[name].cpu())
-        for owner, (same, count) in _sums_by_owner(owners_T[name], same_T, torch.ones_like(same_T)).items():
-            before = values.setdefault(owner, {}).get("router_agreement", (0.0, 0.0))
-            values[owner]["router_agreement"] = before[0] + same, before[1] + count
-    return values
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            self._check(manifest)
+        elif folder.exists() and any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} holds safetensors files but no {MANIFEST}; give a folder of its own")
+        else:
+            _write_manifest(manifest, fingerprint)
+
+    def has(self, plan: Plan) -> bool:
+        """Whether the batch is stored."""
+        return self._path(plan).is_file()
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse to start writing what the disk has no room for.
+
+        Args:
+            num_bytes: Sum over the batches that are not stored yet.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        free = shutil.disk_usage(self.folder).free - SPARE_BYTES
+        if num_bytes > free:
+            raise ValueError(
+                f"the original's logits need {num_bytes / 1e9:.1f} GB in {self.folder}, which has "
+                f"{max(free, 0) / 1e9:.1f} GB left; lower num_documents, leave out the tasks of long texts, compare in "
+                "a 16-bit dtype, or choose a run folder on a larger disk"
+            )
+
+    def store(self, said: Said) -> None:
+        """Write a batch, atomically.
+
+        Raises:
+            ValueError: The disk is full.
+        """
+        plan = said.scored.plan
+        tensors = {LOGITS: _distinct(said.scored)}
+        tensors |= {ROUTING + name: smallest(ids_TK) for name, ids_TK in said.routing.items()}
+        metadata = {"fingerprint": digest(self.fingerprint), "layout": plan.layout}
+        # No two ranks have the same batch.
+        write_checked(self._path(plan), tensors, metadata)
+
+    def said(self, plan: Plan) -> Said:
+        """What the original said of a batch, mapped into memory, on the CPU; the ids are in a small integer dtype.
+
+        Its plan is the one that the original ran: the same requests, perhaps in another layout.
+
+        Raises:
+            ValueError: It is not stored, or its file is damaged or of another original.
+        """
+        path = self._path(plan)
+        if not path.is_file():
+            raise ValueError(f"no logits of the original are stored for this batch ({path}); store it first")
+        metadata, tensors = read_checked(path, REMEDY)
+        if metadata["fingerprint"] != digest(self.fingerprint):
+            raise ValueError(f"{path} holds the logits of another original; {REMEDY}")
+        layout = cast(Layout, metadata["layout"])
+        ran = plan if plan.layout == layout else plan_requests(plan.requests, plan.owners, layout)
+        logits_PV = tensors.pop(LOGITS)
+        logits_NV = logits_PV if _in_order(ran.source_N, len(logits_PV)) else logits_PV[ran.source_N]
+        scored = Scored(ran, logits_NV, ran.targets_N, ran.request_N)
+        return Said(scored, {name.removeprefix(ROUTING): ids_TK for name, ids_TK in tensors.items()})
+
+    def _path(self, plan: Plan) -> Path:
+        return self.folder / f"{plan_key(plan)}.safetensors"
+
+    def _check(self, manifest: Path) -> None:
+        try:
+            before = str(json.loads(manifest.read_text(encoding="utf8"))["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest} is damaged ({error}); delete its folder") from error
+        if before != self.fingerprint:
+            why = "; ".join(differences(before, self.fingerprint))
+            raise ValueError(
+                f"{self.folder} holds the logits of another original ({why}); delete it, or choose another"
+            )
 
 
-def divergence(reference_logits_NV: Tensor, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(reference || model) in nats, float32, and whether the most likely token is the same, of each position (CPU).
-
-    Computed in float32 on the device of the model's logits, a chunk of positions at a time: of two large tensors of
-    logits, one of which may lie on a disk, no whole copy is made.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    if reference_logits_NV.shape != logits_NV.shape:
-        raise ValueError(
-            f"logits of shape {tuple(logits_NV.shape)} must have the reference's {tuple(reference_logits_NV.shape)}; "
-            "compare a model with the original that it was made from"
-        )
-    kl, same = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
-    for p_NV, q_NV in zip(reference_logits_NV.split(CHUNK_POSITIONS), logits_NV.split(CHUNK_POSITIONS), strict=True):
-        log_q_NV = q_NV.float().log_softmax(-1)
-        log_p_NV = p_NV.to(q_NV.device).float().log_softmax(-1)
-        kl.append(functional.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1).cpu())
-        same.append((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).cpu())
-    return torch.cat(kl), torch.cat(same)
+Original = LiveOriginal | StoredOriginal
 
 
-def _sums_by_owner(owner: Tensor, *values: Tensor) -> dict[int, tuple[float, ...]]:
-    """Sums of each of the values over the entries of an owner, in float64; entries of negative owners are left out."""
-    owner = owner.cpu()
-    owners, index = owner[owner >= 0].unique(return_inverse=True)
-    sums = [
-        torch.zeros(len(owners), dtype=torch.float64).index_add_(0, index, value[owner >= 0].double())
-        for value in values
-    ]
-    return {key: tuple(row) for key, row in zip(owners.tolist(), torch.stack(sums, 1).tolist(), strict=True)}
+def _distinct(scored: Scored) -> Tensor:
+    """logits_PV of logits_NV: those of each position once, in the order of ``Plan.source_N``."""
+    source_N = scored.plan.source_N
+    num_positions = int(source_N.max()) + 1 if len(source_N) else 0
+    if _in_order(source_N, num_positions):
+        return scored.logits_NV
+    # The logits of one position are equal: whichever of its tokens is written last will do.
+    index_P = torch.zeros(num_positions, dtype=torch.int64)
+    index_P[source_N] = torch.arange(len(source_N))
+    return scored.logits_NV[index_P.to(scored.logits_NV.device)]
+
+
+def _in_order(source_N: Tensor, num_positions: int) -> bool:
+    """Whether every position predicts one token, in order, as in a window of text: then nothing need be copied."""
+    return torch.equal(source_N, torch.arange(num_positions))
+
+
+def _write_manifest(path: Path, fingerprint: str) -> None:
+    """Every rank writes the same; under a name of its own until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf8")
+    os.replace(temporary, path)

@@ -51,7 +51,7 @@ class Limits:
     Attributes:
         seconds: Time on the clock; also ends programs that only wait.
         cpu_seconds: Whole seconds of processor time: the limit that ends endless loops, so that verdicts do not depend
-            on how busy the machine is.  The slowest reference program of MBPP takes about 2.
+            on how busy the machine is.  The slowest reference program of MBPP takes 2 on a current processor.
         memory_bytes: Address space.
         file_bytes: Size of each file.
         disk_bytes: Size of all files, kept in memory, where the system allows a private file system.
@@ -60,8 +60,8 @@ class Limits:
         output_bytes: Tail of its standard error that is kept; the rest is thrown away, as all standard output is.
     """
 
-    seconds: float = 15.0
-    cpu_seconds: int = 5
+    seconds: float = 30.0
+    cpu_seconds: int = 10
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20
     disk_bytes: int = 64 << 20

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SOURCE = "import sys; sys.path.insert(0, {!r}); from confinement.start import main; del sys.path[0]; main()"
+# The standard library comes first, and this project's folder is not there any more when the program runs.
+_SOURCE = "import sys; sys.path.append({!r}); from moeq.tasks.confinement.start import main; sys.path.pop(); main()"
 _START_SECONDS = 60.0  # for the confinement alone, before the program's own time
 _POLL_SECONDS = 0.05  # only matters where processes that are left behind hold the pipes open
 _REPORT_BYTES = 8192
@@ -72,7 +73,7 @@ def run_confined(request: Mapping[str, Any], seconds: float, output_bytes: int) 
 
 def _start(request: dict[str, Any], report: int) -> "subprocess.Popen[bytes]":
     # No site (-S, -s), no directory of this script (-P) and none of the environment of this process.
-    source = _SOURCE.format(str(Path(__file__).resolve().parent))
+    source = _SOURCE.format(str(Path(__file__).resolve().parents[2]))
     cached = ["-B"] if sys.dont_write_bytecode else []
     command = [sys.executable, "-s", "-S", "-P", *cached, "-c", source]
     # The order of sets depends on the hash seed, and with it whether some programs pass.
@@ -111,7 +112,7 @@ class _Stream:
             selector.register(self.report, selectors.EVENT_READ)
             selector.register(process.stderr, selectors.EVENT_READ)
             while selector.get_map():
-                ended = _has_ended(process.pid)
+                ended = _has_ended(process)
                 events = selector.select(0 if ended else _POLL_SECONDS)
                 for key, _ in events:
                     if not self._read(key.fd):
@@ -124,7 +125,7 @@ class _Stream:
                 if ended and not events:
                     break
         # It closed both pipes, or is about to be gone.
-        while not _has_ended(process.pid):
+        while not _has_ended(process):
             if time.monotonic() > deadline:
                 return True
             time.sleep(_POLL_SECONDS / 50)
@@ -147,14 +148,16 @@ class _Stream:
         return [line.removeprefix(start).decode("ascii", "replace") for line in lines if line.startswith(start)]
 
 
-def _has_ended(process_id: int) -> bool:
-    """Whether a child has ended; it is not reaped, so that its number cannot become another's."""
-    return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it has ended; where there is a way, it is not reaped, so that its number cannot become another's."""
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill the process with its group; in a process namespace nothing in there outlives it."""
-    # Not reaped yet: the number is still its own, and its group may have outlived it.
+    # The number is still its own, and its group may have outlived it.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stderr is not None:

@@ -78,8 +78,9 @@ def test_a_hub_id_is_its_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(commit)
     assert model_identity("org/moe") == f"org/moe@{commit}"
-    with pytest.raises(ValueError, match="'org/other' is neither a folder nor a model in the local cache"):
-        model_identity("org/other")
+    for absent in ("org/other", "no/such/folder"):
+        with pytest.raises(ValueError, match=f"no model found at '{absent}'"):
+            model_identity(absent)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.models.experts import is_experts_module
-from moeq.tasks.finite import NonFiniteError, check_finite, first_non_finite
+from moeq.tasks.finite import NonFiniteError, check_finite, first_non_finite, non_finite_error
 from tests.families import FAMILIES
 from tests.tiny import tiny_model
 
@@ -113,3 +113,8 @@ def test_several_documents_are_counted_and_a_device_that_errs_once_is_told_apart
 def test_large_finite_logits_are_no_error() -> None:
     logits_NV = torch.full((2, 300), 3e38)
     check_finite(logits_NV, torch.zeros(2), model=nn.Identity(), run=pytest.fail, task="piqa")
+
+
+def test_the_error_can_be_made_without_counts() -> None:
+    error = non_finite_error("gsm8k", [3], "model.layers.0.mlp.experts")
+    assert str(error).startswith("the model gave non-finite logits on task gsm8k, document 3; the first NaN")

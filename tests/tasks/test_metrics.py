@@ -125,11 +125,11 @@ def test_batches_and_merged_states_give_what_single_documents_give() -> None:
 
 def test_sums_keep_their_precision_when_the_module_is_cast() -> None:
     metrics = TaskMetrics("prose", {"perplexity": "perplexity"})
-    metrics.add(Result(0, "", (), {"perplexity": (1.0, 1.0)}))
+    metrics.add(Result(0, "", (), {"perplexity": (1.001, 1.0)}))
     metrics.compute()
     metrics.to(torch.bfloat16).half()
     metrics.add(Result(1, "", (), {"perplexity": (2.0**-40, 0.0)}))
-    assert metrics.compute()[""]["perplexity"].value == math.exp(1.0 + 2.0**-40)
+    assert metrics.compute()[""]["perplexity"].value == math.exp(1.001 + 2.0**-40)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -126,7 +126,7 @@ def test_the_hub_is_asked_for_id_configuration_and_split(monkeypatch: pytest.Mon
     assert (loaded.split, loaded.origin) == ("validation", "owner/set main validation")
     assert loaded.sha256 == loaded.shots_sha256
     load_rows(Source("set", hub="owner/set", hub_file="en/first.json.gz"), None)
-    assert calls[-1][3]["data_files"] == {"validation": "en/first.json.gz"}
+    assert calls[-1][3] == {"data_files": {"validation": "en/first.json.gz"}, "verification_mode": "no_checks"}
 
 
 def test_without_hub_and_folder_the_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,12 @@ def test_a_system_that_cannot_confine_is_refused(monkeypatch: pytest.MonkeyPatch
             run_program("", Limits())
 
 
+def test_systems_without_waitid_can_run_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "waitid")
+    assert run_program("", Limits()).passed
+    assert run_program("import time; time.sleep(600)", Limits(seconds=0.1)).reason == "timed out"
+
+
 def test_a_process_that_does_not_start_is_an_error_and_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moeq.tasks.watch._SOURCE", "raise OSError('no interpreter: {}')")
     with pytest.raises(ValueError, match=r"(?s)did not start \(failed: .*no interpreter"):

@@ -6,7 +6,7 @@ A ruleset handles kinds of access; each kind is denied everywhere but beneath th
 import ctypes
 import os
 
-from .kernel import call
+from moeq.tasks.confinement.kernel import call
 
 # The same numbers on every architecture.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446

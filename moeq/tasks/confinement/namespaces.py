@@ -7,7 +7,7 @@ See ``man 7 namespaces``, ``man 7 user_namespaces``, ``man 2 pivot_root``.
 import os
 import sys
 
-from .kernel import call, works
+from moeq.tasks.confinement.kernel import call, works
 
 _NEW_USER = 0x10000000
 _NEW = {

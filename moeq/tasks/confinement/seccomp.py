@@ -8,7 +8,7 @@ import ctypes
 import errno
 import os
 
-from .kernel import PR_SET_SECCOMP, call
+from moeq.tasks.confinement.kernel import PR_SET_SECCOMP, call
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000

@@ -13,10 +13,10 @@ import os
 import resource
 import sys
 
-from .kernel import die_with_parent, drop_capabilities, forbid_new_privileges, hide_memory, works
-from .landlock import restrict_files
-from .namespaces import DEVICES, enter_namespaces, make_private_root, readable_paths
-from .seccomp import forbid_calls
+from moeq.tasks.confinement.kernel import die_with_parent, drop_capabilities, forbid_new_privileges, hide_memory, works
+from moeq.tasks.confinement.landlock import restrict_files
+from moeq.tasks.confinement.namespaces import DEVICES, enter_namespaces, make_private_root, readable_paths
+from moeq.tasks.confinement.seccomp import forbid_calls
 
 # Importing typing would take a quarter of the start-up time.
 TYPE_CHECKING = False
@@ -94,7 +94,7 @@ def _confine(request: "dict[str, Any]", wanted: frozenset[str], given: list[str]
 
 def _become_unused_user(folder: str) -> bool:
     """Root only: change to a user id that nobody has, so that limits and rights are those of a stranger."""
-    if os.geteuid() != 0:
+    if sys.platform != "linux" or os.geteuid() != 0:
         return False
     user = _UNUSED_USERS + int.from_bytes(os.urandom(3))
     try:
@@ -164,7 +164,7 @@ def _run(program: str, token: bytes) -> None:
     """Run the program in an empty module and report how it ended; whatever it left behind ends with the process."""
     # The program may replace anything in any module.
     write, leave, process, pid, show = os.write, os._exit, os.getpid, os.getpid(), sys.__excepthook__
-    for name in [name for name in sys.modules if name.startswith(str(__package__))]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "moeq"]:
         del sys.modules[name]
     try:
         # As in HumanEval's own harness, the module has no name of its own: __name__ == "__main__" is false in it.

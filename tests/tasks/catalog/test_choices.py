@@ -3,7 +3,7 @@
 import pytest
 
 from moeq.tasks.registry import find_task
-from moeq.tasks.spec import LastWord, MultipleChoice
+from moeq.tasks.spec import LastWord, MultipleChoice, Outcome
 from tests.tasks.catalog.examples import ROWS
 
 # Task and row; context, continuations and index of the right one.
@@ -75,6 +75,14 @@ def test_boolq_reads_the_original_fields_too() -> None:
     assert task.pairs(row) == task.pairs(ROWS["boolq"][0])
     assert task.answer(row) == 1
     assert task.answer({**row, "answer": False}) == 0
+
+
+def test_an_empty_choice_never_wins_by_length() -> None:
+    task = find_task("hellaswag")
+    assert isinstance(task, MultipleChoice)
+    row = {**ROWS["hellaswag"][0], "endings": ["[step]", "runs."], "label": "1"}
+    assert task.pairs(row)[0][1] == " "
+    assert task.score(row, [Outcome(-1.0, False), Outcome(-9.0, False)]) == {"acc": (0.0, 1.0), "acc_norm": (1.0, 1.0)}
 
 
 def test_lambada_asks_for_what_follows_the_last_blank() -> None:

@@ -1,5 +1,6 @@
 """Every string of every task equals that of lm-evaluation-harness on the same rows, and so does every score."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,3 +102,17 @@ def test_answers_of_gsm8k_are_extracted_as_in_the_harness(text: str) -> None:
             score = theirs.process_results(instance.doc, [instance.filtered_resps[key]])
             expected[f"exact_match_{name}"] = (score["exact_match"], 1.0)
         assert task.score_text(document, text) == expected
+
+
+@pytest.mark.parametrize("sampler", ["first", "random"])
+def test_examples_from_the_evaluated_split_are_the_harness_s(sampler: Any) -> None:
+    from lm_eval.api.samplers import get_sampler
+
+    # Some documents are there several times, so that some draws fall short and are made again.
+    documents = [{"question": str(number % 5), "answer": "a"} for number in range(9)]
+    theirs = get_sampler("first_n" if sampler == "first" else "default")(documents, rnd=1234)
+    drawn = [theirs.sample(3, eval_doc=document) for document in documents]
+    task = find_task("gsm8k")
+    task = replace(task, source=replace(task.source, shots="test"), num_shots=3, shot_sampler=sampler)
+    expected = ["".join(task.shot(row) + "\n\n" for row in rows) for rows in drawn]
+    assert shot_texts(task, Rows(documents, documents, "test", "", ""), documents) == expected

@@ -29,7 +29,7 @@ def test_pages_begin_at_titles_and_the_last_one_has_the_final_newline() -> None:
 
 def test_pages_are_those_of_the_whole_text_cut_before_its_titles() -> None:
     random = Random(0)
-    kinds = [" = A b = ", " = = C = = ", " = = = D = = = ", " text , = here = ", " "]
+    kinds = [" = A b = ", " = = C = = ", " = = = D = = = ", " = E = = = ", " text , = here = ", " "]
     for _ in range(50):
         lines = random.choices(kinds, k=12)
         text = "".join(f"{line}\n" for line in lines)
