@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -66,10 +67,9 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in options.models:
         model, tokenizer = open_model(name, options.folder)
         for task in options.tasks:
-            files = write_files(task, options.data_dir, options.folder, options.num_documents)
-            found = (measure_speed if options.speed else compare_task)(model, tokenizer, files, options)
+            found = (time_task if options.speed else compare_task)(model, tokenizer, task, options)
             results.setdefault(name, {})[task] = found
-            print(f"{name}, {task}: {found}", flush=True)
+            print(f"{name}, {task}: {_summary(found)}", flush=True)
     report = speed_report(results) if options.speed else comparison_report(results)
     report = f"{_head(options, given)}\n\n{report}"
     print(f"\n{report}")
@@ -91,13 +91,28 @@ def open_model(name: str, folder: Path) -> tuple[Any, Any]:
     return load_model(name, "float32"), load_tokenizer(name)
 
 
-def compare_task(model: Any, tokenizer: Any, files: Any, options: Any) -> Comparison:
+def compare_task(model: Any, tokenizer: Any, name: str, options: Any) -> Comparison:
     """One task on both sides."""
+    files = write_files(name, options.data_dir, options.folder, options.num_documents)
     window = window_of(model.config, tokenizer)
     theirs = harness_model(model, tokenizer, options.batch_size).max_length
     assert window == theirs, f"the window is {window} tokens, in the harness {theirs}"
     ours = run_moeq(model, tokenizer, files, window, options.batch_tokens)
     return compare(files.task, ours, run_harness(model, tokenizer, files, options.batch_size))
+
+
+def time_task(model: Any, tokenizer: Any, name: str, options: Any) -> Speed:
+    """Speed of both sides on one task."""
+    few = options.num_documents and max(1, options.num_documents // 4)
+    files = write_files(name, options.data_dir, options.folder / "timed", options.num_documents)
+    trial = write_files(name, options.data_dir, options.folder / "warm_up", few)
+    return measure_speed(model, tokenizer, files, trial, options.batch_tokens, options.repeats)
+
+
+def _summary(found: Comparison | Speed) -> str:
+    if isinstance(found, Speed):
+        return f"{found}, ratios {found.ratios('clock')}"
+    return f"{found.documents} documents, {len(found.ties)} ties, {found.relative:.1e}, differences: {found.problems}"
 
 
 def comparison_report(results: dict[str, dict[str, Comparison]]) -> str:
@@ -145,15 +160,18 @@ def _metrics(found: Comparison, side: str) -> str:
 def speed_report(results: dict[str, dict[str, Speed]]) -> str:
     """A table of documents per second."""
     lines = [
-        "| model | task | documents | harness, batch size | harness | moeq | ratio (smallest to largest) |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| model | task | documents | batch size of the harness | harness | moeq | ratio | by processor time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for model, tasks in results.items():
         for task, found in tasks.items():
-            low, high = min(found.ratios), max(found.ratios)
+            ratios = [
+                f"{median(of_turns):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})"
+                for of_turns in (found.ratios("clock"), found.ratios("processor"))
+            ]
             lines.append(
-                f"| {model} | {task} | {found.documents} | {found.batch_size} | {found.harness:.2f} | {found.moeq:.2f} "
-                f"| {found.ratio:.2f} ({low:.2f} to {high:.2f}) |"
+                f"| {model} | {task} | {found.documents} | {found.batch_size} | {found.per_second('harness'):.2f} "
+                f"| {found.per_second('moeq'):.2f} | {' | '.join(ratios)} |"
             )
     return "\n".join(lines)
 
@@ -165,8 +183,17 @@ def _head(options: Any, given: Sequence[str]) -> str:
     title = "Speed against lm-evaluation-harness" if options.speed else "Equality with lm-evaluation-harness"
     text = f"# {title}\n\n{origin(__file__, given)}; {versions}; float32, {torch.get_num_threads()} thread."
     if options.speed:
-        return text + "  Documents per second, medians; see benchmarks/harness_speed.py."
-    return text + f"  Log-likelihoods are equal to {TOLERANCE:g} max(1, |x|); see benchmarks/harness_compare.py."
+        return (
+            f"{text}\n\nDocuments per second, medians of {options.repeats} turns; ratios with the smallest and the largest "
+            "of a turn.  What is timed: `benchmarks/harness_speed.py`."
+        )
+    return (
+        f"{text}\n\nDocuments that were longer than the model's window were cut by both sides (column cut). "
+        f"Log-likelihoods are equal to {TOLERANCE:g} max(1, |x|), accuracies and their standard errors to the last bits "
+        "but for ties, of MMLU those of each subject (the table has the whole, whose standard error the harness pools "
+        "from the subjects'). Standard errors of perplexities are not compared: the harness has bootstrap samples for "
+        "LAMBADA and none for texts. More in `benchmarks/harness_compare.py`."
+    )
 
 
 def _plain(results: dict[str, dict[str, Any]], options: Any, given: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The two sides of a comparison with lm-evaluation-harness: the same model on the same rows, document by document."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,13 @@ import torch
 from harness_files import HARNESS_NAMES, Files
 
 from moeq.tasks.batches import batches
-from moeq.tasks.documents import Document
+from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
-from moeq.tasks.likelihood import Scorer, outcomes, plan_requests
+from moeq.tasks.evaluate import Evaluator
+from moeq.tasks.likelihood import Scorer
 from moeq.tasks.metrics import measurement, ratio_sums
 from moeq.tasks.rows import load_rows
-from moeq.tasks.spec import Kind, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
+from moeq.tasks.spec import Kind, MultipleChoice, Task, Values
 
 # Of the bootstrap by which the harness finds the standard error of LAMBADA's perplexity.
 BOOTSTRAP_SAMPLES = 1000
@@ -51,14 +51,22 @@ class Side:
 
 
 def run_moeq(model: Any, tokenizer: Any, files: Files, max_length: int, batch_tokens: int) -> Side:
-    """A task as ``main.py validate`` evaluates it."""
+    """A task as ``main.py validate`` evaluates it, without Lightning around it.
+
+    Raises:
+        ValueError: Contexts could not be shared on this model, so that it is not the usual path that was run.
+    """
     task, rows = files.task, load_rows(files.task.source, files.data_dir)
     encoder = Encoder(tokenizer, max_length)
-    documents = encoder.documents(task, rows, window_length=max_length, num_documents=None)
-    scorer, scored = Scorer(model), {}
+    documents, _ = encoder.documents(task, rows, window_length=max_length, num_documents=None)
+    evaluator, scored = Evaluator(Scorer(model), tokenizer), {}
     for batch in batches(documents, batch_tokens):
-        scored |= dict(zip((document.index for document in batch), _score(scorer, task, batch), strict=True))
-    assert not scorer.fallbacks, scorer.fallbacks
+        results = evaluator.run(task, batch)
+        scored |= {
+            document.index: _of_result(task, document, result) for document, result in zip(batch, results, strict=True)
+        }
+    if evaluator.scorer.fallbacks:
+        raise ValueError(f"{'; '.join(evaluator.scorer.fallbacks)}; choose another model")
     by_name: dict[str, list[Scored]] = {}
     members: dict[str, list[Scored]] = {}
     for document in documents:
@@ -70,20 +78,11 @@ def run_moeq(model: Any, tokenizer: Any, files: Files, max_length: int, batch_to
     return Side(by_name, {name: _measured(own, task.metrics) for name, own in members.items()})
 
 
-def _score(scorer: Scorer, task: Task, documents: Sequence[Document]) -> Iterable[Scored]:
-    requests = [request for document in documents for request in document.requests]
-    owners = [i for i, document in enumerate(documents) for _ in document.requests]
-    found = iter(outcomes(scorer.run(plan_requests(requests, owners)), len(requests)))
-    for document in documents:
-        own: list[Outcome] = [next(found) for _ in document.requests]
-        likelihoods = tuple(outcome.loglikelihood for outcome in own)
-        if isinstance(task, Rolling):
-            likelihood = math.fsum(likelihoods)
-            yield Scored((likelihood,), task.score(document.row, likelihood), (), document.num_cut)
-        else:
-            assert isinstance(task, MultipleChoice | LastWord)
-            lengths = [len(choice) for choice in task.choices(document.row)] if isinstance(task, MultipleChoice) else ()
-            yield Scored(likelihoods, task.score(document.row, own), tuple(lengths), document.num_cut)
+def _of_result(task: Task, document: Document, result: Result) -> Scored:
+    details = result.details
+    likelihoods = details["loglikelihoods"] if "loglikelihoods" in details else [details["loglikelihood"]]
+    lengths = map(len, task.choices(document.row)) if isinstance(task, MultipleChoice) else ()
+    return Scored(tuple(likelihoods), result.values, tuple(lengths), document.num_cut)
 
 
 def _measured(documents: Sequence[Scored], kinds: Mapping[str, Kind]) -> dict[str, tuple[float, float | None]]:
