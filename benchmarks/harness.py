@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -25,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness_compare import TOLERANCE, Comparison, as_json, compare
+from harness_compare import Comparison, as_json, compare
 from harness_files import write_files
+from harness_report import report
 from harness_sides import harness_model, run_harness, run_moeq
 from harness_speed import Speed, measure_speed
 from llama_like import llama_like
@@ -70,13 +70,14 @@ def main(args: Sequence[str] | None = None) -> None:
             found = (time_task if options.speed else compare_task)(model, tokenizer, task, options)
             results.setdefault(name, {})[task] = found
             print(f"{name}, {task}: {_summary(found)}", flush=True)
-    report = speed_report(results) if options.speed else comparison_report(results)
-    report = f"{_head(options, given)}\n\n{report}"
-    print(f"\n{report}")
-    for path, text in ((options.output, report), (options.json, json.dumps(_plain(results, options, given), indent=1))):
+    command = origin(__file__, given)
+    text = report(results, command, options.repeats)
+    print(f"\n{text}")
+    plain = {"origin": command, "num_documents": options.num_documents, "results": _plain(results)}
+    for path, content in ((options.output, text), (options.json, json.dumps(plain, indent=1))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text.rstrip() + "\n")
+            path.write_text(content + "\n")
     if any(found.problems for tasks in results.values() for found in tasks.values() if isinstance(found, Comparison)):
         sys.exit(1)
 
@@ -115,97 +116,10 @@ def _summary(found: Comparison | Speed) -> str:
     return f"{found.documents} documents, {len(found.ties)} ties, {found.relative:.1e}, differences: {found.problems}"
 
 
-def comparison_report(results: dict[str, dict[str, Comparison]]) -> str:
-    """A table per model, then ties and problems."""
-    lines = []
-    for model, tasks in results.items():
-        lines += [
-            f"\n## {model}\n",
-            "| task | documents | cut | continuations | largest difference (nats) | relative | moeq | harness "
-            "| ties | equal |",
-            "|---|---:|---:|---:|---:|---:|---|---|---:|---|",
-        ]
-        for task, found in tasks.items():
-            lines.append(
-                f"| {task} | {found.documents} | {found.num_cut} | {found.continuations} | {found.difference:.1e} "
-                f"| {found.relative:.1e} | {_metrics(found, 'moeq')} | {_metrics(found, 'harness')} "
-                f"| {len({(tie.name, tie.index) for tie in found.ties})} | {'no' if found.problems else 'yes'} |"
-            )
-    ties = [
-        f"- {model}: {tie.name} {tie.index}, {tie.metric}, {tie.gap:.1e}, {'same' if tie.agreed else 'another'} answer"
-        for model, tasks in results.items()
-        for found in tasks.values()
-        for tie in found.ties
-    ]
-    problems = [
-        f"- {model}: {problem}"
-        for model, tasks in results.items()
-        for found in tasks.values()
-        for problem in found.problems
-    ]
-    heading = "\n## Ties (document, metric, gap between the two best choices)\n"
-    return "\n".join([*lines, heading, *(ties or ["None."]), "\n## What differs\n", *(problems or ["Nothing."])])
-
-
-def _metrics(found: Comparison, side: str) -> str:
-    # Of MMLU the metrics of the whole come last.
-    metrics = found.measured["mmlu" if "mmlu" in found.measured else next(iter(found.measured))]
-    cells = []
-    for metric, of_side in metrics.items():
-        value, stderr = of_side[side]
-        cells.append(f"{metric} {value:.6g}" + ("" if stderr is None else f" +- {stderr:.3g}"))
-    return ", ".join(cells)
-
-
-def speed_report(results: dict[str, dict[str, Speed]]) -> str:
-    """A table of documents per second."""
-    lines = [
-        "| model | task | documents | batch size of the harness | harness | moeq | ratio | by processor time |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for model, tasks in results.items():
-        for task, found in tasks.items():
-            ratios = [
-                f"{median(of_turns):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})"
-                for of_turns in (found.ratios("clock"), found.ratios("processor"))
-            ]
-            lines.append(
-                f"| {model} | {task} | {found.documents} | {found.batch_size} | {found.per_second('harness'):.2f} "
-                f"| {found.per_second('moeq'):.2f} | {' | '.join(ratios)} |"
-            )
-    return "\n".join(lines)
-
-
-def _head(options: Any, given: Sequence[str]) -> str:
-    from importlib.metadata import version
-
-    versions = ", ".join(f"{name} {version(name)}" for name in ("lm_eval", "torch", "transformers"))
-    title = "Speed against lm-evaluation-harness" if options.speed else "Equality with lm-evaluation-harness"
-    text = f"# {title}\n\n{origin(__file__, given)}; {versions}; float32, {torch.get_num_threads()} thread."
-    if options.speed:
-        return (
-            f"{text}\n\nDocuments per second, medians of {options.repeats} turns; ratios with the smallest and the largest "
-            "of a turn.  What is timed: `benchmarks/harness_speed.py`."
-        )
-    return (
-        f"{text}\n\nDocuments that were longer than the model's window were cut by both sides (column cut). "
-        f"Log-likelihoods are equal to {TOLERANCE:g} max(1, |x|), accuracies and their standard errors to the last bits "
-        "but for ties, of MMLU those of each subject (the table has the whole, whose standard error the harness pools "
-        "from the subjects'). Standard errors of perplexities are not compared: the harness has bootstrap samples for "
-        "LAMBADA and none for texts. More in `benchmarks/harness_compare.py`."
-    )
-
-
-def _plain(results: dict[str, dict[str, Any]], options: Any, given: Sequence[str]) -> dict[str, Any]:
+def _plain(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
-        "origin": origin(__file__, given),
-        "num_documents": options.num_documents,
-        "results": {
-            model: {
-                task: as_json(found) if isinstance(found, Comparison) else vars(found) for task, found in tasks.items()
-            }
-            for model, tasks in results.items()
-        },
+        model: {task: as_json(found) if isinstance(found, Comparison) else vars(found) for task, found in tasks.items()}
+        for model, tasks in results.items()
     }
 
 

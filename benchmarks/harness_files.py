@@ -15,6 +15,7 @@ sides.  Files are read and converted here without moeq's own readers, which are 
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def write_files(name: str, data_dir: Path, folder: Path, num_documents: int | No
     task = find_task(name)
     source = find_file(task.source, task.source.splits, data_dir)
     data, configurations = folder / "rows", folder / "harness" / name
-    configurations.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(configurations, ignore_errors=True)
+    configurations.mkdir(parents=True)
     target = data / task.source.folder / source.name.removesuffix(".gz")
     target.parent.mkdir(parents=True, exist_ok=True)
     if name == "wikitext":

@@ -1,0 +1,97 @@
+"""Markdown of harness.py: what is equal, and how fast both sides are."""
+
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import torch
+from harness_compare import TOLERANCE, Comparison
+from harness_speed import Speed
+
+EQUALITY = f"""\
+Documents that were longer than the model's window were cut by both sides (column cut).  Log-likelihoods are equal to
+{TOLERANCE:g} max(1, |x|), accuracies and their standard errors to the last bits but for ties; of MMLU those of each
+subject (the table has the whole, whose standard error the harness pools from the subjects').  Standard errors of
+perplexities are not compared: the harness has bootstrap samples for LAMBADA and none for texts.  More in
+`benchmarks/harness_compare.py`."""
+SPEED = """\
+Documents per second, medians of {repeats} turns; ratios with the smallest and the largest of a turn.  What is timed:
+`benchmarks/harness_speed.py`."""
+
+
+def report(results: dict[str, dict[str, Any]], command: str, repeats: int) -> str:
+    """All that was found, by model and task.
+
+    Args:
+        results: Comparisons, or speeds.
+        command: What it came from.
+        repeats: Turns of a measurement of speed.
+    """
+    versions = ", ".join(f"{name} {version(name)}" for name in ("lm_eval", "torch", "transformers"))
+    speeds = any(isinstance(found, Speed) for tasks in results.values() for found in tasks.values())
+    title = "Speed against lm-evaluation-harness" if speeds else "Equality with lm-evaluation-harness"
+    head = f"# {title}\n\n{command}; {versions}; float32, {torch.get_num_threads()} thread."
+    if speeds:
+        return f"{head}\n\n{SPEED.format(repeats=repeats)}\n\n{_speeds(results)}"
+    return f"{head}\n\n{EQUALITY}\n{_comparisons(results)}"
+
+
+def _comparisons(results: dict[str, dict[str, Comparison]]) -> str:
+    """A table per model, then ties and problems."""
+    lines = []
+    for model, tasks in results.items():
+        lines += [
+            f"\n## {model}\n",
+            "| task | documents | cut | continuations | largest difference (nats) | relative | moeq | harness "
+            "| ties | equal |",
+            "|---|---:|---:|---:|---:|---:|---|---|---:|---|",
+        ]
+        for task, found in tasks.items():
+            lines.append(
+                f"| {task} | {found.documents} | {found.num_cut} | {found.continuations} | {found.difference:.1e} "
+                f"| {found.relative:.1e} | {_metrics(found, 'moeq')} | {_metrics(found, 'harness')} "
+                f"| {len({(tie.name, tie.index) for tie in found.ties})} | {'no' if found.problems else 'yes'} |"
+            )
+    ties = [
+        f"- {model}: {tie.name} {tie.index}, {tie.metric}, {tie.gap:.1e}, {'same' if tie.agreed else 'another'} answer"
+        for model, tasks in results.items()
+        for found in tasks.values()
+        for tie in found.ties
+    ]
+    problems = [
+        f"- {model}: {problem}"
+        for model, tasks in results.items()
+        for found in tasks.values()
+        for problem in found.problems
+    ]
+    heading = "\n## Ties (document, metric, gap between the two best choices)\n"
+    return "\n".join([*lines, heading, *(ties or ["None."]), "\n## What differs\n", *(problems or ["Nothing."])])
+
+
+def _metrics(found: Comparison, side: str) -> str:
+    # Of MMLU the metrics of the whole come last.
+    metrics = found.measured["mmlu" if "mmlu" in found.measured else next(iter(found.measured))]
+    cells = []
+    for metric, of_side in metrics.items():
+        value, stderr = of_side[side]
+        cells.append(f"{metric} {value:.6g}" + ("" if stderr is None else f" +- {stderr:.3g}"))
+    return ", ".join(cells)
+
+
+def _speeds(results: dict[str, dict[str, Speed]]) -> str:
+    """A table of documents per second."""
+    lines = [
+        "| model | task | documents | batch size of the harness | harness | moeq | ratio | by processor time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model, tasks in results.items():
+        for task, found in tasks.items():
+            ratios = [
+                f"{median(of_turns):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})"
+                for of_turns in (found.ratios("clock"), found.ratios("processor"))
+            ]
+            lines.append(
+                f"| {model} | {task} | {found.documents} | {found.batch_size} | {found.per_second('harness'):.2f} "
+                f"| {found.per_second('moeq'):.2f} | {' | '.join(ratios)} |"
+            )
+    return "\n".join(lines)
