@@ -36,7 +36,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MoEQuant (AGQ, EBSS of the corpus)": (EBSS, ("--model.affinity_power=1",)),
     "MoEQuant, paper EBSS": (EBSS, (PAPER, "--model.affinity_power=1")),
 }
-EVALUATE = ["--data.evaluation.num_arithmetic=0", "--trainer.enable_progress_bar=false"]
+EVALUATE = ["--data.tasks=[]", "--trainer.enable_progress_bar=false"]
 
 
 def measure(arm: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:

@@ -28,10 +28,9 @@ from measure import exact_match
 from origin import origin
 from quantmoe_report import write_report
 from quantmoe_rows import COSTS, SCORES, WIDTHS, Plan, Setting, bits_by_structure, make_plan, rows
-from trial import CachedGridGPTQ, Yardstick, fit
+from trial import CachedGridGPTQ, Texts, Yardstick, fit
 
 from callbacks.hessian_calibration import HessianCalibration
-from datamodules.evaluation import EvaluationSpec
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice, plan_cost
 from moeq.calibration.survey import survey_model
@@ -65,8 +64,8 @@ class Bench:
 
     def __init__(self, model: str, folder: Path) -> None:
         self.model, self.folder = model, folder
-        self.yardstick = Yardstick(model, EvaluationSpec(num_windows=16))
-        lines = read_documents(Path(self.yardstick.spec.data_dir) / self.yardstick.spec.arithmetic_file)
+        self.yardstick = Yardstick(model, Texts(num_windows=16))
+        lines = read_documents(Path(self.yardstick.texts.data_dir) / "arithmetic_sums.txt")
         sums = [line for document in lines for line in document.split("\n") if line.strip()]
         self.problems = build_problems(sums, NUM_PROBLEMS, num_shots=4)
         module = MoEQuantModule(name=model)

@@ -54,13 +54,12 @@ def fit_and_validate(recipe: Recipe, bits: int, folder: Path, overrides: Sequenc
     cache = ["--data.cache_dir", str(folder / "calibration")] if "moequant" in recipe.config else []
     common = ["--trainer.default_root_dir", str(row_folder), "--model.label", recipe.label]
     run(["fit", "--config", recipe.config, "--model.bits", str(bits), *common, *recipe.overrides, *cache, *overrides])
-    return validate(str(row_folder / "export"), recipe.label, row_folder, overrides)
+    return validate(str(row_folder / "export"), recipe.label, row_folder)
 
 
-def validate(model: str, label: str, folder: Path, overrides: Sequence[str]) -> ResultRow:
+def validate(model: str, label: str, folder: Path) -> ResultRow:
     """Evaluate one model; returns its row."""
-    evaluation = [item for item in overrides if item.startswith("--data.evaluation")]
-    options = ["--model.name", model, "--model.label", label, "--trainer.default_root_dir", str(folder), *evaluation]
+    options = ["--model.name", model, "--model.label", label, "--trainer.default_root_dir", str(folder)]
     run(["validate", "--config", "configs/eval.yaml", *options])
     return read_results(folder / "results.json")[0]
 
@@ -73,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="options for every fit, as --data.x=1")
     options = parser.parse_args(args)
     start = time.perf_counter()
-    rows = [validate("assets/reference-moe", "original", options.folder / "original", options.fit)]
+    rows = [validate("assets/reference-moe", "original", options.folder / "original")]
     for bits in options.bits:
         recipes = [RTN, GPTQ_PROSE, *([MOEQUANT_PAPER] if bits == min(options.bits) else []), MOEQUANT]
         # Their configurations state their own budget.

@@ -10,7 +10,7 @@ Legend: N windows, L tokens of a window, V vocabulary.
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,6 @@ from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from datamodules.calibration import CalibrationDataModule
-from datamodules.evaluation import EvaluationSpec
 from moeq.calibration.observe import observe
 from moeq.documents import read_documents, token_stream
 from moeq.models.adapter import Adapter, Site
@@ -75,7 +74,7 @@ class GivenIds(CalibrationDataModule):
     """Calibration on ids that exist already."""
 
     def __init__(self, ids_NL: Tensor) -> None:
-        super().__init__(BATCH, None)
+        super().__init__(BATCH)
         self._given_NL = ids_NL
 
     def make_ids(self) -> Tensor:
@@ -114,31 +113,46 @@ class Divergence:
     router_agreement: float
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What a yardstick measures on: file of each domain, tokens of a window, windows per domain (evenly spread)."""
+
+    data_dir: str = "assets/reference-moe/texts"
+    domains: dict[str, str] = field(
+        default_factory=lambda: {
+            "prose": "wikitext2_test.txt", "python": "python_heldout.jsonl",
+            "gsm8k": "gsm8k_test.jsonl", "arithmetic": "arithmetic.txt",
+        }
+    )  # fmt: skip
+    window_length: int = 256
+    num_windows: int | None = 32
+
+
 class Yardstick:
     """Evaluation windows of the domains with the original's logits.
 
     Args:
         name: The original model.
-        spec: Domains and windows; None is those of ``validate`` on the bundled model.
+        texts: Domains and windows; None is those of ``configs/eval.yaml`` on the bundled model.
     """
 
-    def __init__(self, name: str, spec: EvaluationSpec | None = None) -> None:
-        self.spec = spec or EvaluationSpec()
+    def __init__(self, name: str, texts: Texts | None = None) -> None:
+        self.texts = texts or Texts()
         self.model, self.tokenizer = load_model(name, "auto"), load_tokenizer(name)
         self.streams = {
-            domain: token_stream(read_documents(Path(self.spec.data_dir) / file), self.tokenizer)
-            for domain, file in self.spec.domains.items()
+            domain: token_stream(read_documents(Path(self.texts.data_dir) / file), self.tokenizer)
+            for domain, file in self.texts.domains.items()
         }
         self._original = {domain: list(map(self._run_original, self._batches(domain))) for domain in self.streams}
 
     def windows(self, domain: str) -> Tensor:
         """The evaluation windows of a domain, [N, L]."""
-        return spread_windows(self.streams[domain], self.spec.window_length, self.spec.num_windows)
+        return spread_windows(self.streams[domain], self.texts.window_length, self.texts.num_windows)
 
     def unused_windows(self, domain: str) -> Tensor:
         """The windows of a domain that are not evaluated, [N, L]: what an oracle may calibrate on."""
-        every_NL = spread_windows(self.streams[domain], self.spec.window_length, None)
-        num = self.spec.num_windows or len(every_NL)
+        every_NL = spread_windows(self.streams[domain], self.texts.window_length, None)
+        num = self.texts.num_windows or len(every_NL)
         unused_N = torch.ones(len(every_NL), dtype=torch.bool)
         unused_N[torch.arange(num) * len(every_NL) // num] = False
         return every_NL[unused_N]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from moeq.figures import bits_map, error_by_block, usage_heatmap
+from moeq.gallery import show_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +28,8 @@ class Figures(L.Callback):
         if not trainer.is_global_zero:
             return
         module: Any = pl_module
-        folder = Path(module.run_dir) / "figures"
         for name, draw in _drawings(module.run).items():
-            figure = draw()
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png")
-            for logger in trainer.loggers:
-                experiment: Any = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_figure"):
-                    experiment.add_figure(f"figures/{name}", figure, global_step=trainer.current_epoch)
+            show_figure(name, draw(), Path(module.run_dir), trainer.loggers, trainer.current_epoch)
 
 
 def _drawings(run: "Run") -> "dict[str, Callable[[], Figure]]":

@@ -1,7 +1,5 @@
 """Write what happened in a run: manifest, errors by weight, fallbacks, time and memory by pass, and a summary."""
 
-import importlib.metadata
-import platform
 import time
 from collections import Counter, defaultdict
 
@@ -13,8 +11,7 @@ from moeq.allocation.plan import plan_cost
 from moeq.memory import MemoryRow, peak_memory_bytes, start_peak
 from moeq.module import MoEQuantModule
 from moeq.run import write_csv, write_json
-
-PACKAGES = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "safetensors")
+from moeq.versions import installed_versions
 
 
 class Record(Callback):
@@ -64,8 +61,7 @@ class Record(Callback):
             return
         folder, run = pl_module.run_dir, pl_module.run
         manifest = {
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
+            "versions": installed_versions(),
             "device": str(pl_module.device),
             "seed": torch.initial_seed(),
             "model": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},

@@ -1,6 +1,7 @@
-"""Turn an evaluation into one row of a result table."""
+"""Write what validate measured: results.json, results.md, scalars and figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +9,67 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.export.folder import MANIFEST
+from moeq.figures_evaluation import group_bars, table_image, task_bars
+from moeq.gallery import show_figure
+from moeq.models.digest import model_digest
 from moeq.module import MoEQuantModule
 from moeq.report import markdown_table, result_row, write_results
-from moeq.tasks.evaluate import SetMetrics
+from moeq.task_report import TaskReport
+from moeq.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
+from moeq.versions import installed_versions
 
 BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16": 16.0}
 
 
 class Results(Callback):
-    """Writes results.json and results.md after validate, and prints the table."""
+    """Writes results.json, results.md and figures after validate, and prints the tables.
+
+    Reads ``pl_module.validation.reports``, which all ranks have put together; the module logs the numbers themselves.
+    """
 
     affects_weights = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print the row of the evaluated model."""
+        """The first rank writes."""
         assert isinstance(pl_module, MoEQuantModule)
-        metrics = {}
-        for set_metrics in pl_module.set_metrics:
-            assert isinstance(set_metrics, SetMetrics)
-            metrics[set_metrics.name] = set_metrics.compute()
+        reports = pl_module.validation.reports
         if not trainer.is_global_zero:
             return
-        row = result_row(metrics, **describe_model(pl_module))
-        write_results([row], pl_module.run_dir)
-        rank_zero_info(f"\n{markdown_table([row])}")
+        row = result_row(reports, **describe_model(pl_module))
+        write_results([row], pl_module.run_dir, reports, setting(trainer, pl_module))
+        draw(reports, trainer, pl_module.run_dir)
+        rank_zero_info(f"\n{markdown_table([row])}\n{markdown_tasks(reports)}")
+
+
+def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:
+    """Bars and table of all tasks, and bars of the groups of each task that has any."""
+    figures = {"tasks": task_bars(reports), "task_table": table_image(TASK_HEADER, task_rows(reports), TASK_LEFT)}
+    figures |= {f"{report.name}_groups": group_bars(report) for report in reports}
+    for name, figure in figures.items():
+        if figure is not None:
+            show_figure(name, figure, folder, trainer.loggers, trainer.global_step)
+
+
+def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
+    """Model, options, versions and machine of an evaluation, as JSON-like data."""
+    options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    data = {k: v for k, v in trainer.datamodule.hparams.items() if not k.startswith("_")}  # type: ignore[attr-defined]
+    model = {
+        "name": options["name"],
+        "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
+        "digest": model_digest(module.model),
+        "reference": options["reference"],
+    }
+    known = {
+        "model": model,
+        "settings": {"model": options, "data": data, "limit_val_batches": trainer.limit_val_batches},
+        "versions": installed_versions(),
+        "device": str(module.device),
+        "dtype": str(module.model.dtype).removeprefix("torch."),
+        "num_ranks": trainer.world_size,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    return plain
 
 
 def describe_model(module: MoEQuantModule) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
-
-from datamodules.evaluation import EvaluationDataModule, EvaluationSpec
 
 
 class BatchShare(Sampler[list[int]]):
@@ -34,11 +33,11 @@ class BatchShare(Sampler[list[int]]):
         return len(self._batches)
 
 
-class CalibrationDataModule(EvaluationDataModule):
-    """Train batches ``{"input_ids": [B, L]}`` from ``calibration_ids``, and the validation sets of the parent."""
+class CalibrationDataModule(L.LightningDataModule):
+    """Train batches ``{"input_ids": [B, L]}`` from ``calibration_ids``."""
 
-    def __init__(self, batch_size: int, evaluation: EvaluationSpec | None) -> None:
-        super().__init__(evaluation)
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be positive; the usual value is 8")
         self.batch_size = batch_size
@@ -50,9 +49,19 @@ class CalibrationDataModule(EvaluationDataModule):
             self._ids_NL = self.make_ids()
         return self._ids_NL
 
+    @property
+    def _tokenizer(self) -> Any:
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return self.trainer.lightning_module.tokenizer
+
     @abstractmethod
     def make_ids(self) -> Tensor:
         """The sequences, int64 [N, L] on the CPU; called by every rank, from ``on_fit_start`` on."""
+
+    @override
+    def val_dataloader(self) -> list[Any]:
+        """None: the tasks of validate have a datamodule of their own."""
+        return []
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
-from datamodules.evaluation import EvaluationSpec
 from moeq.calibration.balance import Units, is_degenerate
 from moeq.calibration.spec import EBSSSpec, Mode, NextToken, Prefix, Sampled, Scope
 from moeq.calibration.text import text_windows
@@ -21,7 +20,7 @@ NUM_SHOWN = 3
 
 
 class EBSSDataModule(CalibrationDataModule):
-    """Self-sampled calibration sequences, kept in the run folder with a report of their balance; validation sets.
+    """Self-sampled calibration sequences, kept in the run folder with a report of their balance.
 
     Args:
         num_sequences: Sequences to write.
@@ -38,7 +37,6 @@ class EBSSDataModule(CalibrationDataModule):
         cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.
         compare_text: A .txt or .jsonl file; the report then has the same columns for as many tokens of it.
         batch_size: Sequences per step of the calibration.
-        evaluation: Evaluation sets of validate; null is those of the bundled model.
         top_p: Draw from the likeliest tokens with this probability in total; 1 draws from all.
         sigma_units: Usage in sigma is the fraction of tokens (token_fraction) or of routed slots (slot_share).
         sigma_scope: Sigma of the branch (sequence) or of all sequences with it (corpus).
@@ -64,7 +62,6 @@ class EBSSDataModule(CalibrationDataModule):
         cache_dir: str | None = None,
         compare_text: str | None = None,
         batch_size: int = 8,
-        evaluation: EvaluationSpec | None = None,
         top_p: float = 1.0,
         sigma_units: Units = "token_fraction",
         sigma_scope: Scope = "sequence",
@@ -73,7 +70,7 @@ class EBSSDataModule(CalibrationDataModule):
         segment: int = 8,
         min_tokens_per_expert: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, evaluation)
+        super().__init__(batch_size)
         self.spec = EBSSSpec(
             num_sequences, length, branches, tau, prefix_length, mode, temperature, balance, seed, top_p, sigma_units,
             sigma_scope, prefix, starts, segment, min_tokens_per_expert,

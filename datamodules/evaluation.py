@@ -1,154 +1,144 @@
-"""Evaluation sets: windows of text from several domains, and arithmetic problems to be solved by generation."""
+"""Evaluation tasks as Lightning validation loaders: one per task, each batch a list of documents."""
 
-from collections.abc import Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
-from moeq.documents import read_documents, token_stream
-from moeq.tasks.arithmetic import Problem, build_problems, left_pad
-from moeq.tasks.text import spread_windows
-
-ARITHMETIC_SET = "arithmetic_exact_match"
-
-
-def _reference_domains() -> dict[str, str]:
-    return {
-        "prose": "wikitext2_test.txt",
-        "python": "python_heldout.jsonl",
-        "gsm8k": "gsm8k_test.jsonl",
-        "arithmetic": "arithmetic.txt",
-    }
-
-
-@dataclass(frozen=True)
-class EvaluationSpec:
-    """What ``validate`` measures.
-
-    Attributes:
-        data_dir: Folder of the evaluation files.
-        domains: File of each domain: ``.txt`` is one document, ``.jsonl`` one document per line (field ``text``, or
-            ``question`` and ``answer``).
-        window_length: Tokens per window; windows do not overlap, the first token of each is not scored.
-        num_windows: Windows per domain, evenly spread over its text; None is all of them.
-        batch_size: Windows, or arithmetic problems, per forward pass.
-        arithmetic_file: Lines such as ``37 + 58 = 95`` for the exact-match set; the bundled file has sums only.
-        num_arithmetic: Problems in the exact-match set, evenly spread over the file; 0 leaves the set out.
-        num_shots: Other lines shown before each problem.
-    """
-
-    data_dir: str = "assets/reference-moe/texts"
-    domains: dict[str, str] = field(default_factory=_reference_domains)
-    window_length: int = 256
-    num_windows: int | None = 32
-    batch_size: int = 8
-    arithmetic_file: str = "arithmetic_sums.txt"
-    num_arithmetic: int = 200
-    num_shots: int = 4
-
-    def __post_init__(self) -> None:
-        if self.window_length < 2:
-            raise ValueError(f"window_length ({self.window_length}) must be at least 2, since token 1 is not scored")
-        if self.num_windows is not None and self.num_windows < 1:
-            raise ValueError(f"num_windows ({self.num_windows}) must be positive, or null for all windows")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size ({self.batch_size}) must be positive; the usual value is 8")
-        if self.num_arithmetic < 0 or self.num_shots < 0:
-            raise ValueError(
-                f"num_arithmetic ({self.num_arithmetic}) and num_shots ({self.num_shots}) must not be negative; "
-                "choose 0 to leave either out"
-            )
-        if ARITHMETIC_SET in self.domains:
-            raise ValueError(f"the domain name {ARITHMETIC_SET} is taken by the exact-match set; choose another")
-        if not self.domains and not self.num_arithmetic:
-            raise ValueError("domains is empty and num_arithmetic is 0: nothing to evaluate; name a domain")
-
-
-class RankSampler(Sampler[int]):
-    """Items rank, rank + world_size, ... of a data set: in order, none twice, none left out, no padding."""
-
-    def __init__(self, dataset: Sized, rank: int, world_size: int) -> None:
-        self._indices = range(rank, len(dataset), world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
+from moeq.tasks.batches import batches
+from moeq.tasks.documents import Document
+from moeq.tasks.domains import domain_task
+from moeq.tasks.encode import Encoder
+from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
+from moeq.tasks.records import Records
+from moeq.tasks.registry import expand
+from moeq.tasks.rows import load_rows
+from moeq.tasks.sandbox import check_permission
+from moeq.tasks.spec import Code, Task
 
 
 class EvaluationDataModule(L.LightningDataModule):
-    """Validation loaders, one per evaluation set, in the order of ``set_names``.
+    """The tasks of validate.
 
-    Window batches are ``{"input_ids": [B, L]}``; arithmetic batches are ``{"prompt_ids": [B, P], "attention_mask":
-    [B, P], "answers": list[str]}``, padded on the left.  The tokenizer is the one of the module under evaluation.
+    Args:
+        tasks: Names of tasks or of groups of them (docs/tasks.md lists all), or your own as package.module.
+        domains: Perplexity of any text: a name, and a .txt or .jsonl file (also .gz) in data_dir.
+        data_dir: Folder with one folder of files per data set; null reads the hub.
+        num_documents: Evaluate only this many documents of each task, evenly spread; marked as partial in the results.
+        num_shots: Few-shot examples by task, where they differ from the task's own: {"mmlu": 0}.
+        window_length: Tokens of a window of the domains (tasks with a protocol have their own).
+        num_windows: Windows per domain, evenly spread over its text; null is all of them.
+        max_length: Longest input in tokens; null is the model's own. Longer documents are cut on the left, as the
+            harness does, and counted.
+        batch_tokens: Tokens per forward pass, padding included; lower it when memory runs out.
+        sampling: How text is generated: greedily, or several samples at a temperature.
+        execute_code: Run the programs that the model writes (HumanEval, MBPP); see docs/code_execution.md.
     """
 
-    def __init__(self, evaluation: EvaluationSpec | None = None) -> None:
-        """Reads nothing yet: files are opened when the loaders are asked for.
-
-        Args:
-            evaluation: The sets; None is the four domains and the arithmetic of the bundled reference model.
-        """
+    def __init__(
+        self,
+        tasks: list[str] | None = None,
+        domains: dict[str, str] | None = None,
+        data_dir: str | None = None,
+        num_documents: int | None = None,
+        num_shots: dict[str, int] | None = None,
+        window_length: int = 2048,
+        num_windows: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int = 8192,
+        sampling: Sampling | None = None,
+        execute_code: bool = False,
+    ) -> None:
         super().__init__()
-        self.evaluation = evaluation or EvaluationSpec()
+        self.save_hyperparameters(logger=False)
+        _check_positive(
+            num_documents=num_documents, window_length=window_length, num_windows=num_windows, max_length=max_length,
+            batch_tokens=batch_tokens,
+        )  # fmt: skip
+        if window_length < 2:
+            raise ValueError(f"window_length ({window_length}) must be at least 2, since token 1 is not scored")
+        if not tasks and not domains:
+            raise ValueError("tasks and domains are both empty: nothing to evaluate; name a task (docs/tasks.md)")
+        self.tasks = [
+            *(domain_task(name, file, window_length, num_windows) for name, file in (domains or {}).items()),
+            *expand(tasks or []),
+        ]
+        names = [task.name for task in self.tasks]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{doubled} are named more than once among tasks and domains; rename the domain")
+        if unknown := sorted((num_shots or {}).keys() - set(names)):
+            raise ValueError(f"num_shots names {unknown}, which are not among the tasks {names}; correct the names")
+        self.tasks = [replace(task, num_shots=(num_shots or {}).get(task.name, task.num_shots)) for task in self.tasks]
+        for task in self.tasks:
+            if isinstance(task, Code):
+                check_permission(execute_code, task.name)
+        self.data_dir = None if data_dir is None else Path(data_dir)
+        self.num_documents, self.window_length = num_documents, window_length
+        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.sampling = sampling or Sampling()
+        self.evaluations: list[TaskEvaluation] = []
 
-    @property
-    def set_names(self) -> list[str]:
-        """Names of the evaluation sets: the domains, then the exact-match set."""
-        return [*self.evaluation.domains, *([ARITHMETIC_SET] if self.evaluation.num_arithmetic else [])]
-
+    @override
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader per set; under several ranks each sees its share, without duplicates.
+        """One loader per task; under several ranks each sees its share, without duplicates.
+
+        Documents that an interrupted run has finished are left out of the batches.
 
         Raises:
             ValueError: A missing or malformed file, or a text shorter than the windows asked for.
         """
-        loaders = [self._loader(self._windows(domain)) for domain in self.evaluation.domains]
-        if self.evaluation.num_arithmetic:
-            loaders.append(self._loader(self._problems(), self._collate_problems))
-        return loaders
+        assert self.trainer is not None, "the loaders are built by a Trainer"
+        module = cast(Any, self.trainer.lightning_module)
+        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
+        fingerprint = module.fingerprint(asdict(self.sampling))
+        self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
+        # Every rank has read what is finished before any of them adds to it.
+        self.trainer.strategy.barrier("moeq_evaluation")
+        return [_loader(evaluation.batches) for evaluation in self.evaluations]
 
     @property
-    def _tokenizer(self) -> Any:
-        assert self.trainer is not None, "the loaders are built by a Trainer"
-        return self.trainer.lightning_module.tokenizer
+    def batch_costs(self) -> list[list[tuple[int, float]]]:
+        """Documents and tokens of each batch of each loader, for the progress bar."""
+        return [
+            [(len(documents), float(sum(d.num_tokens for d in documents))) for documents in evaluation.batches or [[]]]
+            for evaluation in self.evaluations
+        ]
 
-    def _windows(self, domain: str) -> list[dict[str, Tensor]]:
-        path = Path(self.evaluation.data_dir) / self.evaluation.domains[domain]
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Documents are plain data: scoring makes its tensors on the device of the model."""
+        return batch
+
+    def _open(self, task: Task, encoder: Encoder, fingerprint: str) -> TaskEvaluation:
+        """Read a task's data, turn its rows into documents, leave out those that are finished, batch the others."""
+        assert self.trainer is not None
+        trainer, module = self.trainer, cast(Any, self.trainer.lightning_module)
+        rows = load_rows(task.source, self.data_dir)
         try:
-            ids_T = token_stream(read_documents(path), self._tokenizer)
-            windows_NL = spread_windows(ids_T, self.evaluation.window_length, self.evaluation.num_windows)
+            encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
         except ValueError as error:
-            raise ValueError(f"domain {domain} ({path}): {error}") from error
-        return [{"input_ids": window_L} for window_L in windows_NL]
+            raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
+        records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank)
+        if module.hparams["restart"]:
+            if trainer.is_global_zero:
+                records.clear()
+            # No rank reads what another is about to forget: all have to leave out the same documents.
+            trainer.strategy.barrier("moeq_restart")
+        kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
+        evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
+        return evaluation
 
-    def _problems(self) -> list[Problem]:
-        path = Path(self.evaluation.data_dir) / self.evaluation.arithmetic_file
-        try:
-            lines = [line for document in read_documents(path) for line in document.split("\n") if line.strip()]
-            return build_problems(lines, self.evaluation.num_arithmetic, self.evaluation.num_shots)
-        except ValueError as error:
-            raise ValueError(f"{ARITHMETIC_SET} ({path}): {error}") from error
 
-    def _collate_problems(self, problems: list[Problem]) -> dict[str, Any]:
-        tokenizer = self._tokenizer
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        # A prompt starts as a document does in training: after the begin- or end-of-text token.
-        prefix = [] if start is None else [start]
-        prompts = [prefix + tokenizer.encode(problem.prompt, add_special_tokens=False) for problem in problems]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        prompt_ids_BP, attention_mask_BP = left_pad(prompts, pad)
-        answers = [problem.answer for problem in problems]
-        return {"prompt_ids": prompt_ids_BP, "attention_mask": attention_mask_BP, "answers": answers}
+def _loader(dataset: list[list[Document]]) -> DataLoader[Any]:
+    # A rank without documents has one empty batch: Lightning does not validate at all where there is none.
+    return DataLoader(cast(Dataset[Any], dataset or [[]]), batch_size=None, collate_fn=list)
 
-    def _loader(self, dataset: list[Any], collate: Any = None) -> DataLoader[Any]:
-        assert self.trainer is not None, "the loaders are built by a Trainer"
-        sampler = RankSampler(dataset, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(
-            cast(Dataset[Any], dataset), batch_size=self.evaluation.batch_size, sampler=sampler, collate_fn=collate
-        )
+
+def _check_positive(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be positive; leave it out for the usual value")

@@ -7,13 +7,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
-from datamodules.evaluation import EvaluationSpec
 from moeq.calibration.text import text_windows
 from moeq.documents import read_documents, token_stream
 
 
 class TextDataModule(CalibrationDataModule):
-    """Windows of any text for comparison with self-sampled sequences, and the validation sets.
+    """Windows of any text for comparison with self-sampled sequences.
 
     Args:
         path: A local .txt or .jsonl file, gzipped or not; documents are separated by the end-of-text token.
@@ -25,7 +24,6 @@ class TextDataModule(CalibrationDataModule):
         length: Tokens per window.
         seed: Of the choice of windows.
         batch_size: Windows per step.
-        evaluation: Evaluation sets of validate; null is those of the bundled model.
     """
 
     def __init__(
@@ -39,9 +37,8 @@ class TextDataModule(CalibrationDataModule):
         length: int = 512,
         seed: int = 0,
         batch_size: int = 8,
-        evaluation: EvaluationSpec | None = None,
     ) -> None:
-        super().__init__(batch_size, evaluation)
+        super().__init__(batch_size)
         if (path is None) == (dataset is None):
             raise ValueError(f"give either path or dataset, not both and not neither (path {path}, dataset {dataset})")
         for name, value in {"num_windows": num_windows, "length": length}.items():

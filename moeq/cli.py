@@ -39,6 +39,11 @@ class MoEQuantCLI(LightningCLI):
     def before_validate(self) -> None:
         """Leave out Lightning's table of validation metrics: callbacks.Results prints a better one."""
         self.config_init["validate"]["verbose"] = False
+        if not hasattr(self.datamodule, "evaluations"):
+            raise ValueError(
+                f"validate needs evaluation tasks, and {type(self.datamodule).__name__} has calibration data only; "
+                "take configs/eval.yaml, with --model.name the folder of an export"
+            )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

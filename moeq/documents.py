@@ -35,7 +35,8 @@ def read_documents(path: Path, field: str | None = None) -> list[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf8") as file:
         if kind == ".jsonl":
-            documents = [_row(line, field, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.strip()]
+            lines = ((line, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.strip())
+            documents = [row_text(_row(line, where), field, where) for line, where in lines]
         else:
             documents = [str(file.read())]
     if not any(document.strip() for document in documents):
@@ -54,11 +55,12 @@ def token_stream(documents: Sequence[str], tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _row(line: str | bytes, field: str | None, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); it should contain {CONTENTS['.jsonl']}") from error
+def row_text(row: Any, field: str | None = None, where: str = "a row") -> str:
+    """Text of a row: ``field``, or where that is None ``text``, or ``question`` and ``answer``.
+
+    Raises:
+        ValueError: The row has none of them; ``where`` says which row it is.
+    """
     given = sorted(row) if isinstance(row, dict) else type(row).__name__
     if (field or "text") in given:
         return str(row[field or "text"])
@@ -66,3 +68,10 @@ def _row(line: str | bytes, field: str | None, where: str) -> str:
         return f"Question: {row['question']}\nAnswer: {row['answer']}"
     expected = CONTENTS[".jsonl"] if field is None else f"one JSON object per line, with a field {field!r}"
     raise ValueError(f"{where} has {given}; it should contain {expected}")
+
+
+def _row(line: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}); it should contain {CONTENTS['.jsonl']}") from error

@@ -17,13 +17,20 @@ from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.calibration.observe import Routing
 from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
-from moeq.models.loading import DType, load_model, load_tokenizer
+from moeq.models.identity import model_identity
+from moeq.models.loading import DType, load_config, load_model, load_tokenizer
 from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.resume import Resume
 from moeq.run import Run
 from moeq.schedule import Pass, Sequential, build_schedule
-from moeq.tasks.evaluate import SetMetrics
+from moeq.task_report import scalars
+from moeq.tasks.documents import Document
+from moeq.tasks.encode import window_of
+from moeq.tasks.evaluation import TaskEvaluation
+from moeq.tasks.fingerprint import fingerprint
+from moeq.validation import ReferenceMode, start_validation
+from moeq.versions import installed_versions
 
 
 class MoEQuantModule(L.LightningModule):
@@ -36,6 +43,8 @@ class MoEQuantModule(L.LightningModule):
         name: Hub id or folder of a Mixture-of-Experts causal LM, original or exported by moeq.
         dtype: Dtype to load the model in; auto is the one of its files.
         reference: Hub id or folder of the original, to compare with in validate.
+        reference_mode: Where the original waits for the comparison: "memory" beside the model, "disk" runs it first and
+            keeps its logits in the run folder; "auto" takes the disk where the two do not fit.
         bits: Bits per weight, 2 to 8.
         group_size: In-features that share a scale; null is one scale per output channel.
         symmetric: Symmetric grids, without zero points.
@@ -49,7 +58,7 @@ class MoEQuantModule(L.LightningModule):
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
         hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
             with one sweep of the data for each, and the same codes.
-        restart: Start over in a run folder that holds finished blocks.
+        restart: Start over in a run folder that holds finished blocks or documents.
         label: Name of this run in result tables; null is the name of the model.
     """
 
@@ -58,6 +67,7 @@ class MoEQuantModule(L.LightningModule):
         name: str = "assets/reference-moe",
         dtype: DType = "auto",
         reference: str | None = None,
+        reference_mode: ReferenceMode = "auto",
         bits: int = 4,
         group_size: int | None = 64,
         symmetric: bool = False,
@@ -83,7 +93,6 @@ class MoEQuantModule(L.LightningModule):
         self.originals_requested = False
         self.routers_requested = False
         self.schedule: tuple[Pass, ...] = ()
-        self.set_metrics = torch.nn.ModuleList()
         self._models: dict[str, Any] = {}
         self._activations, self._originals = ActivationStore(), ActivationStore()
         self._calls: dict[int, tuple[BlockCall, Tensor]] = {}
@@ -95,10 +104,13 @@ class MoEQuantModule(L.LightningModule):
     def configure_model(self) -> None:
         if self._models:
             return
-        self._models["model"] = load_model(self.hparams["name"], self.hparams["dtype"])
-        self._models["tokenizer"] = load_tokenizer(self.hparams["name"])
-        if self.hparams["reference"] is not None:
-            self._models["reference"] = load_model(self.hparams["reference"], self.hparams["dtype"])
+        name = self.hparams["name"]
+        if self._trainer is not None and self._trainer.state.fn == "validate":
+            # Its models come later: after the data, and one after the other where both do not fit.
+            self._models["config"] = load_config(name)
+        else:
+            self._models["model"] = load_model(name, self.hparams["dtype"])
+        self._models["tokenizer"] = load_tokenizer(name)
 
     @property
     def model(self) -> Any:
@@ -109,11 +121,6 @@ class MoEQuantModule(L.LightningModule):
     def tokenizer(self) -> Any:
         """Its tokenizer."""
         return self._models["tokenizer"]
-
-    @property
-    def reference(self) -> Any:
-        """The original to compare with, or None."""
-        return self._models.get("reference")
 
     @property
     def adapter(self) -> Adapter:
@@ -226,27 +233,43 @@ class MoEQuantModule(L.LightningModule):
 
     # -- validate
 
+    def max_length(self, override: int | None) -> int:
+        """Tokens that the model can read, or ``override``."""
+        return override or window_of(self._models["config"], self.tokenizer)
+
+    def fingerprint(self, settings: dict[str, Any]) -> str:
+        """What the result of a document depends on besides the document."""
+        name, reference, dtype = (self.hparams[key] for key in ("name", "reference", "dtype"))
+        return fingerprint(
+            model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
+            settings=settings, versions=installed_versions(),
+        )  # fmt: skip
+
+    @property
+    def evaluations(self) -> list[TaskEvaluation]:
+        """The tasks of validate."""
+        found: list[TaskEvaluation] = self.trainer.datamodule.evaluations  # type: ignore[attr-defined]
+        return found
+
     @override
     def on_validation_start(self) -> None:
-        self.model.to(self.device)
-        if self.reference is not None:
-            self.reference.to(self.device)
-        names: list[str] = self.trainer.datamodule.set_names  # type: ignore[attr-defined]
-        self.set_metrics = torch.nn.ModuleList(SetMetrics(name, self.tokenizer) for name in names).to(self.device)
+        """The data are read by now: a mistake in them does not wait for a large model to load."""
+        sampling = self.trainer.datamodule.sampling  # type: ignore[attr-defined]
+        self.validation = start_validation(
+            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir
+        )
+        self._models["model"] = self.validation.evaluator.scorer.model
 
     @override
     @torch.no_grad()
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        metrics = self.set_metrics[dataloader_idx]
-        assert isinstance(metrics, SetMetrics)
-        metrics.update(self.model, self.reference, batch)
+    def validation_step(self, batch: list[Document], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation.step(batch, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        for metrics in self.set_metrics:
-            assert isinstance(metrics, SetMetrics)
-            for key, value in metrics.compute().items():
-                self.log(f"{metrics.name}/{key}", value, sync_dist=False)
+        self.validation.finish()
+        for name, value in scalars(self.validation.reports).items():
+            self.log(name, value, sync_dist=False)
 
 
 def _keep_BT(batch: dict[str, Tensor]) -> Tensor:

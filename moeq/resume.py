@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeq.module import MoEQuantModule
 
 # Settings that do not change what a block becomes.
-NEUTRAL_SETTINGS = frozenset({"reference", "restart", "label", "hessian_gib"})
+NEUTRAL_SETTINGS = frozenset({"reference", "reference_mode", "restart", "label", "hessian_gib"})
 
 
 class Resume:

@@ -12,7 +12,7 @@ NUMERICAL_CORE = ("quant", "calibration", "allocation", "tasks", "export")
 WITHOUT_TRANSFORMERS = ("quant", "allocation", "tasks")
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
-MAY_IMPORT_LIGHTNING = {"moeq/cli.py", "moeq/module.py", "moeq/progress.py", "moeq/strategy.py"}
+MAY_IMPORT_LIGHTNING = {"moeq/cli.py", "moeq/module.py", "moeq/progress.py", "moeq/strategy.py", "moeq/validation.py"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moeq.models.adapter import is_experts_module
-from moeq.tasks.arithmetic import Problem, greedy_continuations, left_pad, parse_answer
+from moeq.tasks.arithmetic import Problem, parse_answer
+from moeq.tasks.generation import generate
 from moeq.tasks.perplexity import nll_sum_and_count
 
 WINDOW = 512
@@ -57,17 +58,15 @@ def measure_windows(model: nn.Module, windows_NT: Tensor, batch_size: int = 8) -
 
 
 def exact_match(model: nn.Module, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 100) -> float:
-    """Share of problems that greedy decoding answers exactly; prompts are padded on the left and masked."""
+    """Share of problems that greedy decoding answers exactly."""
     correct = 0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts = [tokenizer.encode(problem.prompt, add_special_tokens=False) for problem in batch]
-        ids_BP, mask_BP = left_pad(prompts, tokenizer.pad_token_id)
-        new_ids_BN, _ = greedy_continuations(
-            model, ids_BP, mask_BP, max_new_tokens=ANSWER_TOKENS, pad_token_id=tokenizer.pad_token_id
+        texts = generate(
+            model, prompts, tokenizer=tokenizer, stop=("\n",), max_new_tokens=ANSWER_TOKENS, seeds=[0] * len(prompts)
         )
-        texts = tokenizer.batch_decode(new_ids_BN)
-        correct += sum(parse_answer(text) == problem.answer for text, problem in zip(texts, batch, strict=True))
+        correct += sum(parse_answer(text) == problem.answer for (text,), problem in zip(texts, batch, strict=True))
     return correct / len(problems)
 
 

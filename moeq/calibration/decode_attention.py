@@ -5,8 +5,9 @@
 The fused CPU kernel takes 3 times as long in bfloat16 with so few queries, and batched products take 4 times as long
 on the first T positions of a larger store as on all C of it (a strided batch leaves the fast path of the matrix
 library): so the products run over all C positions, and positions T to C get probability 0.  Scores are rounded to
-bfloat16 and the softmax is in float32, which is what eager attention of transformers does.  In every other case
-(prefill, masks, other dtypes and devices, other caches) this is transformers' ``sdpa``.
+bfloat16 and the softmax is in float32, which is what eager attention of transformers does.  A mask says which
+positions a row sees, where prompts were padded.  In every other case (prefill, other masks, dtypes and devices, other
+caches) this is transformers' ``sdpa``.
 
 Legend: R rows, H key-value heads, G query heads per key-value head, T positions, C of the store, D head size, B R * H.
 """
@@ -32,7 +33,9 @@ _CHANGES_SCORES = ("softcap", "position_bias", "output_attentions", "cache")
 def decoding(model: Any) -> Iterator[None]:
     """Let a model that attends by ``sdpa`` throughout attend by ``decode_attention``; others stay as they are."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    if any(getattr(config, "_attn_implementation", None) != "sdpa" for config in configs):
+    # Attention with an indexer masks what was not chosen only where it is called "eager" or "sdpa".
+    indexed = any(path.endswith(".indexer") for path, _ in model.named_modules())
+    if indexed or any(getattr(config, "_attn_implementation", None) != "sdpa" for config in configs):
         yield
         return
     model.set_attn_implementation(NAME)
@@ -56,7 +59,7 @@ def decode_attention(
     if (
         store_RHCD is None
         or values_RHCD is None
-        or attention_mask is not None
+        or not _one_row_each(attention_mask, query, key)
         or query.shape[2] != 1
         or query.dtype != torch.bfloat16
         or query.device.type != "cpu"
@@ -68,9 +71,21 @@ def decode_attention(
     scaling = size**-0.5 if scaling is None else scaling
     query_BGD = (query * scaling).reshape(rows * heads, -1, size)
     score_BGC = torch.bmm(query_BGD, store_RHCD.view(rows * heads, room, size).mT)
-    share_BGT = score_BGC[..., :length].softmax(-1, dtype=torch.float32).to(query.dtype)
+    score_BGT = score_BGC[..., :length]
+    if attention_mask is not None:
+        seen_B1T = attention_mask.expand(rows, heads, 1, length).reshape(-1, 1, length)
+        score_BGT = score_BGT.masked_fill(~seen_B1T, -torch.inf)
+    share_BGT = score_BGT.softmax(-1, dtype=torch.float32).to(query.dtype)
     out_BGD = torch.bmm(F.pad(share_BGT, (0, room - length)), values_RHCD.view(rows * heads, room, -1))
     return out_BGD.view(rows, 1, query.shape[1], -1), None
+
+
+def _one_row_each(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask, if there is one, tells each row which of its positions the new token sees."""
+    if attention_mask is None:
+        return True
+    shape = (query.shape[0], 1, 1, key.shape[2])
+    return attention_mask.dtype == torch.bool and attention_mask.shape == shape
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, decode_attention)

@@ -41,6 +41,31 @@ def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
     return model
 
 
+def load_config(name: str) -> Any:
+    """The configuration of a model; raises ValueError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", name)) from error
+
+
+def model_bytes(name: str, dtype: DType = "auto") -> int:
+    """Bytes of a model in memory: of the files of a folder (packed weights stay packed), else of its parameters."""
+    from transformers import AutoModelForCausalLM
+
+    files = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    if files and (dtype == "auto" or (Path(name) / "moeq_manifest.json").is_file()):
+        return sum(path.stat().st_size for path in files)
+    config = load_config(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model; raises ValueError where there is none."""
     from transformers import AutoTokenizer

@@ -2,20 +2,13 @@
 
 A problem's prompt is a few other full lines of the file (the shots) and the line up to and including ``=``; its
 answer is the integer after it.  The model continues greedily, and its answer is what stands before the next newline,
-right only where that is the same integer and nothing else.  Text in, text out below; the model is touched in
-``greedy_continuations`` alone.
-
-Shapes: B problems, P tokens of the longest prompt (left-padded), N new tokens, V vocabulary.
+right only where that is the same integer and nothing else.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
-
-import torch
-from torch import Tensor
 
 _LINE = re.compile(r"(\d+ [-+*] \d+ =) (-?\d+)")
 _ANSWER = re.compile(r"-?\d+")
@@ -61,41 +54,3 @@ def parse_answer(continuation: str) -> str:
     """The integer that makes up the first line of a continuation; empty where that line is anything else."""
     first_line = continuation.split("\n", 1)[0].strip()
     return first_line if _ANSWER.fullmatch(first_line) else ""
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """int64 (prompt_ids_BP, attention_mask_BP) of prompts of any lengths, padded on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    prompt_ids_BP = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
-    attention_mask_BP = torch.zeros_like(prompt_ids_BP)
-    for row, prompt in enumerate(prompts):
-        prompt_ids_BP[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask_BP[row, longest - len(prompt) :] = 1
-    return prompt_ids_BP, attention_mask_BP
-
-
-@torch.no_grad()
-def greedy_continuations(
-    model: Any,
-    prompt_ids_BP: Tensor,
-    attention_mask_BP: Tensor,
-    *,
-    max_new_tokens: int,
-    pad_token_id: int,
-) -> tuple[Tensor, Tensor]:
-    """Greedy (new_ids_BN, logits_BNV) after left-padded prompts.
-
-    ``generate`` takes the position ids from the attention mask, so that padding changes no answer; new ids after the
-    end of a sequence are ``pad_token_id``.
-    """
-    generated = model.generate(
-        input_ids=prompt_ids_BP,
-        attention_mask=attention_mask_BP,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return generated.sequences[:, prompt_ids_BP.shape[1] :], torch.stack(generated.logits, dim=1)

@@ -41,6 +41,11 @@ class Document:
     requests: tuple[Request, ...]
     num_cut: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all requests."""
+        return sum(len(request.context) + len(request.continuation) for request in self.requests)
+
 
 @dataclass(frozen=True)
 class Result:

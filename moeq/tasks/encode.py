@@ -8,7 +8,7 @@ moved to the continuation first; where a text is longer than the window, its las
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,13 @@ def window_of(config: Any, tokenizer: Any) -> int:
     return DEFAULT_MAX_LENGTH if length is None or length == _NO_LIMIT else int(length)
 
 
+class Encoded(NamedTuple):
+    """Documents, and how many the task has: more where only some were asked for."""
+
+    documents: list[Document]
+    num_available: int
+
+
 class Encoder:
     """Makes documents.
 
@@ -59,7 +66,7 @@ class Encoder:
             )
         self.prefix: int = bos if bos is not None else eos
 
-    def documents(self, task: Task, rows: Rows, *, window_length: int, num_documents: int | None) -> list[Document]:
+    def documents(self, task: Task, rows: Rows, *, window_length: int, num_documents: int | None) -> Encoded:
         """Documents of a task.
 
         Args:
@@ -81,7 +88,8 @@ class Encoder:
             encoded = self._rolling([task.text(row) for row in wanted])
         else:
             encoded = self._prompted(task, wanted, shot_texts(task, rows, prepared, chosen))
-        return [_document(task, *each) for each in zip(chosen, wanted, encoded, strict=True)]
+        documents = [_document(task, *each) for each in zip(chosen, wanted, encoded, strict=True)]
+        return Encoded(documents, len(prepared))
 
     def encode(self, texts: Iterable[str], *, special_tokens: bool | None = None) -> dict[str, Ids]:
         """Token ids of distinct texts, in one call of the tokenizer.
@@ -103,7 +111,7 @@ class Encoder:
             ids.update(zip(group, map(tuple, self.tokenizer(group, **options)["input_ids"]), strict=True))
         return ids
 
-    def _windows(self, task: Windows, rows: Sequence[Row], length: int, count: int | None) -> list[Document]:
+    def _windows(self, task: Windows, rows: Sequence[Row], length: int, count: int | None) -> Encoded:
         texts = [task.text(row) for row in rows]
         if task.random_windows is not None:
 
@@ -125,7 +133,7 @@ class Encoder:
             cut = max(len(ids) - self.max_length, 0)
             request = Request(ids[cut : cut + 1], ids[cut + 1 :], open_end=True)
             documents.append(_document(task, index, {}, [(request, cut)]))
-        return documents
+        return Encoded(documents, len(windows_NL))
 
     def _whole(self, text: str, *, special_tokens: bool) -> Ids:
         # verbose=False: no warning that a text is longer than the model's window, since it is cut into windows next.

@@ -1,114 +1,167 @@
-"""All metrics of one evaluation set: forward passes and bookkeeping around the functions of this package."""
+"""A batch of documents through the model and, where there is one, the original: a ``Result`` for each document.
 
-from collections.abc import Mapping
-from typing import Any
+Likelihood tasks are scored in one plan of forward passes; what is compared with the original are the same positions of
+the same plan.  Generation tasks write text, which is judged as text or, for programs, by running them; they are
+compared along the text that would be right, since two models that write different texts share no other.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
-from moeq.tasks.arithmetic import greedy_continuations, parse_answer
-from moeq.tasks.divergence import kl_sum_and_agreement
-from moeq.tasks.metrics import Agreement, ExactMatch, MeanKL, MeanMetric, Perplexity, RouterAgreement
-from moeq.tasks.perplexity import nll_sum_and_count
-from moeq.tasks.routing import count_same_routing, record_routing
+from moeq.tasks.comparison import Said, ask, compare
+from moeq.tasks.decoders import Decoding
+from moeq.tasks.documents import Document, Result
+from moeq.tasks.evaluation import Sampling
+from moeq.tasks.finite import check_finite, first_non_finite, non_finite_error
+from moeq.tasks.generation import NonFiniteLogits, generate
+from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
+from moeq.tasks.passk import pass_at_k
+from moeq.tasks.plan import Plan, plan_requests
+from moeq.tasks.sandbox import Limits, Verdict, run_programs
+from moeq.tasks.spec import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
+
+Judged = tuple[Values, dict[str, Any]]
 
 
-class SetMetrics(nn.Module):
-    """Metrics of one evaluation set.
+class Original(Protocol):
+    """The original's side of a comparison: in memory, or what it said before."""
 
-    A batch with ``input_ids`` [B, L] is windows of text: perplexity and, against a reference model, KL divergence,
-    top-1 agreement and router agreement.  A batch with ``prompt_ids`` [B, P], ``attention_mask`` [B, P] and ``answers``
-    is arithmetic: exact match by greedy generation.
+    def said(self, plan: Plan) -> Said:
+        """What the original says of a batch."""
 
-    Args:
-        name: Name of the set, for messages.
-        tokenizer: Decodes generated answers; only generation batches need it.
+
+@dataclass
+class Evaluator:
+    """What it takes to evaluate a document of any task.
+
+    Attributes:
+        scorer: Runs plans on the model.
+        tokenizer: Of the model.
+        original: The original's side of a comparison, or None.
+        sampling: How text is generated.
+        decoding: How the model can be decoded.
+        limits: Of programs.
+        num_workers: Programs that run at the same time.
     """
 
-    def __init__(self, name: str, tokenizer: Any = None) -> None:
-        super().__init__()
-        self.name = name
-        self.tokenizer = tokenizer
-        self.num_batches = 0
-        self.perplexity = Perplexity()
-        self.kl = MeanKL()
-        self.top1_agreement = Agreement()
-        self.router_agreement = RouterAgreement()
-        self.exact_match = ExactMatch()
+    scorer: Scorer
+    tokenizer: Any
+    original: Original | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    limits: Limits = field(default_factory=Limits)
+    num_workers: int = 1
 
-    @torch.no_grad()
-    def update(self, model: Any, reference: Any, batch: Mapping[str, Any]) -> None:
-        """Run the model (and the reference, where one is given) on a batch and add to the metrics.
-
-        Args:
-            model: The causal LM under evaluation.
-            reference: The original model, or None: then only perplexity and exact match are measured.
-            batch: See the class.
+    def run(self, task: Task, documents: Sequence[Document]) -> list[Result]:
+        """Results of a batch, in the order of its documents.
 
         Raises:
-            ValueError: Logits are not finite, or the two models do not fit together.
+            NonFiniteError: Logits are not finite; names the task, the document and the module.
         """
-        if "prompt_ids" in batch:
-            self._update_exact_match(model, batch)
+        judged: list[Judged]
+        compared: dict[int, Values] = {}
+        if isinstance(task, Generation):
+            judged = self._judge(task, documents, self._write(task, documents))
+            if self.original is not None:
+                _, compared = self._score(task, documents, self.original)
         else:
-            self._update_windows(model, reference, batch["input_ids"])
-        self.num_batches += 1
+            scored, compared = self._score(task, documents, self.original)
+            judged = list(_likelihoods(task, documents, scored))
+        return [
+            Result(document.index, document.key, document.groups, values | compared.get(i, {}), details)
+            for i, (document, (values, details)) in enumerate(zip(documents, judged, strict=True))
+        ]
 
-    def compute(self) -> dict[str, float]:
-        """Every metric that saw data on any rank, by name; all ranks must call this, and all get the same numbers."""
-        values = {}
-        for name, metric in self._metrics().items():
-            # Adding nothing marks the metric as updated: ranks without data still take part in the reduction.
-            metric.update(0, 0)
-            values[name] = float(metric.compute())
-        return {name: value for name, value in values.items() if value == value}  # NaN: no data anywhere
+    def _score(
+        self, task: Task, documents: Sequence[Document], original: Original | None
+    ) -> tuple[Scored, dict[int, Values]]:
+        """Logits of every request of a batch, and by number of the document what the comparison says."""
+        plan = plan_documents(documents)
+        said = ask_checked(self.scorer, plan, task, documents)
+        return said.scored, compare(original.said(plan), said) if original is not None else {}
 
-    def reset(self) -> None:
-        """Forget all batches."""
-        self.num_batches = 0
-        for metric in self._metrics().values():
-            metric.reset()
+    def _write(self, task: Generation, documents: Sequence[Document]) -> list[list[str]]:
+        """What the model writes after each prompt: one text, or the samples of a program."""
+        # Samples are for pass@k; the protocols of all other tasks are greedy.
+        sampling = self.sampling if isinstance(task, Code) else Sampling()
 
-    def _metrics(self) -> dict[str, MeanMetric]:
-        return {name: metric for name, metric in self.named_children() if isinstance(metric, MeanMetric)}
-
-    def _update_windows(self, model: Any, reference: Any, input_ids_BL: Tensor) -> None:
-        with record_routing(model) as routing:
-            logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
-        self._check_finite(logits_BLV, "the model")
-        self.perplexity.update(*nll_sum_and_count(logits_BLV, input_ids_BL))
-        if reference is None:
-            return
-        with record_routing(reference) as reference_routing:
-            reference_logits_BLV = reference(input_ids=input_ids_BL, use_cache=False).logits
-        self._check_finite(reference_logits_BLV, "the reference model")
-        kl_sum, num_same, num_positions = kl_sum_and_agreement(reference_logits_BLV, logits_BLV)
-        self.kl.update(kl_sum, num_positions)
-        self.top1_agreement.update(num_same, num_positions)
-        self.router_agreement.update(*count_same_routing(routing, reference_routing))
-
-    def _update_exact_match(self, model: Any, batch: Mapping[str, Any]) -> None:
-        if self.tokenizer is None:
-            raise ValueError(f"set {self.name} has generation batches but no tokenizer; give SetMetrics one")
-        answers: list[str] = batch["answers"]
-        pad = self.tokenizer.pad_token_id
-        new_ids_BN, logits_BNV = greedy_continuations(
-            model,
-            batch["prompt_ids"],
-            batch["attention_mask"],
-            # A space, the digits at one token each, and one more token to see that the number has ended.
-            max_new_tokens=max(map(len, answers)) + 2,
-            pad_token_id=0 if pad is None else pad,
-        )
-        self._check_finite(logits_BNV, "the model")
-        texts = [self.tokenizer.decode(ids_N, skip_special_tokens=True) for ids_N in new_ids_BN.tolist()]
-        right = sum(parse_answer(text) == answer for text, answer in zip(texts, answers, strict=True))
-        self.exact_match.update(right, len(answers))
-
-    def _check_finite(self, logits: Tensor, whose: str) -> None:
-        if not logits.isfinite().all():
-            bad = int((~logits.isfinite()).sum())
-            raise ValueError(
-                f"{whose} gave {bad} non-finite logits of {logits.numel()} on set {self.name}, "
-                f"batch {self.num_batches}; check its weights, or load it in bfloat16 or float32 instead of float16"
+        def write() -> list[list[str]]:
+            return generate(
+                self.scorer.model,
+                [document.requests[0].context for document in documents],
+                tokenizer=self.tokenizer,
+                stop=task.stop,
+                max_new_tokens=task.max_new_tokens,
+                seeds=[int(document.key[:8], 16) + sampling.seed for document in documents],
+                num_samples=sampling.num_samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                decoding=self.decoding,
             )
+
+        try:
+            return write()
+        except NonFiniteLogits as error:
+            where = first_non_finite(self.scorer.model, write)
+            raise non_finite_error(task.name, [documents[error.prompt].index], where) from error
+
+    def _judge(self, task: Generation, documents: Sequence[Document], texts: Sequence[Sequence[str]]) -> list[Judged]:
+        if not isinstance(task, Code):
+            return [
+                (task.score_text(document.row, text), {"text": text})
+                for document, (text,) in zip(documents, texts, strict=True)
+            ]
+        programs = [task.program(d.row, text) for d, samples in zip(documents, texts, strict=True) for text in samples]
+        verdicts = iter(run_programs(programs, self.limits, self.num_workers))
+        return [_pass_rates(samples, list(islice(verdicts, len(samples))), self.sampling.k) for samples in texts]
+
+
+def plan_documents(documents: Sequence[Document]) -> Plan:
+    """The passes for all requests of a batch."""
+    owners = [i for i, document in enumerate(documents) for _ in document.requests]
+    return plan_requests([request for document in documents for request in document.requests], owners)
+
+
+def ask_checked(
+    scorer: Scorer, plan: Plan, task: Task, documents: Sequence[Document], whose: str = "the model"
+) -> Said:
+    """What a model says of a batch; raises NonFiniteError where that is no number."""
+    said = ask(scorer, plan)
+    ran = said.scored.plan
+    check_finite(
+        said.scored.logits_NV,
+        torch.tensor([document.index for document in documents])[ran.owner_N],
+        model=scorer.model,
+        run=lambda: run_plan(scorer.model, ran),
+        task=task.name,
+        whose=whose,
+    )
+    return said
+
+
+def _likelihoods(task: Task, documents: Sequence[Document], scored: Scored) -> Iterator[Judged]:
+    """Values of documents that are scored by likelihood alone."""
+    found = iter(outcomes(scored, sum(len(document.requests) for document in documents)))
+    for document in documents:
+        yield _likelihood(task, document, list(islice(found, len(document.requests))))
+
+
+def _likelihood(task: Task, document: Document, scores: list[Outcome]) -> Judged:
+    total = sum(outcome.loglikelihood for outcome in scores)
+    if isinstance(task, MultipleChoice | LastWord):
+        details = {"loglikelihoods": [outcome.loglikelihood for outcome in scores]}
+        return task.score(document.row, scores), details
+    if isinstance(task, Rolling):
+        return task.score(document.row, total), {"loglikelihood": total}
+    num_tokens = sum(len(request.continuation) for request in document.requests)
+    return {"perplexity": (-total, float(num_tokens))}, {}
+
+
+def _pass_rates(samples: Sequence[str], verdicts: Sequence[Verdict], ks: Sequence[int]) -> Judged:
+    num_passed = sum(verdict.passed for verdict in verdicts)
+    values = {f"pass@{k}": (pass_at_k(len(samples), num_passed, k), 1.0) for k in ks}
+    return values, {"texts": list(samples), "verdicts": [verdict.reason for verdict in verdicts]}

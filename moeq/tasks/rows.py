@@ -17,6 +17,7 @@ from typing import Any
 from moeq.tasks.spec import Row, Source
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+_SUFFIX = re.compile(r"[.](jsonl|txt)([.]gz)?$")
 _PART = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
 
 
@@ -56,8 +57,8 @@ def load_rows(source: Source, data_dir: Path | None) -> Rows:
         origin = " ".join(filter(None, (source.hub, source.config, split)))
     else:
         path = find_file(source, source.splits, data_dir)
-        split, origin = path.name.split(".")[0], str(path)
-        rows, digest = read_file(path)
+        split, origin = _SUFFIX.sub("", path.name), str(path)
+        rows, digest = read_file(path, source.whole)
     if source.shots is None:
         return Rows(rows, [], split, origin, digest)
     name, part = split_part(source.shots)
@@ -111,8 +112,8 @@ def _described(source: Source) -> str:
     return f"the data set {source.hub}" + (f" (configuration {source.config})" if source.config else "")
 
 
-def read_file(path: Path) -> tuple[list[Row], str]:
-    """Rows of one file and the sha256 of its bytes as stored.
+def read_file(path: Path, whole: bool = False) -> tuple[list[Row], str]:
+    """Rows of one file and the sha256 of its bytes as stored; a text file that counts as a whole is one row.
 
     Raises:
         ValueError: A line is not a JSON object, the text is not UTF-8, or there is no row.
@@ -122,11 +123,14 @@ def read_file(path: Path) -> tuple[list[Row], str]:
         text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); download it again") from error
+    is_text = path.name.removesuffix(".gz").endswith(".txt")
     lines = text.replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
-    is_text = path.name.removesuffix(".gz").endswith(".txt")
-    rows = _text_rows(lines) if is_text else _json_rows(lines, path)
+    if is_text and whole and text.strip():
+        rows: list[Row] = [{"text": text}]
+    else:
+        rows = _text_rows(lines) if is_text else _json_rows(lines, path)
     if not rows:
         raise ValueError(f"{path} is empty; it should contain one {'line' if is_text else 'JSON object'} per row")
     return rows, hashlib.sha256(stored).hexdigest()

@@ -13,6 +13,7 @@ totals and weights of its documents, seen through its ``Kind``; so sums over doc
 any order.  Nothing here reads files, tokenizes or runs a model.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Source:
         hub_file: The one file of the data set there that is the split, where that is a part of a large one.
         splits: The first of these that exists is evaluated; which one it was is in the results.
         shots: Split of the few-shot examples, or a part of it as in "prompt[1:4]"; None where the task has none.
+        whole: A .txt file is one row; otherwise each of its lines is one.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class Source:
     hub_file: str | None = None
     splits: tuple[str, ...] = ("validation",)
     shots: str | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,10 @@ class MultipleChoice(Task):
     def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
         """Values of one document; of equal log-likelihoods the first counts, as in numpy's argmax."""
         likelihoods = [outcome.loglikelihood for outcome in outcomes]
-        by_length = [x / len(choice) for x, choice in zip(likelihoods, self.choices(row), strict=True)]
+        # An empty choice never wins.
+        by_length = [
+            x / len(choice) if choice else -math.inf for x, choice in zip(likelihoods, self.choices(row), strict=True)
+        ]
         answer = self.answer(row)
         right = {"acc": likelihoods, "acc_norm": by_length}
         return {name: (float(right[name].index(max(right[name])) == answer), 1.0) for name in self.metrics}

@@ -46,12 +46,31 @@ def test_one_bfloat16_query_per_row_is_attention(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(out.double(), reference, atol=0.02)
 
 
-@pytest.mark.parametrize("case", ["float32", "mask", "prefill", "plain cache", "softcap"])
+def test_a_mask_hides_positions_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeq.calibration.decode_attention.sdpa_attention_forward", refuse)
+    module, query, key, value = inputs(torch.bfloat16)
+    mask = torch.rand(ROWS, 1, 1, LENGTH) < 0.5
+    out, _ = decode_attention(module, query, key, value, mask)
+    for row in range(ROWS):
+        seen_T = mask[row, 0, 0]
+        one = [x[row : row + 1] for x in (query, key[:, :, seen_T], value[:, :, seen_T])]
+        assert torch.allclose(out[row : row + 1].double(), reference_attention(*one, SIZE**-0.5), atol=0.02)
+
+
+def test_attention_with_an_indexer_keeps_its_sparse_mask() -> None:
+    model = tiny_model("deepseek_v32")  # chooses 4 tokens
+    ids = torch.arange(1, 21)[None]
+    expected = model(input_ids=ids, use_cache=False).logits
+    with decoding(model):
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("case", ["float32", "mask of heads", "prefill", "plain cache", "softcap"])
 def test_everything_else_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setattr("moeq.calibration.decode_attention.sdpa_attention_forward", refuse)
     dtype = torch.float32 if case == "float32" else torch.bfloat16
     module, query, key, value = inputs(dtype, num_queries=2 if case == "prefill" else 1)
-    mask = torch.ones(ROWS, 1, 1, LENGTH, dtype=torch.bool) if case == "mask" else None
+    mask = torch.ones(ROWS, HEADS * GROUPS, 1, LENGTH, dtype=torch.bool) if case == "mask of heads" else None
     key = key.clone() if case == "plain cache" else key
     with pytest.raises(AssertionError, match="sdpa was called"):
         decode_attention(module, query, key, value, mask, softcap=30.0 if case == "softcap" else None)

@@ -19,7 +19,7 @@ def _problems(rows: Sequence[Row]) -> list[Row]:
 
 
 TASK = Generation(
-    name="arithmetic",
+    name="sums",
     source=Source(".", hub=None, splits=("arithmetic_sums",)),
     prepare=_problems,
     documents=200,

@@ -1,0 +1,87 @@
+"""Large tensors on disk that come back as they were, or an error names the file.
+
+A file appears whole or not at all: it is written under a temporary name, forced to the disk and renamed.  When it is
+read, a CRC-32 of every tensor (some GB/s, far less than what is computed from it) tells damage that safetensors, which
+checks the places of its tensors only, does not see.  Tensors that were read are mapped into memory: nothing is copied.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SUMS = "crc32"
+
+
+def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata, atomically.
+
+    What a killed process leaves is written over when the same file comes again, so two processes must not write the
+    same file at once.
+
+    Raises:
+        ValueError: The disk is full, or does not take it for another reason.
+    """
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sums = {name: _crc32(tensor) for name, tensor in content.items()}
+    sums |= {name: zlib.crc32(text.encode()) for name, text in metadata.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(content, temporary, metadata={**metadata, SUMS: json.dumps(sums)})
+        # Without it, a power cut after the renaming leaves a whole name on an empty file.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ValueError(f"{path} could not be written ({error}); make room on its disk and start again") from error
+
+
+def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors (on the CPU, mapped into memory) of a file.
+
+    Args:
+        path: A file of ``write_checked``.
+        remedy: What to do about a damaged one, for the message.
+
+    Raises:
+        ValueError: It is truncated, or anything in it is not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        expected = json.loads(metadata.pop(SUMS))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); {remedy}") from error
+    sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    sums |= {name: zlib.crc32(text.encode()) for name, text in metadata.items()}
+    if sums != expected:
+        changed = sorted(sums.items() ^ expected.items())[0][0]
+        raise ValueError(f"{path} is damaged: {changed} is not what was written; {remedy}")
+    return metadata, tensors
+
+
+def smallest(ids: Tensor) -> Tensor:
+    """Whole numbers in the smallest integer dtype that holds them; int64 where none smaller does."""
+    if ids.numel() == 0:
+        return ids.to(torch.uint8)
+    low, high = int(ids.min()), int(ids.max())
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+            return ids.to(dtype)
+    return ids.to(torch.int64)
+
+
+def _crc32(tensor: Tensor) -> int:
+    """Of dtype, shape and values, without a copy of them."""
+    start = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), start)  # type: ignore[arg-type]
