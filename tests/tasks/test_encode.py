@@ -48,7 +48,8 @@ def rows_of(rows: Sequence[Row]) -> Rows:
 
 
 def documents(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, count: int | None = None) -> Any:
-    return Encoder(tokenizer, max_length).documents(task, rows_of(rows), window_length=8, num_documents=count)
+    made = Encoder(tokenizer, max_length).documents(task, rows_of(rows), window_length=8, num_documents=count)
+    return made.documents
 
 
 def last_word(**options: Any) -> LastWord:
@@ -159,6 +160,8 @@ def test_fewer_documents_are_spread_and_keep_their_numbers_and_keys() -> None:
     defined_on_five = documents(last_word(documents=5), rows, tiny_tokenizer(), 64)
     assert [document.row["c"][-1] for document in defined_on_five] == ["0", "2", "4", "6", "8"]
     assert [document.index for document in defined_on_five] == [0, 1, 2, 3, 4]
+    encoder = Encoder(tiny_tokenizer(), 64)
+    assert encoder.documents(last_word(), rows_of(rows), window_length=8, num_documents=4).num_available == 10
 
 
 def test_keys_tell_apart_what_gives_other_results() -> None:
