@@ -1,8 +1,8 @@
 """Documents cut into batches, for each rank its own: together they are all documents, each once.
 
 Documents that begin alike (with the same examples) stand together, the largest first, so that what they share is
-computed once and little is padded.  A document joins a batch while the tokens that the cheapest plan computes stay
-within a budget, and while that is cheaper than a batch of its own.
+computed once and little is padded.  A document joins a batch while the passes of the cheapest plan stay within a
+budget of tokens, and while that is cheaper than a batch of its own.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def batches(
 
     Args:
         documents: All documents of a task, on every rank the same.
-        batch_tokens: Tokens that a batch may compute, padding included; a document that alone is more is a batch too.
+        batch_tokens: Tokens that a pass may compute, padding included; a document that alone is more is a batch too.
         rank: Of this process.
         world_size: Number of processes.
 
@@ -93,4 +93,5 @@ def _cost(extent: Extent) -> int:
 
 
 def _fits(extent: Extent, batch_tokens: int) -> bool:
-    return _cost(extent) <= batch_tokens and extent.held <= HELD_PER_COMPUTED * batch_tokens
+    largest_pass = max(extent.passes()[extent.cheapest()])
+    return largest_pass <= batch_tokens and extent.held <= HELD_PER_COMPUTED * batch_tokens

@@ -67,16 +67,20 @@ class Extent:
             max(self.tree, other.tree),
         )
 
-    def costs(self) -> dict[Layout, int]:
-        """Tokens that each possible layout computes; of equal ones the first is the simplest."""
-        costs: dict[Layout, int] = {"plain": self.rows * self.longest}
+    def passes(self) -> dict[Layout, tuple[int, ...]]:
+        """Tokens of each pass of each possible layout."""
+        passes: dict[Layout, tuple[int, ...]] = {"plain": (self.rows * self.longest,)}
         if self.common and self.common < self.longest:
-            costs["prefix"] = self.common + self.rows * (self.longest - self.common) + PASS_TOKENS
+            passes["prefix"] = self.common, self.rows * (self.longest - self.common)
         if self.least_stem and self.branches:
             if self.tree <= TREE_PER_ROW * self.longest:
-                costs["tree"] = self.documents * self.tree
-            costs["document"] = self.documents * self.stem + self.branches * self.branch + PASS_TOKENS
-        return costs
+                passes["tree"] = (self.documents * self.tree,)
+            passes["document"] = self.documents * self.stem, self.branches * self.branch
+        return passes
+
+    def costs(self) -> dict[Layout, int]:
+        """Tokens that each possible layout computes; of equal ones the first is the simplest."""
+        return {layout: sum(tokens) + PASS_TOKENS * (len(tokens) - 1) for layout, tokens in self.passes().items()}
 
     def cheapest(self, without: Collection[Layout] = ()) -> Layout:
         """The cheapest layout that is not in ``without``; "plain" always is possible."""
