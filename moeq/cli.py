@@ -63,6 +63,8 @@ class MoEQuantCLI(LightningCLI):
             # Lightning advises on data-loader workers and optimizers; nothing here has either.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
+            # Evaluation is a command of its own, with data of its own.
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             # main(args) is also called from programs that have arguments of their own.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
