@@ -59,6 +59,11 @@ class CalibrationDataModule(L.LightningDataModule):
         """The sequences, int64 [N, L] on the CPU; called by every rank, from ``on_fit_start`` on."""
 
     @override
+    def val_dataloader(self) -> list[Any]:
+        """None: the tasks of validate have a datamodule of their own."""
+        return []
+
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None, "the loader is built by a Trainer"
         ids_NL = self.calibration_ids()

@@ -91,7 +91,10 @@ class EvaluationDataModule(L.LightningDataModule):
             ValueError: A missing or malformed file, or a text shorter than the windows asked for.
         """
         assert self.trainer is not None, "the loaders are built by a Trainer"
-        self.evaluations = [self._open(task) for task in self.tasks]
+        module = cast(Any, self.trainer.lightning_module)
+        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
+        fingerprint = module.fingerprint(asdict(self.sampling))
+        self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")
         return [_loader(evaluation.batches) for evaluation in self.evaluations]
@@ -109,17 +112,16 @@ class EvaluationDataModule(L.LightningDataModule):
         """Documents are plain data: scoring makes its tensors on the device of the model."""
         return batch
 
-    def _open(self, task: Task) -> TaskEvaluation:
+    def _open(self, task: Task, encoder: Encoder, fingerprint: str) -> TaskEvaluation:
         """Read a task's data, turn its rows into documents, leave out those that are finished, batch the others."""
         assert self.trainer is not None
         trainer, module = self.trainer, cast(Any, self.trainer.lightning_module)
         rows = load_rows(task.source, self.data_dir)
-        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
         try:
             encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
         except ValueError as error:
             raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
-        records = Records(module.run_dir, task.name, module.fingerprint(asdict(self.sampling)), trainer.global_rank)
+        records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank)
         if module.hparams["restart"]:
             if trainer.is_global_zero:
                 records.clear()

@@ -25,6 +25,7 @@ class Description(TypedDict):
         seconds: Wall time.
         chance: What guessing would score, between 0 and 1; for choices only.
         protections: Of the execution of generated code, those that were in effect.
+        shots_sha256: Hash of the rows that the examples come from; "" where there are none.
         num_resumed: Of the documents, those that an interrupted evaluation had finished.
         num_tokens_cut: Tokens that were cut from the truncated documents.
         notes: What happened to records of earlier evaluations.
@@ -43,6 +44,7 @@ class Description(TypedDict):
     seconds: float
     chance: NotRequired[float | None]
     protections: NotRequired[Sequence[str]]
+    shots_sha256: NotRequired[str]
     num_resumed: NotRequired[int]
     num_tokens_cut: NotRequired[int]
     notes: NotRequired[Sequence[str]]

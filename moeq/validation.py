@@ -25,7 +25,8 @@ from moeq.tasks.evaluation import Sampling, TaskEvaluation
 from moeq.tasks.fingerprint import fingerprint
 from moeq.tasks.likelihood import Scorer
 from moeq.tasks.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
-from moeq.tasks.spec import Generation
+from moeq.tasks.sandbox import protections
+from moeq.tasks.spec import Code, Generation
 from moeq.versions import installed_versions
 
 ReferenceMode = Literal["auto", "memory", "disk"]
@@ -95,6 +96,7 @@ def start_validation(
     model = load_model(name, dtype).to(device)
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()
+    confine(evaluations)
     workers = max(1, (os.cpu_count() or 1) - 1)
     evaluator = Evaluator(Scorer(model), tokenizer, original, sampling, decoding, num_workers=workers)
     return Validation(evaluations, evaluator)
@@ -131,6 +133,18 @@ def run_original(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return stored
+
+
+def confine(evaluations: Sequence[TaskEvaluation]) -> None:
+    """Find out what confines model-written programs here, for the report, and say what nothing prevents."""
+    coding = [evaluation for evaluation in evaluations if isinstance(evaluation.task, Code)]
+    if not coding:
+        return
+    given = protections()
+    for evaluation in coding:
+        evaluation.protections = (*given.layers, *(f"nothing against: {missing}" for missing in given.missing))
+    if given.missing:
+        rank_zero_info(f"Programs that the model writes can, on this system: {'; '.join(given.missing)}")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from moeq.tasks.comparison import Said, ask, compare
 from moeq.tasks.decoders import Decoding
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.evaluation import Sampling
-from moeq.tasks.finite import NonFiniteError, check_finite, first_non_finite
+from moeq.tasks.finite import check_finite, first_non_finite, non_finite_error
 from moeq.tasks.generation import NonFiniteLogits, generate
 from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
 from moeq.tasks.passk import pass_at_k
@@ -106,11 +106,8 @@ class Evaluator:
         try:
             return write()
         except NonFiniteLogits as error:
-            where = first_non_finite(self.scorer.model, write) or "no module when it was run again"
-            raise NonFiniteError(
-                f"task {task.name}, document {documents[error.prompt].index}: {error}; the first module whose output "
-                f"is not finite is {where}; check its weights, or load the model in bfloat16 or float32"
-            ) from error
+            where = first_non_finite(self.scorer.model, write)
+            raise non_finite_error(task.name, [documents[error.prompt].index], where) from error
 
     def _judge(self, task: Generation, documents: Sequence[Document], texts: Sequence[Sequence[str]]) -> list[Judged]:
         if not isinstance(task, Code):

@@ -87,6 +87,7 @@ class TaskEvaluation:
         self.batches: list[list[Document]] = []
         self.seconds = 0.0
         self.fallbacks: dict[str, int] = {}
+        self.protections: tuple[str, ...] = ()
         for result in resumed if rank == 0 else []:
             self.metrics.add(result)
 
@@ -107,10 +108,12 @@ class TaskEvaluation:
             partial = "limit_val_batches"
         return {
             "split": self.rows.split, "origin": self.rows.origin, "sha256": self.rows.sha256,
-            "num_shots": self.task.num_shots, "num_documents": num_evaluated, "num_available": self.num_available,
+            "shots_sha256": self.rows.shots_sha256, "num_shots": self.task.num_shots,
+            "num_documents": num_evaluated, "num_available": self.num_available, "partial": partial,
             "num_tokens": sum(document.num_tokens for document in self.documents),
-            "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut), "partial": partial,
-            "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(), "notes": self.records.notes,
+            "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut),
+            "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(),
+            "protections": self.protections, "notes": self.records.notes,
         }  # fmt: skip
 
     def _chance(self) -> float | None:

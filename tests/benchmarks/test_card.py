@@ -61,12 +61,10 @@ def test_exact_match_accepts_the_right_integer_and_nothing_else(monkeypatch: pyt
     tokenizer = tiny_tokenizer()
     replies = {"1 + 2 =": " 3\n9 + ", "30 + 41 =": " 71 + 1", "5 + 5 =": " 11\n1 ", "7 + 1 =": " 8\n    "}
 
-    def reply(model: Any, ids_BP: Tensor, mask_BP: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        prompts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(ids_BP, mask_BP, strict=True)]
-        return torch.tensor([tokenizer.encode(replies[prompt]) for prompt in prompts]), torch.empty(0)
+    def reply(model: Any, prompts: list[list[int]], *, stop: tuple[str, ...], **settings: Any) -> list[list[str]]:
+        return [[replies[tokenizer.decode(ids)].split(*stop)[0]] for ids in prompts]
 
-    monkeypatch.setattr(measure, "greedy_continuations", reply)
-    replies = {prompt: text[:6].ljust(6) for prompt, text in replies.items()}
+    monkeypatch.setattr(measure, "generate", reply)
     problems = [Problem(*pair) for pair in [("1 + 2 =", "3"), ("30 + 41 =", "71"), ("5 + 5 =", "10"), ("7 + 1 =", "8")]]
     assert measure.exact_match(tiny_model("qwen2_moe"), tokenizer, problems, batch_size=3) == 0.5
 

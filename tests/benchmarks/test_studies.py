@@ -7,10 +7,13 @@ import torch
 from calibration_sets import LENGTH, calibration_set
 from ebss_effect_report import kl_table, ratio_table
 from ebss_reach import nearest, signatures
-from trial import Yardstick, fit
+from trial import Texts, Yardstick, fit
 
-from datamodules.evaluation import EvaluationSpec
-from moeq.tasks.evaluate import SetMetrics
+from moeq.tasks.documents import Document, Request
+from moeq.tasks.evaluate import Evaluator
+from moeq.tasks.likelihood import Scorer
+from moeq.tasks.originals import LiveOriginal
+from moeq.tasks.spec import Source, Windows
 
 MODEL = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")
 
@@ -18,18 +21,23 @@ MODEL = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")
 @pytest.fixture(scope="module")
 def yardstick() -> Yardstick:
     files = {"python": "python_heldout.jsonl", "gsm8k": "gsm8k_test.jsonl"}
-    return Yardstick(MODEL, EvaluationSpec(domains=files, num_windows=2, window_length=LENGTH))
+    return Yardstick(MODEL, Texts(domains=files, num_windows=2, window_length=LENGTH))
 
 
 def test_a_yardstick_measures_what_validate_measures(yardstick: Yardstick) -> None:
     module = fit(yardstick.unused_windows("gsm8k")[:2], name=MODEL, bits=3)
     found = yardstick.measure(module.model)
+    task = Windows(name="text", source=Source("", None))
+    evaluator = Evaluator(Scorer(module.model), yardstick.tokenizer, LiveOriginal(Scorer(yardstick.model)))
     for domain, divergence in found.items():
-        metrics = SetMetrics(domain)
-        metrics.update(module.model, yardstick.model, {"input_ids": yardstick.windows(domain)})
-        expected = metrics.compute()
+        windows = [Request((row[0],), tuple(row[1:]), open_end=True) for row in yardstick.windows(domain).tolist()]
+        results = evaluator.run(task, [Document(i, str(i), {}, (window,)) for i, window in enumerate(windows)])
+        expected = {}
+        for name in results[0].values:
+            totals, weights = zip(*(result.values[name] for result in results), strict=True)
+            expected[name] = sum(totals) / sum(weights)
         assert divergence.kl == pytest.approx(expected["kl"])
-        assert torch.tensor(divergence.nll).exp().item() == pytest.approx(expected["perplexity"], rel=1e-5)
+        assert divergence.nll == pytest.approx(expected["perplexity"], rel=1e-5)
         assert divergence.router_agreement == pytest.approx(expected["router_agreement"])
         assert divergence.top1_agreement == pytest.approx(expected["top1_agreement"])
     errors = yardstick.expert_errors(module.model)

@@ -1,150 +1,139 @@
-"""Evaluation loaders: what the batches hold, how ranks share them, and what is refused."""
+"""Evaluation loaders: what the batches hold, how ranks share them, what is resumed, and what is refused."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
 
-from datamodules.evaluation import ARITHMETIC_SET, EvaluationDataModule, EvaluationSpec, RankSampler
+from datamodules.evaluation import EvaluationDataModule
+from moeq.tasks.documents import Document, Result
+from moeq.tasks.evaluation import Sampling
 from tests.tiny import tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
-SHIPPED = Path(__file__).parents[2] / "assets/reference-moe/texts"
+DOMAINS = {"prose": "prose.txt", "answers": "answers.jsonl"}
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A folder with the files of the default domains, small."""
-    lines = [f"{a} + {b} = {a + b}" for a in range(30) for b in range(10)]
-    rows = [{"question": f"What is {line.split('=')[0]}?", "answer": line} for line in lines]
-    (tmp_path / "wikitext2_test.txt").write_text(" = Title = \n\n Some prose about nothing .\n" * 40)
-    (tmp_path / "python_heldout.jsonl").write_text(json.dumps({"path": "a.py", "text": "import os\n" * 200}))
-    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "arithmetic.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "arithmetic_sums.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-
-def datamodule(folder: Path, rank: int = 0, world_size: int = 1, **settings: Any) -> EvaluationDataModule:
-    spec = {"window_length": 32, "num_windows": 6, "batch_size": 4, "num_arithmetic": 10, "num_shots": 2}
-    data = EvaluationDataModule(EvaluationSpec(data_dir=str(folder), **{**spec, **settings}))
-    module = SimpleNamespace(tokenizer=TOKENIZER)
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
+def folder(tmp_path: Path) -> Path:
+    """A data_dir with two texts and two data sets."""
+    data = tmp_path / "data"
+    (data / "piqa").mkdir(parents=True)
+    (data / "prose.txt").write_text(" = Title = \n\n Some prose about nothing .\n" * 20)
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
+    (data / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    choices = [
+        {"goal": f"Open jar {i}", "sol1": "Turn." * (1 + i % 7), "sol2": "Wait.", "label": i % 2} for i in range(23)
+    ]
+    (data / "piqa" / "validation.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    (data / "arithmetic_sums.txt").write_text("".join(f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(10)))
     return data
 
 
-def test_one_loader_per_set_in_the_order_of_the_names(texts: Path) -> None:
-    data = datamodule(texts)
-    assert data.set_names == ["prose", "python", "gsm8k", "arithmetic", ARITHMETIC_SET]
-    loaders = data.val_dataloader()
-    for loader in loaders[:4]:
-        assert [tuple(batch["input_ids"].shape) for batch in loader] == [(4, 32), (2, 32)]
-    assert [len(batch["answers"]) for batch in loaders[4]] == [4, 4, 2]
+def opened(folder: Path, rank: int = 0, world_size: int = 1, restart: bool = False, **settings: Any) -> Any:
+    """A datamodule whose loaders a Trainer has asked for."""
+    options = {"tasks": ["piqa"], "domains": DOMAINS, "window_length": 32, "batch_tokens": 512, **settings}
+    data = EvaluationDataModule(data_dir=str(folder), **options)
+    module = SimpleNamespace(
+        tokenizer=tiny_tokenizer(), run_dir=folder.parent / "run", hparams={"restart": restart, "reference": None},
+        max_length=lambda override: override or 512, fingerprint=json.dumps,
+    )  # fmt: skip
+    barriers: list[str] = []
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=module, global_rank=rank, world_size=world_size, is_global_zero=rank == 0,
+        strategy=SimpleNamespace(barrier=barriers.append),
+    )  # fmt: skip
+    data.loaders = data.val_dataloader()  # type: ignore[attr-defined]
+    return data
 
 
-def test_windows_are_text_of_their_domain(texts: Path) -> None:
-    loaders = dict(zip((data := datamodule(texts)).set_names, data.val_dataloader(), strict=True))
-    first = {name: TOKENIZER.decode(next(iter(loaders[name]))["input_ids"][0]) for name in list(loaders)[:4]}
-    assert first["prose"].startswith(" = Title = \n\n Some prose")
-    assert first["python"].startswith("import os\nimport os\n")
-    assert first["gsm8k"].startswith("Question: What is 0 + 0 ?\nAnsw")
-    assert first["arithmetic"].startswith("0 + 0 = 0\n0 + 1 = 1\n")
+def documents(data: Any, index: int) -> list[Document]:
+    return [document for batch in data.loaders[index] for document in batch]
 
 
-def test_prompts_start_like_a_document_and_end_with_the_equals_sign(texts: Path) -> None:
-    batch = next(iter(datamodule(texts).val_dataloader()[4]))
-    for ids_P, mask_P, answer in zip(batch["prompt_ids"], batch["attention_mask"], batch["answers"], strict=True):
-        prompt = ids_P[mask_P.bool()].tolist()
-        assert prompt[0] == TOKENIZER.bos_token_id
-        *shots, question = TOKENIZER.decode(prompt[1:]).split("\n")
-        assert len(shots) == 2
-        assert question.endswith(" =")
-        assert eval(question.removesuffix("=")) == int(answer)
-        assert not mask_P[: len(mask_P) - len(prompt)].any()
+def test_one_loader_per_domain_and_task_in_their_order(folder: Path) -> None:
+    data = opened(folder, tasks=["piqa", "sums"])
+    assert [evaluation.task.name for evaluation in data.evaluations] == ["prose", "answers", "piqa", "sums"]
+    text = tiny_tokenizer().decode(
+        [*documents(data, 0)[0].requests[0].context, *documents(data, 0)[0].requests[0].continuation]
+    )
+    assert text.startswith(" = Title = \n\n Some prose")
+    assert len(documents(data, 2)) == 23
+    assert len(documents(data, 3)) == 200
+    assert tiny_tokenizer().decode(documents(data, 3)[0].requests[0].context).endswith(" =")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_windows_without_duplicates(texts: Path, world_size: int) -> None:
-    def windows(loaders: list[Any], index: int) -> list[list[int]]:
-        return [row.tolist() for batch in loaders[index] for row in batch["input_ids"]]
-
-    alone = datamodule(texts).val_dataloader()
-    ranks = [datamodule(texts, rank, world_size).val_dataloader() for rank in range(world_size)]
-    for index in range(4):
-        shared = [window for loaders in ranks for window in windows(loaders, index)]
-        assert sorted(shared) == sorted(windows(alone, index))
-    answers = [answer for loaders in ranks for batch in loaders[4] for answer in batch["answers"]]
-    assert sorted(answers) == sorted(answer for batch in alone[4] for answer in batch["answers"])
+def test_batches_are_sorted_by_length_within_the_budget(folder: Path) -> None:
+    data = opened(folder, batch_tokens=300)
+    batches = data.evaluations[2].batches
+    assert len(batches) > 3
+    lengths = [document.num_tokens for batch in batches for document in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [count for count, _ in data.batch_costs[2]] == list(map(len, batches))
+    assert sum(cost for _, cost in data.batch_costs[2]) >= sum(lengths) / 2
 
 
-def test_sampler_gives_every_item_to_one_rank_in_order() -> None:
-    shares = [list(RankSampler(range(8), rank, 3)) for rank in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert [len(RankSampler(range(8), rank, 3)) for rank in range(3)] == [3, 3, 2]
+@pytest.mark.parametrize("world_size", [2, 3, 40])
+def test_ranks_share_the_documents_without_duplicates(folder: Path, world_size: int) -> None:
+    alone = opened(folder)
+    ranks = [opened(folder, rank, world_size) for rank in range(world_size)]
+    for index in range(3):
+        shared = [document.index for data in ranks for document in documents(data, index)]
+        assert sorted(shared) == sorted(document.index for document in documents(alone, index))
+        # Lightning skips validation altogether where a rank has no batch at all.
+        assert all(len(data.loaders[index]) >= 1 for data in ranks)
 
 
-def test_sets_can_be_chosen(texts: Path) -> None:
-    data = datamodule(texts, domains={"code": "python_heldout.jsonl"}, num_arithmetic=0, num_windows=None)
-    assert data.set_names == ["code"]
-    (loader,) = data.val_dataloader()
-    assert sum(len(batch["input_ids"]) for batch in loader) == 2001 // 32
+def test_fewer_documents_are_evenly_spread_and_keep_their_number(folder: Path) -> None:
+    data = opened(folder, num_documents=5, num_windows=4)
+    assert sorted(document.index for document in documents(data, 2)) == [0, 4, 9, 13, 18]
+    assert data.evaluations[2].num_available == 23
+    assert data.evaluations[2].description(5)["partial"] == "num_documents"
+    assert len(documents(data, 0)) == 4
+    assert data.evaluations[0].description(4)["partial"] is None
 
 
-def test_a_missing_file_is_named_with_its_folder(texts: Path) -> None:
-    (texts / "gsm8k_test.jsonl").unlink()
-    with pytest.raises(ValueError, match=rf"no file gsm8k_test.jsonl in folder {texts}; it should contain one JSON"):
-        datamodule(texts).val_dataloader()
-
-
-def test_short_texts_are_refused_with_the_domain_and_both_numbers(texts: Path) -> None:
-    (texts / "wikitext2_test.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"domain prose .*has 6 tokens, fewer than one window of 32"):
-        datamodule(texts).val_dataloader()
-    with pytest.raises(ValueError, match=r"arithmetic_exact_match .*has 300 lines, fewer than the 301 needed"):
-        datamodule(texts, domains={"code": "python_heldout.jsonl"}, num_arithmetic=301).val_dataloader()
+def test_finished_documents_are_not_batched_again_and_count_once(folder: Path) -> None:
+    data = opened(folder)
+    finished = documents(data, 2)[:6]
+    results = [Result(d.index, d.key, (), {"acc": (1.0, 1.0), "acc_norm": (0.0, 1.0)}) for d in finished]
+    data.evaluations[2].add(results, 1.0)
+    ranks = [opened(folder, rank, 2) for rank in range(2)]
+    left = [document.index for again in ranks for document in documents(again, 2)]
+    assert sorted(left + [document.index for document in finished]) == list(range(23))
+    counts = [again.evaluations[2].metrics.compute().get("", {}) for again in ranks]
+    assert counts[0]["acc"].num_documents == 6
+    assert counts[1] == {}
+    assert len(documents(opened(folder, sampling=Sampling(seed=1)), 2)) == 23
+    assert len(documents(opened(folder, restart=True), 2)) == 23
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"tasks": None, "domains": None}, "nothing to evaluate"),
         ({"window_length": 1}, r"window_length \(1\) must be at least 2"),
         ({"num_windows": 0}, r"num_windows \(0\) must be positive"),
-        ({"batch_size": 0}, r"batch_size \(0\) must be positive"),
-        ({"num_arithmetic": -1}, r"num_arithmetic \(-1\)"),
-        ({"domains": {ARITHMETIC_SET: "a.txt"}}, "is taken"),
-        ({"domains": {}, "num_arithmetic": 0}, "nothing to evaluate"),
+        ({"num_documents": 0}, r"num_documents \(0\) must be positive"),
+        ({"batch_tokens": 0}, r"batch_tokens \(0\) must be positive"),
+        ({"domains": {"piqa": "prose.txt"}}, r"\['piqa'\] are named more than once"),
+        ({"domains": {"prose": "prose.pdf"}}, r"file prose.pdf must end in .txt or .jsonl"),
+        ({"num_shots": {"mmlu": 0}}, r"num_shots names \['mmlu'\]"),
+        ({"tasks": ["humaneval"]}, "docs/code_execution.md"),
+        ({"tasks": ["hellaswagg"]}, "did you mean hellaswag"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EvaluationSpec(**settings)
+        EvaluationDataModule(**{"tasks": ["piqa"], "data_dir": str(folder), **settings})
 
 
-def test_a_trainer_runs_all_loaders_in_order(texts: Path) -> None:
-    seen: dict[int, list[str]] = {}
-
-    class Recorder(L.LightningModule):
-        tokenizer = TOKENIZER
-
-        def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-            seen.setdefault(dataloader_idx, []).extend(batch)
-
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    data = datamodule(texts, domains={"code": "python_heldout.jsonl"})
-    trainer.validate(Recorder(), data, verbose=False)
-    assert seen == {0: ["input_ids"] * 2, 1: ["prompt_ids", "attention_mask", "answers"] * 3}
+def test_a_missing_file_says_which_where_and_what_to_download(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file validation.jsonl .* in folder .*copa.* download .*super_glue"):
+        opened(folder, tasks=["copa"])
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="the evaluation texts are not here")
-def test_the_shipped_texts_fill_the_default_sets() -> None:
-    data = datamodule(SHIPPED, window_length=256, num_windows=32, num_arithmetic=200, num_shots=4)
-    loaders = data.val_dataloader()
-    assert [len(loader.dataset) for loader in loaders] == [32, 32, 32, 32, 200]  # type: ignore[arg-type]
-    assert torch.stack([window["input_ids"] for window in loaders[0].dataset]).unique(dim=0).shape == (32, 256)
+def test_a_text_shorter_than_a_window_names_its_task_and_file(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"task prose \(.*prose.txt\): .*100000"):
+        opened(folder, window_length=100_000)
