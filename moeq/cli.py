@@ -64,6 +64,10 @@ class MoEQuantCLI(LightningCLI):
             # Lightning advises on data-loader workers and optimizers; nothing here has either.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
+            # Evaluation is a command of its own, with data of its own.
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+            # All ranks log the same: what the metrics have reduced already.
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             # main(args) is also called from programs that have arguments of their own.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
