@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 HELP = """\
 commands (each has its own --help):
   fit         quantize a model; writes a run folder (--trainer.default_root_dir) with the export and a report
-  validate    evaluate a model: perplexity, divergence from --model.reference, exact match
+  validate    evaluate a model on tasks: perplexity, accuracy, generation; divergence from --model.reference
 
 most used options (after --config FILE):
   --model.name NAME         hub id or folder; --model.reference NAME: the original, for validate
   --model.bits N            2 to 8; --model.group_size N; --model.affinity_power 0|1|2
+  --data.tasks '[mmlu]'     tasks of validate (docs/tasks.md); --data.data_dir DIR; --data.num_documents N
   --trainer.devices N       with --trainer.strategy moeq_ddp: several ranks
   --print_config            show the whole configuration and stop
 
@@ -34,14 +35,14 @@ def main(args: "ArgsType" = None) -> None:
         # Answered here, as importing torch and lightning takes seconds.
         sys.stdout.write(f"{__doc__}\n{HELP}")
         return
-    from moeq.cli import MoEQuantCLI
+    from moeq.cli import MoEQuantCLI, first_mistake
 
     try:
         MoEQuantCLI.run(args)
     except (ValueError, ArgumentError) as error:
         if os.environ.get("MOEQ_DEBUG"):
             raise
-        sys.exit(f"moeq: {error}")
+        sys.exit(f"moeq: {first_mistake(error)}")
 
 
 if __name__ == "__main__":

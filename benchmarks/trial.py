@@ -74,7 +74,7 @@ class GivenIds(CalibrationDataModule):
     """Calibration on ids that exist already."""
 
     def __init__(self, ids_NL: Tensor) -> None:
-        super().__init__(BATCH, None)
+        super().__init__(BATCH)
         self._given_NL = ids_NL
 
     def make_ids(self) -> Tensor:

@@ -119,8 +119,9 @@ class EvaluationDataModule(L.LightningDataModule):
         rows = load_rows(task.source, self.data_dir)
         try:
             encoded = encoder.documents(task, rows, window_length=self.window_length, num_documents=self.num_documents)
-        except ValueError as error:
-            raise ValueError(f"task {task.name} ({rows.origin}): {error}") from error
+        except (KeyError, ValueError) as error:
+            lacking = "a row lacks the field " if isinstance(error, KeyError) else ""
+            raise ValueError(f"task {task.name} ({rows.origin}): {lacking}{error}") from error
         records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank)
         if module.hparams["restart"]:
             if trainer.is_global_zero:

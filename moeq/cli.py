@@ -1,6 +1,7 @@
 """The command line: ``fit`` and ``validate`` over one module class and any datamodule."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,6 +64,10 @@ class MoEQuantCLI(LightningCLI):
             # Lightning advises on data-loader workers and optimizers; nothing here has either.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
+            # Evaluation is a command of its own, with data of its own.
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+            # All ranks log the same: what the metrics have reduced already.
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             # main(args) is also called from programs that have arguments of their own.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -72,6 +77,21 @@ class MoEQuantCLI(LightningCLI):
                 save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                 trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
             )  # fmt: skip
+
+
+def first_mistake(error: Exception) -> str:
+    """What the user got wrong, out of an error of the parser, which lists every type that a value might have had."""
+    text = str(error)
+    if "Union subtypes" not in text:
+        return text
+    # Types within types: the innermost list has what was wrong, the first of its items what the user probably meant.
+    *outer, errors = text.split("Errors:\n")
+    items = re.findall(r"^\s*- (.+?)(?=^\s*- |\Z)", errors, re.DOTALL | re.MULTILINE)
+    keys = re.findall(r'Parser key "([^"]+)"', "".join(outer))
+    mistake = " ".join(items[0].split()) if items else text
+    if unknown := re.search(r"given class_path '([^']+)':.*(Option '.+' is not accepted)", text, re.DOTALL):
+        return f"{'.'.join(keys) or 'data'}: {unknown[2]}; --data.help {unknown[1]} lists its options"
+    return f"{'.'.join(keys)}: {mistake}" if keys else mistake
 
 
 def _parser_kwargs(commands: Iterable[str]) -> dict[str, Any]:

@@ -104,9 +104,13 @@ class MoEQuantModule(L.LightningModule):
     def configure_model(self) -> None:
         if self._models:
             return
-        self._models["tokenizer"] = load_tokenizer(self.hparams["name"])
-        if self.trainer.state.fn != "validate":  # which loads one model after the other where both do not fit
-            self._models["model"] = load_model(self.hparams["name"], self.hparams["dtype"])
+        name = self.hparams["name"]
+        if self._trainer is not None and self._trainer.state.fn == "validate":
+            # Its models come later: after the data, and one after the other where both do not fit.
+            self._models["config"] = load_config(name)
+        else:
+            self._models["model"] = load_model(name, self.hparams["dtype"])
+        self._models["tokenizer"] = load_tokenizer(name)
 
     @property
     def model(self) -> Any:
@@ -231,7 +235,7 @@ class MoEQuantModule(L.LightningModule):
 
     def max_length(self, override: int | None) -> int:
         """Tokens that the model can read, or ``override``."""
-        return override or window_of(load_config(self.hparams["name"]), self.tokenizer)
+        return override or window_of(self._models["config"], self.tokenizer)
 
     def fingerprint(self, settings: dict[str, Any]) -> str:
         """What the result of a document depends on besides the document."""

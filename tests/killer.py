@@ -42,3 +42,19 @@ class KillWhileSampling(Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         parts.save_part = save_part
+
+
+class KillWhileEvaluating(Callback):
+    """SIGKILL when some batches of a task are evaluated."""
+
+    affects_weights = False
+
+    def __init__(self, task: int, num_batches: int) -> None:
+        self.task, self.num_batches = task, num_batches
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if (dataloader_idx, batch_idx + 1) == (self.task, self.num_batches):
+            os.kill(os.getpid(), signal.SIGKILL)

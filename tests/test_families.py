@@ -66,7 +66,7 @@ class RandomIds(CalibrationDataModule):
     """Four sequences of 24 random tokens, in two batches."""
 
     def __init__(self) -> None:
-        super().__init__(2, None)
+        super().__init__(2)
 
     def make_ids(self) -> Tensor:
         return torch.randint(1, 257, (4, 24), generator=torch.Generator().manual_seed(1))

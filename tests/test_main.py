@@ -1,29 +1,46 @@
 """Every configuration runs, through the command line, on tiny models."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from main import main
 from moeq.report import read_results
+from moeq.tasks.registry import GROUPS, expand, task_names
+from tests.evaluation_data import write_evaluation_data
 from tests.tiny import save_tiny
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
-FIT_CONFIGS = [path for path in CONFIGS if "eval" not in path.stem]
-EVALUATION = [
-    "--data.evaluation.window_length=32", "--data.evaluation.num_windows=2", "--data.evaluation.num_arithmetic=2",
-]  # fmt: skip
+EVAL_CONFIGS = [path for path in CONFIGS if "eval" in path.stem]
+FIT_CONFIGS = [path for path in CONFIGS if path not in EVAL_CONFIGS]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose window holds what the tasks ask of it."""
+    return save_tiny(
+        "qwen2_moe", tmp_path_factory.mktemp("reader") / "model", max_position_embeddings=2048, num_hidden_layers=1
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_evaluation_data(tmp_path_factory.mktemp("evaluation") / "data")
 
 
 def small_data(config: Path) -> list[str]:
@@ -45,6 +62,34 @@ def fit(config: Path, model: Path, folder: Path, *options: str) -> None:
     )  # fmt: skip
 
 
+def validate(config: Path, model: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Run validate; what it wrote to results.json."""
+    names = [f"--model.name={model}", f"--trainer.default_root_dir={folder}"]
+    main(["validate", "--config", str(config), *names, *QUIET, *options])
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def as_scalars(results: dict[str, Any]) -> dict[str, float]:
+    """Values of results.json by the names that TensorBoard has for them."""
+    found = {}
+    for task in results["tasks"]:
+        for group, metrics in {"": task["metrics"], **task["groups"]}.items():
+            for metric, measured in metrics.items():
+                name = "/".join(part for part in (task["task"], group, metric) if part)
+                found[name] = measured["value"]
+                if measured["stderr"] is not None:
+                    found[f"{name}_stderr"] = measured["stderr"]
+    return found
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """The last value of every scalar in TensorBoard's files, but those that Lightning adds."""
+    events = EventAccumulator(str(folder / "lightning_logs/version_0"))
+    events.Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if "/" in tag}
+
+
 @pytest.mark.parametrize("config", FIT_CONFIGS, ids=lambda path: path.stem)
 def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_path: Path) -> None:
     fit(config, tiny, tmp_path)
@@ -59,31 +104,69 @@ def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_
     assert 0 < difference < original(ids).logits.abs().max()
 
 
-def test_eval_config_compares_an_export_with_its_original(tiny: Path, tmp_path: Path) -> None:
-    fit(Path("configs/rtn_w3.yaml"), tiny, tmp_path)
-    options = [
-        "--model.reference",
-        str(tiny),
-        "--trainer.default_root_dir",
-        str(tmp_path / "eval"),
-        *EVALUATION,
-        *QUIET,
+@pytest.mark.parametrize("config", EVAL_CONFIGS, ids=lambda path: path.stem)
+def test_eval_config_writes_every_metric_with_its_error(config: Path, reader: Path, data: Path, tmp_path: Path) -> None:
+    options = [f"--data.data_dir={data}", "--data.window_length=64", "--data.execute_code=true"]
+    if config.stem == "eval":
+        options.append(f"--model.reference={reader}")
+    if config.stem == "eval_moequant":
+        options.append("--data.num_documents=4")
+    results = validate(config, reader, tmp_path, *options)
+    domains = ["prose", "python", "gsm8k", "arithmetic"] if config.stem == "eval" else []
+    names = [
+        *domains,
+        *(task.name for task in expand(yaml.safe_load(config.read_text())["data"]["init_args"]["tasks"])),
     ]
-    main(["validate", "--config", "configs/eval.yaml", "--model.name", str(tmp_path / "export"), *options])
+    assert [task["task"] for task in results["tasks"]] == names
+    for task in results["tasks"]:
+        assert {"kl", "top1_agreement", "router_agreement"} <= task["metrics"].keys() or config.stem != "eval"
+        for metric, measured in task["metrics"].items():
+            assert math.isfinite(measured["value"]), (task["task"], metric)
+            assert math.isfinite(measured["stderr"]), (task["task"], metric)
+            assert measured["num_documents"] == task["num_documents"] >= 2
+        assert len(task["sha256"]) == 64
+        assert Path(task["origin"]).is_file()
+    scalars = as_scalars(results)
+    assert logged(tmp_path) == {name: pytest.approx(value, rel=1e-6) for name, value in scalars.items()}
+    table = (tmp_path / "results.md").read_text()
+    assert all(f"| {name} " in table for name in names)
+    groups = {f"{name}_groups" for name in names if "mmlu" in name}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"tasks", "task_table", *groups}
+    assert (tmp_path / "config_validate.yaml").is_file()
+
+
+def test_every_task_of_the_catalog_that_no_configuration_names_runs(reader: Path, data: Path, tmp_path: Path) -> None:
+    configured = {name for group in GROUPS.values() for name in group}
+    names = [name for name in task_names() if name not in configured]
+    options = [f"--data.tasks=[{','.join(names)}]", "--data.num_documents=2", "--data.execute_code=true"]
+    results = validate(Path("configs/eval_moequant.yaml"), reader, tmp_path, f"--data.data_dir={data}", *options)
+    assert [task["task"] for task in results["tasks"]] == names
+    assert all(task["num_documents"] == 2 for task in results["tasks"])
+    (row,) = results["rows"]
+    assert row["partial"]
+    assert row["perplexity"].keys() | row["accuracy"].keys() | {"sums"} == set(names)
+
+
+def test_an_export_is_compared_with_its_original(tiny: Path, data: Path, tmp_path: Path) -> None:
+    fit(Path("configs/rtn_w3.yaml"), tiny, tmp_path)
+    options = [f"--model.reference={tiny}", f"--data.data_dir={data}", "--data.window_length=64"]
+    validate(Path("configs/eval.yaml"), tmp_path / "export", tmp_path / "eval", *options)
     (row,) = read_results(tmp_path / "eval" / "results.json")
     assert row.method == "RTN"
     assert row.bits == 3
     assert 3 < row.average_bits < 5
     assert row.kl_mean is not None
-    assert row.kl_mean > 0
+    assert row.kl_worst is not None
+    assert 0 < row.kl_mean < row.kl_worst
     assert set(row.perplexity) == {"prose", "python", "gsm8k", "arithmetic"}
+    assert row.router_agreement is not None
     assert 0 < row.router_agreement < 1
-    assert (tmp_path / "eval" / "config_validate.yaml").is_file()
+    assert row.exact_match == 0
 
 
-def test_the_original_agrees_with_itself(tiny: Path, tmp_path: Path) -> None:
-    names = ["--model.name", str(tiny), "--model.reference", str(tiny), "--trainer.default_root_dir", str(tmp_path)]
-    main(["validate", "--config", "configs/eval.yaml", *names, *EVALUATION, *QUIET])
+def test_the_original_agrees_with_itself(tiny: Path, data: Path, tmp_path: Path) -> None:
+    options = [f"--model.reference={tiny}", f"--data.data_dir={data}", "--data.window_length=64"]
+    validate(Path("configs/eval.yaml"), tiny, tmp_path, *options)
     (row,) = read_results(tmp_path / "results.json")
     assert row.kl_mean == pytest.approx(0, abs=1e-6)
     assert row.top1_agreement == row.router_agreement == 1

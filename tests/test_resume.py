@@ -1,4 +1,4 @@
-"""A run that is killed continues, and two ranks give the codes of one; each in processes of its own."""
+"""A fit that is killed continues, and two ranks give the codes of one; each in processes of its own."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from main import main
 from moeq.allocation.evidence import read_evidence
 from moeq.calibration.store import load_sampled
 from moeq.export.checkpoint import read_quantized
@@ -199,20 +198,3 @@ def test_two_ranks_survey_and_allocate_as_one(model: Path, tmp_path: Path) -> No
     assert {path: counts.tolist() for path, counts in one.tokens.items()} == {
         path: counts.tolist() for path, counts in both.tokens.items()
     }
-
-
-def test_two_ranks_evaluate_as_one(model: Path, tmp_path: Path) -> None:
-    from moeq.report import read_results
-    from tests.test_main import EVALUATION
-
-    names = ["--config", "configs/eval.yaml", "--model.name", str(model), "--model.reference", str(model)]
-    for label, options in (("one", []), ("two", ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"])):
-        root = ["--trainer.default_root_dir", str(tmp_path / label)]
-        if options:
-            done = run(["validate", *names, *root, *EVALUATION, *QUIET, *options])
-            assert done.returncode == 0, done.stderr
-        else:
-            main(["validate", *names, *root, *EVALUATION, *QUIET])
-    one, two = (read_results(tmp_path / label / "results.json")[0] for label in ("one", "two"))
-    assert one.perplexity == pytest.approx(two.perplexity)
-    assert two.kl_mean == pytest.approx(0, abs=1e-6)

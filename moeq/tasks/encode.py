@@ -83,7 +83,7 @@ class Encoder:
             return self._windows(task, prepared, task.length or window_length, num_documents)
         prepared = [prepared[i] for i in spread(len(prepared), task.documents)]
         chosen = spread(len(prepared), num_documents)
-        wanted = [prepared[i] for i in chosen]
+        wanted = [_checked(task, i, prepared[i]) for i in chosen]
         if isinstance(task, Rolling):
             encoded = self._rolling([task.text(row) for row in wanted])
         else:
@@ -201,6 +201,25 @@ class Encoder:
             after = of_text[whole][len(of_text[prompt]) :] or (self.prefix,)
             encoded.append((Request(kept, after[: self.max_length + 1 - len(kept)]), len(before) - len(kept)))
         return encoded
+
+
+def _checked(task: Task, index: int, row: Row) -> Row:
+    """A row that has the fields of its task, and a right answer among its choices: known before anything is run."""
+    try:
+        if isinstance(task, MultipleChoice):
+            answer, num_choices = task.answer(row), len(task.pairs(row))
+            if not 0 <= answer < num_choices:
+                raise ValueError(f"answer {answer} is none of {num_choices} choices, which count from 0")
+        elif isinstance(task, LastWord):
+            task.pairs(row)
+        elif isinstance(task, Rolling):
+            task.text(row), task.original(row)
+        elif isinstance(task, Generation):
+            task.shot(row)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"document {index}, with the fields {sorted(row)}, cannot be read ({type(error).__name__}: {error})"
+        raise ValueError(f"{problem}; correct the file, or the functions of the task") from error
+    return row
 
 
 def _blanks_moved(context: str, continuation: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from moeq.tasks.evaluation import Sampling
 from moeq.tasks.finite import check_finite, first_non_finite, non_finite_error
 from moeq.tasks.generation import NonFiniteLogits, generate
 from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
+from moeq.tasks.originals import LiveOriginal
 from moeq.tasks.passk import pass_at_k
 from moeq.tasks.plan import Plan, plan_requests
 from moeq.tasks.sandbox import Limits, Verdict, run_programs
@@ -82,7 +83,11 @@ class Evaluator:
         """Logits of every request of a batch, and by number of the document what the comparison says."""
         plan = plan_documents(documents)
         said = ask_checked(self.scorer, plan, task, documents)
-        return said.scored, compare(original.said(plan), said) if original is not None else {}
+        if original is None:
+            return said.scored, {}
+        if isinstance(original, LiveOriginal):  # what is stored was checked before
+            return said.scored, compare(ask_checked(original.scorer, plan, task, documents, "the original"), said)
+        return said.scored, compare(original.said(plan), said)
 
     def _write(self, task: Generation, documents: Sequence[Document]) -> list[list[str]]:
         """What the model writes after each prompt: one text, or the samples of a program."""

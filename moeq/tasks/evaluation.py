@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from moeq.distributed import gather_lists
 from moeq.task_report import Description
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.metrics import COMPARISONS, TaskMetrics
@@ -88,29 +89,38 @@ class TaskEvaluation:
         self.seconds = 0.0
         self.fallbacks: dict[str, int] = {}
         self.protections: tuple[str, ...] = ()
-        for result in resumed if rank == 0 else []:
-            self.metrics.add(result)
+        self._evaluated: list[int] = []
+        self._count(resumed if rank == 0 else [])
 
     def add(self, results: Sequence[Result], seconds: float) -> None:
         """Keep the results of a batch: on disk first, then in the metrics."""
         self.records.add(results)
-        for result in results:
-            self.metrics.add(result)
+        self._count(results)
         self.seconds += seconds
 
+    def _count(self, results: Sequence[Result]) -> None:
+        self._evaluated += [result.index for result in results]
+        for result in results:
+            self.metrics.add(result)
+
     def description(self, num_evaluated: int) -> Description:
-        """Everything but the metrics that belongs into a report; ``num_evaluated`` documents, by all ranks."""
-        cut = [document.num_cut for document in self.documents if document.num_cut]
+        """Everything but the metrics that belongs into a report; ``num_evaluated`` documents, by all ranks.
+
+        All ranks must call it.
+        """
+        indices = set(gather_lists(self._evaluated))
+        evaluated = [document for document in self.documents if document.index in indices]
+        cut = [document.num_cut for document in evaluated if document.num_cut]
         partial = None
         if len(self.documents) < self.num_available:
             partial = "num_documents"
-        elif num_evaluated < len(self.documents):
+        elif len(evaluated) < len(self.documents):
             partial = "limit_val_batches"
         return {
             "split": self.rows.split, "origin": self.rows.origin, "sha256": self.rows.sha256,
             "shots_sha256": self.rows.shots_sha256, "num_shots": self.task.num_shots,
             "num_documents": num_evaluated, "num_available": self.num_available, "partial": partial,
-            "num_tokens": sum(document.num_tokens for document in self.documents),
+            "num_tokens": sum(document.num_tokens for document in evaluated),
             "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut),
             "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(),
             "protections": self.protections, "notes": self.records.notes,

@@ -31,7 +31,7 @@ def test_a_yardstick_measures_what_validate_measures(yardstick: Yardstick) -> No
     evaluator = Evaluator(Scorer(module.model), yardstick.tokenizer, LiveOriginal(Scorer(yardstick.model)))
     for domain, divergence in found.items():
         windows = [Request((row[0],), tuple(row[1:]), open_end=True) for row in yardstick.windows(domain).tolist()]
-        results = evaluator.run(task, [Document(i, str(i), {}, (window,)) for i, window in enumerate(windows)])
+        results = evaluator.run(task, [Document(i, str(i), {}, (), (window,)) for i, window in enumerate(windows)])
         expected = {}
         for name in results[0].values:
             totals, weights = zip(*(result.values[name] for result in results), strict=True)
