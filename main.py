@@ -35,14 +35,14 @@ def main(args: "ArgsType" = None) -> None:
         # Answered here, as importing torch and lightning takes seconds.
         sys.stdout.write(f"{__doc__}\n{HELP}")
         return
-    from moeq.cli import MoEQuantCLI
+    from moeq.cli import MoEQuantCLI, first_mistake
 
     try:
         MoEQuantCLI.run(args)
     except (ValueError, ArgumentError) as error:
         if os.environ.get("MOEQ_DEBUG"):
             raise
-        sys.exit(f"moeq: {error}")
+        sys.exit(f"moeq: {first_mistake(error)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: ``fit`` and ``validate`` over one module class and any datamodule."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,6 +77,21 @@ class MoEQuantCLI(LightningCLI):
                 save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                 trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
             )  # fmt: skip
+
+
+def first_mistake(error: Exception) -> str:
+    """What the user got wrong, out of an error of the parser, which lists every type that a value might have had."""
+    text = str(error)
+    if "Union subtypes" not in text:
+        return text
+    # Types within types: the innermost list has what was wrong, the first of its items what the user probably meant.
+    *outer, errors = text.split("Errors:\n")
+    items = re.findall(r"^\s*- (.+?)(?=^\s*- |\Z)", errors, re.DOTALL | re.MULTILINE)
+    keys = re.findall(r'Parser key "([^"]+)"', "".join(outer))
+    mistake = " ".join(items[0].split()) if items else text
+    if unknown := re.search(r"given class_path '([^']+)':.*(Option '.+' is not accepted)", text, re.DOTALL):
+        return f"{'.'.join(keys) or 'data'}: {unknown[2]}; --data.help {unknown[1]} lists its options"
+    return f"{'.'.join(keys)}: {mistake}" if keys else mistake
 
 
 def _parser_kwargs(commands: Iterable[str]) -> dict[str, Any]:

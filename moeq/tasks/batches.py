@@ -1,8 +1,8 @@
 """Documents cut into batches, for each rank its own: together they are all documents, each once.
 
-Documents that begin alike (with the same examples) stand together, the longest first, so that what they share is
-computed once and little is padded.  A document joins a batch while the tokens that the cheapest plan computes stay
-within a budget, and while that is cheaper than a batch of its own.
+Documents that begin alike (with the same examples) stand together, the largest first, so that what they share is
+computed once and little is padded.  A document joins a batch while the passes of the cheapest plan stay within a
+budget of tokens, and while that is cheaper than a batch of its own.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moeq.tasks.documents import Document
 from moeq.tasks.extent import Extent, extent_of, num_common
 
-# Documents that share fewer tokens at their beginning are sorted by length alone.
+# Documents that share fewer tokens at their beginning are sorted by size alone.
 SHARED_TOKENS = 32
 # What one more batch costs, in tokens: less padding than this is accepted.
 BATCH_TOKENS = 256
@@ -32,7 +32,7 @@ def batches(
 
     Args:
         documents: All documents of a task, on every rank the same.
-        batch_tokens: Tokens that a batch may compute, padding included; a document that alone is more is a batch too.
+        batch_tokens: Tokens that a pass may compute, padding included; a document that alone is more is a batch too.
         rank: Of this process.
         world_size: Number of processes.
 
@@ -52,7 +52,7 @@ def batches(
 
 
 def _groups(sized: Sequence[_Sized]) -> list[list[_Sized]]:
-    """Documents that begin alike, and the others; the longest first, within groups and of groups."""
+    """Documents that begin alike, and the others; the largest first, within groups and of groups."""
     groups: list[list[_Sized]] = []
     alone: list[_Sized] = []
     for each in sorted(sized, key=lambda each: each.extent.row):
@@ -63,14 +63,14 @@ def _groups(sized: Sequence[_Sized]) -> list[list[_Sized]]:
     alone = [group[0] for group in groups if len(group) == 1]
     groups = [group for group in groups if len(group) > 1]
     for group in (*groups, alone):
-        group.sort(key=_length, reverse=True)
-    groups.sort(key=lambda group: _length(group[0]), reverse=True)
+        group.sort(key=_size, reverse=True)
+    groups.sort(key=lambda group: _size(group[0]), reverse=True)
     return [*groups, alone]
 
 
-def _length(each: _Sized) -> tuple[int, int]:
-    # Of documents of one length the first comes first.
-    return each.extent.longest, -each.document.index
+def _size(each: _Sized) -> tuple[int, int]:
+    # Of documents of one size the first comes first.
+    return _cost(each.extent), -each.document.index
 
 
 def _cut(sized: Sequence[_Sized], batch_tokens: int) -> list[list[Document]]:
@@ -93,4 +93,5 @@ def _cost(extent: Extent) -> int:
 
 
 def _fits(extent: Extent, batch_tokens: int) -> bool:
-    return _cost(extent) <= batch_tokens and extent.held <= HELD_PER_COMPUTED * batch_tokens
+    largest_pass = max(extent.passes()[extent.cheapest()])
+    return largest_pass <= batch_tokens and extent.held <= HELD_PER_COMPUTED * batch_tokens

@@ -4,20 +4,24 @@ A request is seen by the model as the row ``context + continuation[:-1]``.  Rows
 that row.  With R rows of at most M tokens that all begin with C tokens, D documents whose rows begin with at most S
 tokens, and Q rows that go on for at most T tokens after those of their document:
 
-    plain  R M        prefix  C + R (M - C)        document  D S + Q T
+    plain  R M        prefix  C + R (M - C)        document  D S + Q T        tree  D P
+
+where P is the most tokens that the rows of a document are, those that they begin with counted once.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moeq.tasks.documents import Request
 
-Layout = Literal["plain", "prefix", "document"]
+Layout = Literal["plain", "prefix", "tree", "document"]
 Ids = tuple[int, ...]
 # What a second pass costs besides its tokens, in tokens.
 PASS_TOKENS = 64
+# A tree's attention has a mask of its tokens squared: trees of many branches cost more than they save.
+TREE_PER_ROW = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Extent:
         least_stem: The same in the document that has the fewest.
         branches: Rows that are more than that.
         branch: The longest such rest.
+        tree: Tokens of all rows of a document, the stem counted once, in the document that has the most.
     """
 
     row: Ids
@@ -45,6 +50,7 @@ class Extent:
     least_stem: int
     branches: int
     branch: int
+    tree: int
 
     def __or__(self, other: "Extent") -> "Extent":
         common = min(self.common, other.common)
@@ -58,21 +64,27 @@ class Extent:
             min(self.least_stem, other.least_stem),
             self.branches + other.branches,
             max(self.branch, other.branch),
+            max(self.tree, other.tree),
         )
+
+    def passes(self) -> dict[Layout, tuple[int, ...]]:
+        """Tokens of each pass of each possible layout."""
+        passes: dict[Layout, tuple[int, ...]] = {"plain": (self.rows * self.longest,)}
+        if self.common and self.common < self.longest:
+            passes["prefix"] = self.common, self.rows * (self.longest - self.common)
+        if self.least_stem and self.branches:
+            if self.tree <= TREE_PER_ROW * self.longest:
+                passes["tree"] = (self.documents * self.tree,)
+            passes["document"] = self.documents * self.stem, self.branches * self.branch
+        return passes
 
     def costs(self) -> dict[Layout, int]:
         """Tokens that each possible layout computes; of equal ones the first is the simplest."""
-        costs: dict[Layout, int] = {"plain": self.rows * self.longest}
-        if self.common and self.common < self.longest:
-            costs["prefix"] = self.common + self.rows * (self.longest - self.common) + PASS_TOKENS
-        if self.least_stem and self.branches:
-            costs["document"] = self.documents * self.stem + self.branches * self.branch + PASS_TOKENS
-        return costs
+        return {layout: sum(tokens) + PASS_TOKENS * (len(tokens) - 1) for layout, tokens in self.passes().items()}
 
-    @property
-    def layout(self) -> Layout:
-        """The cheapest layout."""
-        costs = self.costs()
+    def cheapest(self, without: Collection[Layout] = ()) -> Layout:
+        """The cheapest layout that is not in ``without``; "plain" always is possible."""
+        costs = {layout: cost for layout, cost in self.costs().items() if layout not in without}
         return min(costs, key=costs.__getitem__)
 
     @property
@@ -87,7 +99,8 @@ def extent_of(requests: Iterable[Request]) -> Extent:
     stem = num_common(rows[0], rows[-1])
     longest = max(map(len, rows))
     branches = sum(len(row) > stem for row in rows)
-    return Extent(rows[0], stem, len(rows), longest, 1, stem, stem, branches, longest - stem)
+    tree = stem + sum(len(row) - stem for row in rows)
+    return Extent(rows[0], stem, len(rows), longest, 1, stem, stem, branches, longest - stem, tree)
 
 
 def row_of(request: Request) -> Ids:

@@ -60,7 +60,8 @@ def run_plan(model: Any, plan: Plan) -> Scored:
         logits_KV, cache = _run_segment(model, segment, past, cache, keep_cache=not is_last)
         logits.append(logits_KV)
         past = segment
-    logits_NV = torch.cat(logits)[plan.source_N.to(device)] if logits else torch.empty(0, 1, device=device)
+    logits_KV = torch.cat(logits) if len(logits) > 1 else logits[0] if logits else torch.empty(0, 1, device=device)
+    logits_NV = logits_KV[plan.source_N.to(device)]
     return Scored(plan, logits_NV, plan.targets_N.to(device), plan.request_N.to(device))
 
 
@@ -101,14 +102,30 @@ class Scorer:
         return run_plan(self.model, self.settled(plan))
 
     def settled(self, plan: Plan) -> Plan:
-        """The plan, or the same requests without a cache where its layout does not work on this model."""
-        if plan.layout not in self._problems:
-            problem = self._problems[plan.layout] = _problem(self.model, plan)
-            if problem is not None:
-                self.fallbacks.append(f"layout {plan.layout}: {problem}; shared tokens are computed again for each row")
-        if self._problems[plan.layout] is None:
+        """The plan, or the same requests in the cheapest layout that works on this model."""
+        without = {layout for layout, problem in self._problems.items() if problem is not None}
+        if _reaches_window(self.model, plan):
+            without.add("tree")
+        if plan.layout in without:
+            return self.settled(plan_requests(plan.requests, plan.owners, without=without))
+        if plan.layout in self._problems:
             return plan
-        return plan_requests(plan.requests, plan.owners, "plain")
+        problem = self._problems[plan.layout] = _problem(self.model, plan)
+        if problem is None:
+            return plan
+        self.fallbacks.append(f"layout {plan.layout}: {problem}; shared tokens are computed in another way, or again")
+        return self.settled(plan)
+
+
+def _reaches_window(model: Any, plan: Plan) -> bool:
+    """Whether a tree is longer than a window of attention, of which a mask of one's own knows nothing."""
+    config = getattr(model.config, "text_config", None) or model.config
+    windows = [
+        value
+        for name, value in vars(config).items()
+        if ("sliding_window" in name or "attention_chunk" in name) and isinstance(value, int) and value > 0
+    ]
+    return plan.layout == "tree" and plan.segments[0].ids_BL.shape[1] > min(windows, default=1 << 62)
 
 
 def _problem(model: Any, plan: Plan) -> str | None:
@@ -146,10 +163,12 @@ def _run_segment(
     if past is not None and segment.parent_B is not None:
         reorder_cache(cache, segment.parent_B.to(device))
         inputs["past_key_values"] = cache
-    mask_BL, position_ids_BL = _mask_and_positions(segment, past)
+    mask, position_ids_BL = _mask_and_positions(segment, past)
+    if segment.branch_BL is not None:
+        mask = _tree_mask(segment.branch_BL.to(device), model.dtype)
     # Padding at the right is seen by no token: without a mask, attention takes its fastest path.
-    if mask_BL is not None:
-        inputs["attention_mask"] = mask_BL.to(device)
+    if mask is not None:
+        inputs["attention_mask"] = mask.to(device)
     if position_ids_BL is not None:
         inputs["position_ids"] = position_ids_BL.to(device)
     # A pass that is run for its cache alone reads one position, which is dropped.
@@ -166,6 +185,8 @@ def _run_segment(
 def _mask_and_positions(segment: Segment, past: Segment | None) -> tuple[Tensor | None, Tensor | None]:
     """attention_mask [B, P + L] where padding is at the left, and position_ids [B, L] where they are not 0..L-1."""
     length = segment.ids_BL.shape[1]
+    if segment.branch_BL is not None:
+        return None, segment.position_BL
     if past is None or segment.parent_B is None:
         mask_BL = _left_mask(segment)
         return mask_BL, None if mask_BL is None else (mask_BL.cumsum(1) - 1).clamp(min=0)
@@ -182,6 +203,15 @@ def _left_mask(segment: Segment) -> Tensor | None:
     if not segment.pad_left or int(segment.length_B.min()) == length:
         return None
     return (torch.arange(length) >= length - segment.length_B[:, None]).long()
+
+
+def _tree_mask(branch_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores [B, 1, L, L]: 0 at earlier tokens of the stem and of the same branch."""
+    length = branch_BL.shape[1]
+    is_seen_BLL = (branch_BL[:, None, :] == 0) | (branch_BL[:, None, :] == branch_BL[:, :, None])
+    is_seen_BLL &= torch.ones(length, length, dtype=torch.bool, device=branch_BL.device).tril()
+    mask_BLL = torch.zeros(is_seen_BLL.shape, dtype=dtype, device=branch_BL.device)
+    return mask_BLL.masked_fill_(~is_seen_BLL, torch.finfo(dtype).min)[:, None]
 
 
 @contextmanager

@@ -2,22 +2,24 @@
 
 A request is seen by the model as the row ``context + continuation[:-1]``.  Rows that are equal, or begin another, are
 that row (the choices of a question whose answers are single tokens are one row with several targets).  The rest is laid
-out in whichever of three ways computes the fewest tokens, padding included:
+out in whichever of four ways computes the fewest tokens, padding included:
 
-    plain      [row, padded on the right]
-    prefix     [tokens that all rows begin with], once     then [rest of each row, padded on the right]
-    document   [padding, tokens that all rows of a document begin with], once each    then [rests, padded on the right]
+    plain      [row, padding] for each row
+    prefix     [tokens that all rows begin with], once; then [rest, padding] for each row
+    tree       [tokens that all rows of a document begin with, rest, rest, .., padding] for each document
+    document   [padding, tokens that all rows of a document begin with]; then [rest, padding] for each row
 
-so few-shot text that the documents of a batch share is computed once per batch, and the context of a question once for
-all of its choices.  Padding is never between two tokens of a row, which recurrent layers would run over; at the right
-no token sees it.
+where a second pass continues the cache of the first.  So few-shot text that the documents of a batch share is computed
+once per batch, and the context of a question once for all of its choices.  In a tree, each rest has the positions that
+follow the stem, and attends to the stem and to itself: that needs attention that takes any mask.  The other layouts
+suit recurrent layers, too: padding is never between two tokens of a row, and at the right no token sees it.
 
 The order of what is predicted is that of the requests and their tokens, whatever the layout.
 
 Shapes: B rows of a pass, L its columns, K positions whose logits are computed, N predicted tokens, S spans of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
@@ -41,6 +43,8 @@ class Segment:
         pad_left: Whether padding is at the left; else it is at the right.
         parent_B: Row of the pass before that each row continues; None in the first pass.
         read_K: Positions of the flattened [B * L] whose logits are needed.
+        branch_BL: In a tree, 0 in the stem and at padding, and the number of the rest, from 1, in a rest.
+        position_BL: In a tree, the position of each token in its own row.
     """
 
     ids_BL: Tensor
@@ -48,6 +52,8 @@ class Segment:
     pad_left: bool
     parent_B: Tensor | None
     read_K: Tensor
+    branch_BL: Tensor | None = None
+    position_BL: Tensor | None = None
 
 
 class Spans(NamedTuple):
@@ -95,27 +101,38 @@ class Plan:
         return sum(segment.ids_BL.numel() for segment in self.segments)
 
 
-def plan_requests(requests: Sequence[Request], owners: Sequence[int], layout: Layout | None = None) -> Plan:
+def plan_requests(
+    requests: Sequence[Request],
+    owners: Sequence[int],
+    layout: Layout | None = None,
+    without: Collection[Layout] = (),
+) -> Plan:
     """The cheapest passes for requests that run together.
 
     Args:
         requests: Any number of them; several may be equal.
         owners: Number of the document of each request, from 0.
         layout: This one instead of the cheapest.
+        without: The cheapest except for these.
     """
     by_owner: dict[int, list[Request]] = {}
     for request, owner in zip(requests, owners, strict=True):
         by_owner.setdefault(owner, []).append(request)
     if layout is None:
-        layout = reduce(Extent.__or__, map(extent_of, by_owner.values())).layout if requests else "plain"
+        layout = reduce(Extent.__or__, map(extent_of, by_owner.values())).cheapest(without) if requests else "plain"
     rows, row_of_R = distinct_rows([row_of(request) for request in requests])
-    stem_lengths = _stem_lengths(rows, row_of_R, owners, layout)
-    segments, place_B = _segments(rows, stem_lengths)
+    owner_of = [owner for _, owner in sorted(dict(zip(row_of_R, owners, strict=True)).items())]
+    stem_lengths = _stem_lengths(rows, row_of_R, owners, owner_of, layout)
+    segments, place_B = (
+        _trees(rows, stem_lengths, owner_of) if rows and layout == "tree" else _segments(rows, stem_lengths)
+    )
     return _with_predictions(layout, tuple(requests), tuple(owners), segments, place_B, row_of_R)
 
 
-def _stem_lengths(rows: list[Ids], row_of_R: list[int], owners: Sequence[int], layout: Layout) -> list[int]:
-    """How many tokens of each row are computed in the first of two passes."""
+def _stem_lengths(
+    rows: list[Ids], row_of_R: list[int], owners: Sequence[int], owner_of: Sequence[int], layout: Layout
+) -> list[int]:
+    """How many tokens of each row are computed once for several rows."""
     if layout == "plain" or not rows:
         return [0] * len(rows)
     if layout == "prefix":
@@ -124,8 +141,7 @@ def _stem_lengths(rows: list[Ids], row_of_R: list[int], owners: Sequence[int], l
     for number, owner in zip(row_of_R, owners, strict=True):
         rows_of.setdefault(owner, []).append(rows[number])
     stem_of = {owner: num_common(min(own), max(own)) for owner, own in rows_of.items()}
-    owner_of_row = dict(zip(row_of_R, owners, strict=True))
-    return [stem_of[owner_of_row[number]] for number in range(len(rows))]
+    return [stem_of[owner] for owner in owner_of]
 
 
 class _Place(NamedTuple):
@@ -165,6 +181,37 @@ def _segments(rows: list[Ids], stem_lengths: list[int]) -> tuple[list[Segment], 
         for parent, length, branch in zip(parents, stem_lengths, branch_start, strict=True)
     ]
     return segments, places
+
+
+def _trees(rows: list[Ids], stem_lengths: list[int], owner_of: Sequence[int]) -> tuple[list[Segment], list[_Place]]:
+    """The one pass of trees, a row per document, without what is read in it, and the place of each given row."""
+    rows_of: dict[int, list[int]] = {}
+    for number, owner in enumerate(owner_of):
+        rows_of.setdefault(owner, []).append(number)
+    trees: list[Ids] = []
+    branches: list[Ids] = []
+    positions: list[Ids] = []
+    inside: dict[int, int] = {}
+    for numbers in rows_of.values():
+        num_stem = stem_lengths[numbers[0]]
+        tree, branch, position = rows[numbers[0]][:num_stem], (0,) * num_stem, tuple(range(num_stem))
+        for i, number in enumerate(numbers, 1):
+            inside[number] = len(tree)
+            tree += rows[number][num_stem:]
+            branch += (i,) * (len(rows[number]) - num_stem)
+            position += tuple(range(num_stem, len(rows[number])))
+        trees.append(tree)
+        branches.append(branch)
+        positions.append(position)
+    ids_BL, length_B, start_B = _padded(trees, left=False)
+    branch_BL, position_BL = (_padded(values, left=False)[0] for values in (branches, positions))
+    start_of = dict(zip(rows_of, start_B, strict=True))
+    places = [
+        _Place(start_of[owner], stem_lengths[number], start_of[owner] + inside[number])
+        for number, owner in enumerate(owner_of)
+    ]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return [Segment(ids_BL, length_B, False, None, nothing, branch_BL, position_BL)], places
 
 
 def _padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor, list[int]]:

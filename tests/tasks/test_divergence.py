@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moeq.tasks import perplexity
-from moeq.tasks.divergence import kl_sum_and_agreement
+from moeq.tasks.divergence import divergence_by_owner, kl_sum_and_agreement
 
 
 def reference_kl(p_logits_BLV: Tensor, q_logits_BLV: Tensor) -> tuple[float, int, int]:
@@ -67,3 +67,21 @@ def test_masked_positions_do_not_count(generator: torch.Generator) -> None:
 def test_different_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 2, 8\) must have the reference's \(1, 2, 9\)"):
         kl_sum_and_agreement(torch.zeros(1, 2, 9), torch.zeros(1, 2, 8))
+
+
+def test_documents_get_the_sums_of_their_own_positions(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeq.tasks.divergence.CHUNK_TOKENS", 4)
+    p_NV, q_NV = torch.randn(2, 9, 11, generator=generator)
+    owner_N = torch.tensor([2, 0, 0, 2, 2, 0, 2, 3, 3])
+    kl, same, count = divergence_by_owner(p_NV.to(torch.float64), q_NV, owner_N, 4)
+    for owner in range(4):
+        own = owner_N == owner
+        expected = reference_kl(p_NV[own][None], q_NV[own][None])
+        assert (float(kl[owner]), int(same[owner]), int(count[owner])) == (
+            pytest.approx(expected[0], rel=1e-5),
+            *expected[1:],
+        )
+    with pytest.raises(ValueError, match=r"\(9, 11\) must have the reference's \(8, 11\)"):
+        divergence_by_owner(p_NV[:8], q_NV, owner_N, 4)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moeq.models.adapter import is_experts_module
-from moeq.tasks.routing import count_same_routing, record_routing, same_topk
+from moeq.tasks.plan import Spans
+from moeq.tasks.routing import count_same_routing, record_routing, same_routing_by_owner, same_topk
 from tests.tiny import tiny_model
 
 
@@ -88,3 +89,20 @@ def test_models_with_other_experts_modules_are_refused() -> None:
     ids_TK = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"\['b'\]"):
         count_same_routing({"a": ids_TK, "b": ids_TK}, {"a": ids_TK})
+
+
+def test_spans_count_for_their_document_and_the_rest_for_nobody(generator: torch.Generator) -> None:
+    ids_TK, reference_TK = torch.randint(0, 3, (2, 20, 2), generator=generator)
+    spans = Spans(torch.tensor([0, 4, 0, 15]), torch.tensor([4, 9, 4, 16]), torch.tensor([1, 1, 0, 1]))
+    routing, reference = {"a": ids_TK, "b": ids_TK}, {"a": reference_TK.to(torch.uint8), "b": ids_TK.to(torch.uint8)}
+    expected = [[0, 0], [0, 0]]
+    for start, stop, owner in zip(*(part.tolist() for part in spans), strict=True):
+        for name in routing:
+            for t in range(start, stop):
+                expected[0][owner] += set(routing[name][t].tolist()) == set(reference[name][t].tolist())
+                expected[1][owner] += 1
+    num_same, num_pairs = same_routing_by_owner(routing, reference, spans, 2)
+    assert [num_same.tolist(), num_pairs.tolist()] == expected
+    assert 0 < expected[0][0] < expected[1][0]
+    with pytest.raises(ValueError, match=r"\['b'\]"):
+        same_routing_by_owner(routing, {"a": ids_TK}, spans, 2)
