@@ -8,7 +8,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moeq.tasks.batches import batches
+from moeq.tasks.batches import CPU_PASS_TOKENS, batches
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
 from moeq.tasks.encode import Encoder
@@ -130,7 +130,11 @@ class EvaluationDataModule(L.LightningDataModule):
             trainer.strategy.barrier("moeq_restart")
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
         evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
-        evaluation.batches = batches(evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        evaluation.batches = batches(
+            evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size,
+            CPU_PASS_TOKENS if on_cpu else None,
+        )  # fmt: skip
         return evaluation
 
 

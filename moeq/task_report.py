@@ -116,17 +116,15 @@ class Evaluated(Protocol):
     task: Task
     metrics: TaskMetrics
 
-    def description(self, num_evaluated: int) -> Description:
-        """What it was measured on; ``num_evaluated`` documents, by all ranks."""
+    def description(self) -> Description:
+        """What it was measured on; all ranks must call it."""
 
 
 def task_report(evaluated: Evaluated) -> TaskReport:
     """Put together what all ranks measured; all must call it, and all get the same."""
     metrics, task = evaluated.metrics, evaluated.task
     found = metrics.compute()
-    num_evaluated = max((measured.num_documents for measured in found.get("", {}).values()), default=0)
-    described = evaluated.description(num_evaluated)
-    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, described)
+    return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, evaluated.description())
 
 
 def scalars(reports: Iterable[TaskReport]) -> dict[str, float]:

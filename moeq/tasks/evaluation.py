@@ -103,11 +103,8 @@ class TaskEvaluation:
         for result in results:
             self.metrics.add(result)
 
-    def description(self, num_evaluated: int) -> Description:
-        """Everything but the metrics that belongs into a report; ``num_evaluated`` documents, by all ranks.
-
-        All ranks must call it.
-        """
+    def description(self) -> Description:
+        """Everything but the metrics that belongs into a report, of all ranks, which all must call it."""
         indices = set(gather_lists(self._evaluated))
         evaluated = [document for document in self.documents if document.index in indices]
         cut = [document.num_cut for document in evaluated if document.num_cut]
@@ -119,7 +116,7 @@ class TaskEvaluation:
         return {
             "split": self.rows.split, "origin": self.rows.origin, "sha256": self.rows.sha256,
             "shots_sha256": self.rows.shots_sha256, "num_shots": self.task.num_shots,
-            "num_documents": num_evaluated, "num_available": self.num_available, "partial": partial,
+            "num_documents": len(evaluated), "num_available": self.num_available, "partial": partial,
             "num_tokens": sum(document.num_tokens for document in evaluated),
             "num_resumed": self.num_resumed, "num_truncated": len(cut), "num_tokens_cut": sum(cut),
             "seconds": self.seconds, "fallbacks": self.fallbacks, "chance": self._chance(),
