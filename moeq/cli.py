@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -45,6 +46,8 @@ class MoEQuantCLI(LightningCLI):
                 f"validate needs evaluation tasks, and {type(self.datamodule).__name__} has calibration data only; "
                 "take configs/eval.yaml, with --model.name the folder of an export"
             )
+        if self.trainer.limit_val_batches == 0:
+            raise ValueError("limit_val_batches (0) evaluates nothing; leave it out for everything")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -71,12 +74,15 @@ class MoEQuantCLI(LightningCLI):
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             # main(args) is also called from programs that have arguments of their own.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            return cls(
-                MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
-                seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,
-                save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-                trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
-            )  # fmt: skip
+            try:
+                return cls(
+                    MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
+                    seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,
+                    save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+                    trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
+                )  # fmt: skip
+            except MisconfigurationException as error:  # of Lightning's, about an option of the Trainer
+                raise ValueError(str(error)) from error
 
 
 def first_mistake(error: Exception) -> str:

@@ -65,7 +65,7 @@ def notes(described: Description) -> str:
         found.append(f"{resumed} from an earlier run")
     found += [f"{count} x {reason}" for reason, count in described["fallbacks"].items()]
     if protections := described.get("protections"):
-        found.append(f"code run with {', '.join(protections)}")
+        found.append(f"code run with {len(protections)} protections")  # results.json names them
     found += described.get("notes", ())
     return "; ".join(found)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from main import main
-from tests.test_main import QUIET, fit
+from tests.test_main import QUIET, fit, validate
 from tests.tiny import save_tiny
 
 RTN = Path("configs/rtn_w3.yaml")
@@ -109,9 +108,9 @@ def test_a_damaged_export(damage: str, tiny: Path, tmp_path: Path) -> None:
         path.unlink()
     else:
         path.write_bytes(content if damage == "alter" else content[: len(content) // 2])
-    options = ["--model.name", str(tmp_path / "export"), "--data.domains=null", "--data.num_documents=2", *QUIET]
+    few = ["--data.domains=null", "--data.num_documents=2"]
     with refused("model.safetensors"):
-        main(["validate", "--config", "configs/eval.yaml", *options])
+        validate(Path("configs/eval.yaml"), tmp_path / "export", tmp_path / "eval", *few)
 
 
 def test_a_truncated_original(tiny: Path, tmp_path: Path) -> None:

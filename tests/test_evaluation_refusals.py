@@ -59,6 +59,7 @@ def no_model(*_: object) -> nn.Module:
         (["--data.tasks=[no.such:TASK]"], "no.such"),
         (["--data.tasks=[boolq]", "--data.num_shots={mmlu: 5}"], r"num_shots names \['mmlu'\], which are not among"),
         (["--data.tasks=[]"], "nothing to evaluate"),
+        (["--trainer.limit_val_batches=0"], r"limit_val_batches \(0\) evaluates nothing"),
         (["--data.num_documents=0"], r"num_documents \(0\) must be positive"),
         (["--data.evaluation.num_windows=3"], "evaluation"),
         (["--data.sampling.num_samples=4"], r"num_samples \(4\) above 1 needs a temperature"),
@@ -134,6 +135,11 @@ def test_a_nan_stops_the_run_with_task_document_and_module(
     assert who in str(caught.value) or (who == "the model" and task == "sums")
     assert not (tmp_path / "run/results.json").exists()
     assert not list((tmp_path / "run").glob("documents/*.jsonl"))
+
+
+def test_a_share_of_a_single_batch_is_refused_in_one_line(model: Path, data: Path, tmp_path: Path) -> None:
+    with refused(r"moeq: .*0\.5 of the `val_dataloader` .*Try at least `limit_val_batches=1\.0`"):
+        validate(CONFIG, model, tmp_path, *options(data, "--data.tasks=[boolq]", "--trainer.limit_val_batches=0.5"))
 
 
 def test_validate_needs_tasks(model: Path, tmp_path: Path) -> None:

@@ -169,20 +169,23 @@ def test_a_quick_look_is_marked_as_partial_and_becomes_whole(model: Path, data: 
         assert measured(validate(CONFIG, model, tmp_path / option, *few)) == measured(whole)
 
 
-def test_ranks_evaluate_as_one(model: Path, data: Path, tmp_path: Path) -> None:
-    # Three ranks share two windows, and neither rank count divides the numbers of documents of all tasks.
+def test_ranks_evaluate_as_one(model: Path, data: Path, tmp_path: Path, watch: Watch) -> None:
+    # Three ranks share two windows; neither 2 nor 3 divides the numbers of documents of all tasks.
     names = [f"--data.tasks=[{','.join(set(TASKS) - {'gsm8k'})}]", "--data.num_windows=2", "--model.dtype=float32"]
     small = [*options(data, *names, "--data.batch_tokens=512"), f"--model.reference={model}"]
     one = measured(validate(CONFIG, model, tmp_path / "1", *small))
     counts = {task: found["num_documents"] for task, found in one.items()}
     assert counts == {"prose": 2, **{task: COUNTS[task] for task in counts.keys() - {"prose"}}}
+    # Three ranks continue what one began, and compare with an original on disk.
+    begun = (tmp_path / "1/documents/wikitext.rank0.jsonl").read_text().splitlines(keepends=True)[:18]
+    (tmp_path / "3/documents").mkdir(parents=True)
+    (tmp_path / "3/documents/wikitext.rank0.jsonl").write_text("".join(begun))
     # Forked ranks need not import everything again.
     forked = ["--trainer.strategy=moeq.strategy.UnwrappedDDPStrategy", "--trainer.strategy.start_method=fork"]
-    for num_ranks, strategy in ((2, ["--trainer.strategy=moeq_ddp"]), (3, forked)):
+    for num_ranks, more in ((2, ["--trainer.strategy=moeq_ddp"]), (3, [*forked, "--model.reference_mode=disk"])):
         folder = tmp_path / str(num_ranks)
-        ranks = [f"--trainer.devices={num_ranks}", *strategy]
-        names = [f"--model.name={model}", f"--trainer.default_root_dir={folder}"]
-        done = run(["validate", "--config", str(CONFIG), *names, *QUIET, *small, *ranks])
+        names = [f"--model.name={model}", f"--trainer.default_root_dir={folder}", f"--trainer.devices={num_ranks}"]
+        done = run(["validate", "--config", str(CONFIG), *names, *QUIET, *small, *more])
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
         results = json.loads((folder / "results.json").read_text())
@@ -191,6 +194,10 @@ def test_ranks_evaluate_as_one(model: Path, data: Path, tmp_path: Path) -> None:
         for task, found in one.items():
             assert several[task] == approximately(found), task
         assert {task: len(lines) for task, lines in recorded(folder).items()} == counts
+    assert sum(task["num_resumed"] for task in results["tasks"]) == 17
+    watch.forget()
+    assert measured(validate(CONFIG, model, folder, *small)) == approximately(one)
+    assert watch.num_passes == 0
 
 
 def approximately(found: Any) -> Any:

@@ -124,6 +124,7 @@ def test_eval_config_writes_every_metric_with_its_error(config: Path, reader: Pa
             assert math.isfinite(measured["value"]), (task["task"], metric)
             assert math.isfinite(measured["stderr"]), (task["task"], metric)
             assert measured["num_documents"] == task["num_documents"] >= 2
+        assert bool(task["protections"]) == (task["kind"] == "Code")
         assert len(task["sha256"]) == 64
         assert Path(task["origin"]).is_file()
     scalars = as_scalars(results)

@@ -71,7 +71,7 @@ def test_what_one_has_to_know_is_noted() -> None:
     )  # fmt: skip
     assert notes(described) == (
         "partial: 100 of 10042 (limit_val_batches); chance 50.0; 3 truncated by 70 tokens in all; "
-        "40 from an earlier run; 2 x no end-of-text token; code run with time, memory, no network; "
+        "40 from an earlier run; 2 x no end-of-text token; code run with 3 protections; "
         "records of another model were left alone"
     )
 
