@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from harness_files import HARNESS_NAMES, Files
 
-from moeq.tasks.batches import batches
+from moeq.tasks.batches import CPU_PASS_TOKENS, batches
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
 from moeq.tasks.evaluate import Evaluator
@@ -60,7 +60,7 @@ def run_moeq(model: Any, tokenizer: Any, files: Files, max_length: int, batch_to
     encoder = Encoder(tokenizer, max_length)
     documents, _ = encoder.documents(task, rows, window_length=max_length, num_documents=None)
     evaluator, scored = Evaluator(Scorer(model), tokenizer), {}
-    for batch in batches(documents, batch_tokens):
+    for batch in batches(documents, batch_tokens, pass_tokens=CPU_PASS_TOKENS):
         results = evaluator.run(task, batch)
         scored |= {
             document.index: _of_result(task, document, result) for document, result in zip(batch, results, strict=True)
