@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from harness_files import HARNESS_NAMES, Files
 
-from moeq.tasks.batches import CPU_PASS_TOKENS, batches
+from moeq.scoring.batches import CPU_PASS_TOKENS, batches
+from moeq.scoring.likelihood import Scorer
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
 from moeq.tasks.evaluate import Evaluator
-from moeq.tasks.likelihood import Scorer
 from moeq.tasks.metrics import measurement, ratio_sums
 from moeq.tasks.rows import load_rows
 from moeq.tasks.spec import Kind, MultipleChoice, Task, Values

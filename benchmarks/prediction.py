@@ -27,7 +27,7 @@ from moeq.models.adapter import Adapter
 from moeq.models.loading import load_model, load_tokenizer
 from moeq.quant.grid import choose_qparams, dequantize, quantize
 from moeq.quant.spec import GridSpec
-from moeq.tasks.divergence import kl_sum_and_agreement
+from moeq.scoring.divergence import kl_sum_and_agreement
 
 TEXT = Path("assets/reference-moe/texts/wikitext2_validation.txt")
 COSTS = ("fisher", "fisher_kl", "hessian", "gemq", "pmq", "block_output")

@@ -34,11 +34,11 @@ from moeq.quant.grid import QParams, choose_qparams
 from moeq.quant.hessian import accumulate, empty_state, mean_hessian
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec
+from moeq.scoring.divergence import kl_sum_and_agreement
+from moeq.scoring.perplexity import nll_sum_and_count
+from moeq.scoring.routing import count_same_routing, record_routing
 from moeq.solve import Unit
-from moeq.tasks.divergence import kl_sum_and_agreement
-from moeq.tasks.perplexity import nll_sum_and_count
-from moeq.tasks.routing import count_same_routing, record_routing
-from moeq.tasks.text import spread_windows
+from moeq.tasks.windows import consecutive_windows, spread
 
 BATCH = 8
 
@@ -147,11 +147,12 @@ class Yardstick:
 
     def windows(self, domain: str) -> Tensor:
         """The evaluation windows of a domain, [N, L]."""
-        return spread_windows(self.streams[domain], self.texts.window_length, self.texts.num_windows)
+        every_NL = consecutive_windows(self.streams[domain], self.texts.window_length)
+        return every_NL[spread(len(every_NL), self.texts.num_windows)]
 
     def unused_windows(self, domain: str) -> Tensor:
         """The windows of a domain that are not evaluated, [N, L]: what an oracle may calibrate on."""
-        every_NL = spread_windows(self.streams[domain], self.texts.window_length, None)
+        every_NL = consecutive_windows(self.streams[domain], self.texts.window_length)
         num = self.texts.num_windows or len(every_NL)
         unused_N = torch.ones(len(every_NL), dtype=torch.bool)
         unused_N[torch.arange(num) * len(every_NL) // num] = False

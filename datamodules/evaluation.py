@@ -1,6 +1,6 @@
 """Evaluation tasks as Lightning validation loaders: one per task, each batch a list of documents."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,16 +8,17 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moeq.tasks.batches import CPU_PASS_TOKENS, batches
+from moeq.programs.sandbox import check_permission
+from moeq.scoring.batches import CPU_PASS_TOKENS, batches
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
-from moeq.tasks.encode import Encoder
+from moeq.tasks.encode import Encoder, window_of
 from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
 from moeq.tasks.records import Records
 from moeq.tasks.registry import expand
 from moeq.tasks.rows import load_rows
-from moeq.tasks.sandbox import check_permission
 from moeq.tasks.spec import Code, Task
+from moeq.validation import result_fingerprint
 
 
 class EvaluationDataModule(L.LightningDataModule):
@@ -92,8 +93,8 @@ class EvaluationDataModule(L.LightningDataModule):
         """
         assert self.trainer is not None, "the loaders are built by a Trainer"
         module = cast(Any, self.trainer.lightning_module)
-        encoder = Encoder(module.tokenizer, module.max_length(self.max_length))
-        fingerprint = module.fingerprint(asdict(self.sampling))
+        encoder = Encoder(module.tokenizer, self.max_length or window_of(module.config, module.tokenizer))
+        fingerprint = result_fingerprint(module.hparams, self.sampling)
         self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")

@@ -17,7 +17,6 @@ from moeq.allocation.plan import WeightShape, uniform_plan
 from moeq.calibration.observe import Routing
 from moeq.memory import MemoryRow, memory_row
 from moeq.models.adapter import Adapter
-from moeq.models.identity import model_identity
 from moeq.models.loading import DType, load_config, load_model, load_tokenizer
 from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -26,11 +25,8 @@ from moeq.run import Run
 from moeq.schedule import Pass, Sequential, build_schedule
 from moeq.task_report import scalars
 from moeq.tasks.documents import Document
-from moeq.tasks.encode import window_of
 from moeq.tasks.evaluation import TaskEvaluation
-from moeq.tasks.fingerprint import fingerprint
 from moeq.validation import ReferenceMode, start_validation
-from moeq.versions import installed_versions
 
 
 class MoEQuantModule(L.LightningModule):
@@ -233,17 +229,10 @@ class MoEQuantModule(L.LightningModule):
 
     # -- validate
 
-    def max_length(self, override: int | None) -> int:
-        """Tokens that the model can read, or ``override``."""
-        return override or window_of(self._models["config"], self.tokenizer)
-
-    def fingerprint(self, settings: dict[str, Any]) -> str:
-        """What the result of a document depends on besides the document."""
-        name, reference, dtype = (self.hparams[key] for key in ("name", "reference", "dtype"))
-        return fingerprint(
-            model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
-            settings=settings, versions=installed_versions(),
-        )  # fmt: skip
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, which validate has before the model."""
+        return self._models["config"]
 
     @property
     def evaluations(self) -> list[TaskEvaluation]:

@@ -7,7 +7,8 @@ leaving its logits in the run folder ("disk"), so that only one of the two is ev
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,21 +16,35 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from moeq.generation.decoders import Decoding, examine
 from moeq.models.identity import model_identity
 from moeq.models.loading import load_model, model_bytes
+from moeq.programs.sandbox import protections
+from moeq.scoring.likelihood import Scorer
+from moeq.scoring.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
 from moeq.task_report import TaskReport, task_report
-from moeq.tasks.decoders import Decoding, examine
 from moeq.tasks.documents import Document
 from moeq.tasks.evaluate import Evaluator, Original, ask_checked, plan_documents
 from moeq.tasks.evaluation import Sampling, TaskEvaluation
 from moeq.tasks.fingerprint import fingerprint
-from moeq.tasks.likelihood import Scorer
-from moeq.tasks.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
-from moeq.tasks.sandbox import protections
 from moeq.tasks.spec import Code, Generation
 from moeq.versions import installed_versions
 
 ReferenceMode = Literal["auto", "memory", "disk"]
+
+
+def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling) -> str:
+    """What the result of a document depends on besides the document.
+
+    Args:
+        settings: Hyper-parameters of the module.
+        sampling: How text is generated.
+    """
+    name, reference, dtype = (settings[key] for key in ("name", "reference", "dtype"))
+    return fingerprint(
+        model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
+        settings=asdict(sampling), versions=installed_versions(),
+    )  # fmt: skip
 
 
 class Validation:

@@ -111,7 +111,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_stored(
     original: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1 << 28))
-    monkeypatch.setattr("moeq.tasks.originals.shutil", full)
+    monkeypatch.setattr("moeq.scoring.originals.shutil", full)
     message = (
         rf"logits need \d\.\d GB in {re.escape(str(tmp_path))}/original, which has 0\.0 GB left; lower num_documents"
     )

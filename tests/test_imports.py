@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NUMERICAL_CORE = ("quant", "calibration", "allocation", "tasks", "export")
-WITHOUT_TRANSFORMERS = ("quant", "allocation", "tasks")
+NUMERICAL_CORE = ("quant", "calibration", "allocation", "tasks", "scoring", "generation", "programs", "export")
+WITHOUT_TRANSFORMERS = ("quant", "allocation", "tasks", "scoring", "generation", "programs")
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
 MAY_IMPORT_LIGHTNING = {"moeq/cli.py", "moeq/module.py", "moeq/progress.py", "moeq/strategy.py", "moeq/validation.py"}

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq.documents import token_stream
 from moeq.tasks.arithmetic import build_problems
-from moeq.tasks.text import spread_windows
+from moeq.tasks.windows import consecutive_windows
 
 HERE = Path(__file__).parent
 NUM_SHOTS = 4
@@ -64,7 +64,7 @@ def measure(model: nn.Module, tokenizer: Any, documents: dict[str, list[str]]) -
     """Every number of the card that comes from running the model."""
     losses, counts = {}, {}
     for name, texts in documents.items():
-        windows_NT = spread_windows(token_stream(texts, tokenizer), WINDOW, None)
+        windows_NT = consecutive_windows(token_stream(texts, tokenizer), WINDOW)
         losses[name], counts[name] = measure_windows(model, windows_NT)
     problems = build_problems(distinct_sums(ARITHMETIC_SUMS, ARITHMETIC_SEED + 1), ARITHMETIC_SUMS, NUM_SHOTS)
     return {

@@ -1,8 +1,8 @@
 """What the card of the reference model states: held-out losses, exact match on sums, and who uses which expert.
 
 Losses are mean nats per token over windows of 512 tokens of documents that are each followed by ``<|endoftext|>`` (the
-protocol of ``moeq.tasks.perplexity``; a last partial window is left out).  Usage of an expert by a domain is its share
-of the routed slots (tokens times top-k) of that domain in its block.
+protocol of ``moeq.scoring.perplexity``; a last partial window is left out).  Usage of an expert by a domain is its
+share of the routed slots (tokens times top-k) of that domain in its block.
 
 Shapes: D domains, L blocks, E experts, N windows, T tokens, K experts per token.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.generation.generate import generate
 from moeq.models.adapter import is_experts_module
+from moeq.scoring.perplexity import nll_sum_and_count
 from moeq.tasks.arithmetic import Problem, parse_answer
-from moeq.tasks.generation import generate
-from moeq.tasks.perplexity import nll_sum_and_count
 
 WINDOW = 512
 # A domain uses an expert where it gives it at least a quarter of the slots of a perfectly even routing.

@@ -22,7 +22,7 @@ from moeq.calibration.cost_tables import BlockFindings, solved_costs
 from moeq.calibration.survey_spec import SurveySpec
 from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Adapter, Site
-from moeq.tasks.divergence import kl_sum_and_agreement
+from moeq.scoring.divergence import kl_sum_and_agreement
 
 Factors = dict[tuple[str, Choice], float]
 

@@ -1,1 +1,1 @@
-"""Evaluation: what is computed from logits, and the metrics that reduce it."""
+"""Evaluation tasks: what they are, from rows to documents, and from documents to metrics and records."""

@@ -12,17 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from moeq.tasks.comparison import Said, ask, compare
-from moeq.tasks.decoders import Decoding
+from moeq.generation.decoders import Decoding
+from moeq.generation.generate import NonFiniteLogits, generate
+from moeq.programs.passk import pass_at_k
+from moeq.programs.sandbox import Limits, Verdict, run_programs
+from moeq.scoring.comparison import Said, ask, compare
+from moeq.scoring.finite import check_finite, first_non_finite, non_finite_error
+from moeq.scoring.likelihood import Scored, Scorer, outcomes, run_plan
+from moeq.scoring.originals import LiveOriginal
+from moeq.scoring.plan import Plan, plan_requests
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.evaluation import Sampling
-from moeq.tasks.finite import check_finite, first_non_finite, non_finite_error
-from moeq.tasks.generation import NonFiniteLogits, generate
-from moeq.tasks.likelihood import Scored, Scorer, outcomes, run_plan
-from moeq.tasks.originals import LiveOriginal
-from moeq.tasks.passk import pass_at_k
-from moeq.tasks.plan import Plan, plan_requests
-from moeq.tasks.sandbox import Limits, Verdict, run_programs
 from moeq.tasks.spec import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
 
 Judged = tuple[Values, dict[str, Any]]

@@ -9,10 +9,10 @@ from ebss_effect_report import kl_table, ratio_table
 from ebss_reach import nearest, signatures
 from trial import Texts, Yardstick, fit
 
+from moeq.scoring.likelihood import Scorer
+from moeq.scoring.originals import LiveOriginal
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.evaluate import Evaluator
-from moeq.tasks.likelihood import Scorer
-from moeq.tasks.originals import LiveOriginal
 from moeq.tasks.spec import Source, Windows
 
 MODEL = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")

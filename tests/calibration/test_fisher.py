@@ -7,7 +7,7 @@ from moeq.calibration.fisher import add_squares, backward, empty_gradients, obse
 from moeq.calibration.observe import observe
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.hessian import accumulate, empty_state
-from moeq.tasks.divergence import kl_sum_and_agreement
+from moeq.scoring.divergence import kl_sum_and_agreement
 from tests.tiny import tiny_model
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3")

@@ -1,6 +1,7 @@
 """Evaluation loaders: what the batches hold, how ranks share them, what is resumed, and what is refused."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,12 @@ from moeq.tasks.evaluation import Sampling
 from tests.tiny import tiny_tokenizer
 
 DOMAINS = {"prose": "prose.txt", "answers": "answers.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no model whose files could be read."""
+    monkeypatch.setattr("datamodules.evaluation.result_fingerprint", lambda _, sampling: json.dumps(asdict(sampling)))
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def opened(folder: Path, rank: int = 0, world_size: int = 1, restart: bool = Fal
     data = EvaluationDataModule(data_dir=str(folder), **options)
     module = SimpleNamespace(
         tokenizer=tiny_tokenizer(), run_dir=folder.parent / "run", hparams={"restart": restart, "reference": None},
-        max_length=lambda override: override or 512, fingerprint=json.dumps,
+        config=SimpleNamespace(max_position_embeddings=512),
     )  # fmt: skip
     barriers: list[str] = []
     data.trainer = SimpleNamespace(  # type: ignore[assignment]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from moeq.scoring.finite import NonFiniteError
+from moeq.scoring.likelihood import Scorer
+from moeq.scoring.originals import LiveOriginal
 from moeq.tasks.documents import Document
 from moeq.tasks.encode import Encoder
 from moeq.tasks.evaluate import Evaluator
 from moeq.tasks.evaluation import Sampling
-from moeq.tasks.finite import NonFiniteError
-from moeq.tasks.likelihood import Scorer
-from moeq.tasks.originals import LiveOriginal
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import Rows
 from moeq.tasks.spec import Row, Task

@@ -1,0 +1,1 @@
+"""What a model writes: decoding in batches, greedy or sampled."""

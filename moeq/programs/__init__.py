@@ -1,0 +1,1 @@
+"""Running what a model wrote: programs in a sandbox, and pass@k."""
