@@ -38,15 +38,18 @@ class Scored:
 
     Attributes:
         plan: The plan that was run.
-        logits_NV: In the dtype of the model, at the position that predicts token n.
-        targets_N: Token n; -100 where none is scored.
-        request_N: Number of the request of token n.
+        logits_KV: In the dtype of the model, at the positions that were read; several tokens may be predicted from one.
     """
 
     plan: Plan
-    logits_NV: Tensor
-    targets_N: Tensor
-    request_N: Tensor
+    logits_KV: Tensor
+
+    @property
+    def logits_NV(self) -> Tensor:
+        """Logits at the position that predicts token n: a copy, unless each position predicts one, in order."""
+        source_N = self.plan.source_N
+        in_order = torch.equal(source_N, torch.arange(len(self.logits_KV)))
+        return self.logits_KV if in_order else self.logits_KV[source_N.to(self.logits_KV.device)]
 
 
 @torch.no_grad()
@@ -61,24 +64,26 @@ def run_plan(model: Any, plan: Plan) -> Scored:
         logits.append(logits_KV)
         past = segment
     logits_KV = torch.cat(logits) if len(logits) > 1 else logits[0] if logits else torch.empty(0, 1, device=device)
-    logits_NV = logits_KV[plan.source_N.to(device)]
-    return Scored(plan, logits_NV, plan.targets_N.to(device), plan.request_N.to(device))
+    return Scored(plan, logits_KV)
 
 
 @torch.no_grad()
 def outcomes(scored: Scored, num_requests: int) -> list[Outcome]:
     """Log-likelihood of each request in nats, and whether each of its tokens is the most likely one."""
-    device = scored.logits_NV.device
+    device, plan = scored.logits_KV.device, scored.plan
+    normalizer_K, best_K = [torch.empty(0, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
+    for logits_TV in scored.logits_KV.split(CHUNK_TOKENS):
+        normalizer_K.append(logits_TV.to(torch.float32).logsumexp(-1))
+        best_K.append(logits_TV.argmax(-1))
+    is_scored_N = plan.targets_N != IGNORED
+    source_N, target_N, request_N = (
+        numbers_N[is_scored_N].to(device) for numbers_N in (plan.source_N, plan.targets_N, plan.request_N)
+    )
+    log_prob_N = scored.logits_KV[source_N, target_N].to(torch.float32) - torch.cat(normalizer_K)[source_N]
     total_R = torch.zeros(num_requests, dtype=torch.float64, device=device)
     num_wrong_R = torch.zeros(num_requests, dtype=torch.int64, device=device)
-    for start in range(0, len(scored.targets_N), CHUNK_TOKENS):
-        at = slice(start, start + CHUNK_TOKENS)
-        targets_T, request_T = scored.targets_N[at], scored.request_N[at]
-        is_scored_T = targets_T != IGNORED
-        log_prob_TV = scored.logits_NV[at].to(torch.float32).log_softmax(-1)
-        log_prob_T = log_prob_TV.gather(-1, targets_T.clamp(min=0)[:, None])[:, 0].to(torch.float64)
-        total_R.index_add_(0, request_T, log_prob_T.where(is_scored_T, 0.0))
-        num_wrong_R.index_add_(0, request_T, ((log_prob_TV.argmax(-1) != targets_T) & is_scored_T).long())
+    total_R.index_add_(0, request_N, log_prob_N.to(torch.float64))
+    num_wrong_R.index_add_(0, request_N, (torch.cat(best_K)[source_N] != target_N).long())
     return [Outcome(*pair) for pair in zip(total_R.tolist(), (num_wrong_R == 0).tolist(), strict=True)]
 
 

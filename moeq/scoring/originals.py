@@ -22,7 +22,6 @@ from typing import Literal, cast
 from uuid import uuid4
 
 import torch
-from torch import Tensor
 
 from moeq.run import digest
 from moeq.scoring.checked_file import read_checked, smallest, write_checked
@@ -153,7 +152,7 @@ class StoredOriginal:
             ValueError: The disk is full.
         """
         plan = said.scored.plan
-        tensors = {LOGITS: _distinct(said.scored)}
+        tensors = {LOGITS: said.scored.logits_KV}
         tensors |= {ROUTING + name: smallest(ids_TK) for name, ids_TK in said.routing.items()}
         metadata = {"fingerprint": digest(self.fingerprint), "layout": plan.layout}
         # No two ranks have the same batch.
@@ -175,9 +174,7 @@ class StoredOriginal:
             raise ValueError(f"{path} holds the logits of another original; {REMEDY}")
         layout = cast(Layout, metadata["layout"])
         ran = plan if plan.layout == layout else plan_requests(plan.requests, plan.owners, layout)
-        logits_PV = tensors.pop(LOGITS)
-        logits_NV = logits_PV if _in_order(ran.source_N, len(logits_PV)) else logits_PV[ran.source_N]
-        scored = Scored(ran, logits_NV, ran.targets_N, ran.request_N)
+        scored = Scored(ran, tensors.pop(LOGITS))
         return Said(scored, {name.removeprefix(ROUTING): ids_TK for name, ids_TK in tensors.items()})
 
     def _path(self, plan: Plan) -> Path:
@@ -196,23 +193,6 @@ class StoredOriginal:
 
 
 Original = LiveOriginal | StoredOriginal
-
-
-def _distinct(scored: Scored) -> Tensor:
-    """logits_PV of logits_NV: those of each position once, in the order of ``Plan.source_N``."""
-    source_N = scored.plan.source_N
-    num_positions = int(source_N.max()) + 1 if len(source_N) else 0
-    if _in_order(source_N, num_positions):
-        return scored.logits_NV
-    # The logits of one position are equal: whichever of its tokens is written last will do.
-    index_P = torch.zeros(num_positions, dtype=torch.int64)
-    index_P[source_N] = torch.arange(len(source_N))
-    return scored.logits_NV[index_P.to(scored.logits_NV.device)]
-
-
-def _in_order(source_N: Tensor, num_positions: int) -> bool:
-    """Whether every position predicts one token, in order, as in a window of text: then nothing need be copied."""
-    return torch.equal(source_N, torch.arange(num_positions))
 
 
 def _write_manifest(path: Path, fingerprint: str) -> None:

@@ -137,9 +137,12 @@ def ask_checked(
     """What a model says of a batch; raises NonFiniteError where that is no number."""
     said = ask(scorer, plan)
     ran = said.scored.plan
+    logits_KV = said.scored.logits_KV
+    index_K = torch.zeros(len(logits_KV), dtype=torch.int64)
+    index_K[ran.source_N] = torch.tensor([document.index for document in documents])[ran.owner_N]
     check_finite(
-        said.scored.logits_NV,
-        torch.tensor([document.index for document in documents])[ran.owner_N],
+        logits_KV,
+        index_K,
         model=scorer.model,
         run=lambda: run_plan(scorer.model, ran),
         task=task.name,

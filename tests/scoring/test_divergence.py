@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.scoring import perplexity
 from moeq.scoring.divergence import divergence_by_owner, kl_sum_and_agreement
-from moeq.tasks import perplexity
 
 
 def reference_kl(p_logits_BLV: Tensor, q_logits_BLV: Tensor) -> tuple[float, int, int]:

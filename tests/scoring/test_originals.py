@@ -53,7 +53,7 @@ def test_what_is_stored_comes_back_bit_for_bit(dtype: torch.dtype, layout: Layou
     read = again.said(plan)
     assert read.scored.logits_NV.dtype == dtype
     assert torch.equal(read.scored.logits_NV, live.scored.logits_NV)
-    assert torch.equal(read.scored.targets_N, live.scored.targets_N)
+    assert torch.equal(read.scored.plan.targets_N, live.scored.plan.targets_N)
     assert read.routing.keys() == live.routing.keys()
     for name, ids_TK in read.routing.items():
         assert ids_TK.dtype == torch.uint8

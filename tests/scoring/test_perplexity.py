@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.scoring import perplexity
 from moeq.scoring.perplexity import nll_sum_and_count
-from moeq.tasks import perplexity
 
 
 def reference_nll(logits_BLV: Tensor, input_ids_BL: Tensor) -> tuple[float, int]:
