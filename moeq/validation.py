@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from moeq.generation.decoders import Decoding, examine
 from moeq.models.identity import model_identity
-from moeq.models.loading import load_model, model_bytes
+from moeq.models.loading import load_config, load_model, model_bytes
 from moeq.programs.sandbox import protections
 from moeq.scoring.likelihood import Scorer
 from moeq.scoring.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
@@ -103,6 +103,7 @@ def start_validation(
     name, reference, dtype = settings["name"], settings["reference"], settings["dtype"]
     original: Original | None = None
     if reference is not None:
+        check_vocabulary(name, reference)
         sizes = model_bytes(name, dtype), model_bytes(reference, dtype)
         if choose_mode(settings["reference_mode"], *sizes, free_bytes(device)) == "disk":
             original = run_original(settings, evaluations, device, run_dir / "original")
@@ -115,6 +116,16 @@ def start_validation(
     workers = max(1, (os.cpu_count() or 1) - 1)
     evaluator = Evaluator(Scorer(model), tokenizer, original, sampling, decoding, num_workers=workers)
     return Validation(evaluations, evaluator)
+
+
+def check_vocabulary(name: str, reference: str) -> None:
+    """Refuse an original of another vocabulary, before either model is loaded."""
+    sizes = [load_config(each).get_text_config().vocab_size for each in (name, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{name} has a vocabulary of {sizes[0]} tokens, and the original {reference} one of {sizes[1]}; give "
+            "--model.reference the model that it was made from, or --model.reference null for no comparison"
+        )
 
 
 def run_original(

@@ -131,5 +131,7 @@ def test_logits_of_another_original_are_refused(original: Path, data: Path, tmp_
 
 def test_an_original_of_another_vocabulary_is_refused(original: Path, data: Path, tmp_path: Path) -> None:
     other = save_tiny("qwen2_moe", tmp_path / "other", vocab_size=300)
-    with pytest.raises(SystemExit, match="compare a model with the original that it was made from"):
+    with pytest.raises(
+        SystemExit, match=r"vocabulary of 264 tokens, and the original .* one of 300; give --model\.reference"
+    ):
         validate(CONFIG, original, tmp_path, *options(data, other, "memory"))

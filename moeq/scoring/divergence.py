@@ -87,5 +87,5 @@ def _check_shapes(reference_logits: Tensor, logits: Tensor) -> None:
     if reference_logits.shape != logits.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} must have the reference's {tuple(reference_logits.shape)}; "
-            "compare a model with the original that it was made from"
+            "compare a model with the original that it was made from (--model.reference)"
         )

@@ -22,5 +22,5 @@ def domain_task(name: str, file: str, window_length: int, num_windows: int | Non
     stem = path.with_suffix("") if path.suffix == ".gz" else path
     if stem.suffix not in CONTENTS:
         raise ValueError(f"domain {name}: file {file} must end in .txt or .jsonl (or one of them and .gz); convert it")
-    source = Source(folder=str(path.parent), hub=None, splits=(stem.stem,), whole=True)
+    source = Source(folder=str(path.parent), hub=None, splits=(path.name,), whole=True)
     return Windows(name=name, source=source, text=row_text, documents=num_windows, length=window_length)

@@ -86,7 +86,8 @@ def find_file(source: Source, splits: Sequence[str], data_dir: Path) -> Path:
     """
     folder = data_dir / source.folder
     for split in splits:
-        for suffix in SUFFIXES:
+        # A split that is a file name is that file and no other of its stem.
+        for suffix in ("", ".gz") if split.endswith(SUFFIXES) else SUFFIXES:
             path = folder / f"{split}{suffix}"
             if path.is_file():
                 return path
@@ -97,8 +98,10 @@ def find_file(source: Source, splits: Sequence[str], data_dir: Path) -> Path:
         found = (
             f"which has {', '.join(present[:12])}{', ...' if len(present) > 12 else ''}" if present else "an empty one"
         )
-    wanted = " or ".join(f"{split}.jsonl" for split in splits)
-    raise ValueError(f"no file {wanted} (or .txt, also .gz) in folder {folder}, {found}; {_download(source, splits)}")
+    named = all(split.endswith(SUFFIXES) for split in splits)
+    wanted = " or ".join(split if named else f"{split}.jsonl" for split in splits)
+    forms = "(also .gz)" if named else "(or .txt, also .gz)"
+    raise ValueError(f"no file {wanted} {forms} in folder {folder}, {found}; {_download(source, splits)}")
 
 
 def _download(source: Source, splits: Sequence[str]) -> str:

@@ -47,7 +47,8 @@ class Source:
         hub: Id of the data set on the hub; None where it has no copy there.
         config: Its configuration there.
         hub_file: The one file of the data set there that is the split, where that is a part of a large one.
-        splits: The first of these that exists is evaluated; which one it was is in the results.
+        splits: The first of these that exists is evaluated; which one it was is in the results.  Names of splits, or of
+            files.
         shots: Split of the few-shot examples, or a part of it as in "prompt[1:4]"; None where the task has none.
         whole: A .txt file is one row; otherwise each of its lines is one.
     """

@@ -24,6 +24,15 @@ def test_a_file_in_any_form_is_a_text_with_its_documents(file: str, tmp_path: Pa
     assert (task.name, task.length, task.documents, rows.split) == ("mail", 64, 5, "mail")
 
 
+def test_a_file_is_itself_and_no_other_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mail.txt").write_text("hello\n")
+    (tmp_path / "mail.jsonl").write_text('{"text": "other"}\n')
+    task = domain_task("mail", "mail.txt", 64, None)
+    assert load_rows(task.source, tmp_path).rows == [{"text": "hello\n"}]
+    with pytest.raises(ValueError, match=r"no file post\.txt \(also \.gz\) in folder"):
+        load_rows(domain_task("post", "post.txt", 64, None).source, tmp_path)
+
+
 def test_other_kinds_of_file_are_refused() -> None:
     with pytest.raises(ValueError, match=r"domain mail: file mail\.csv must end in"):
         domain_task("mail", "mail.csv", 64, None)
