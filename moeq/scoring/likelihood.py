@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moeq.calibration.next_token import reorder_cache
 from moeq.scoring.extent import Layout, row_of
+from moeq.scoring.onednn import linears_by_onednn
 from moeq.scoring.perplexity import CHUNK_TOKENS
 from moeq.scoring.plan import IGNORED, Plan, Segment, plan_requests
 from moeq.tasks.spec import Outcome
@@ -58,11 +59,12 @@ def run_plan(model: Any, plan: Plan) -> Scored:
     device = model.get_input_embeddings().weight.device
     logits: list[Tensor] = []
     cache, past = None, None
-    for segment in plan.segments:
-        is_last = segment is plan.segments[-1]
-        logits_KV, cache = _run_segment(model, segment, past, cache, keep_cache=not is_last)
-        logits.append(logits_KV)
-        past = segment
+    with linears_by_onednn(model):
+        for segment in plan.segments:
+            is_last = segment is plan.segments[-1]
+            logits_KV, cache = _run_segment(model, segment, past, cache, keep_cache=not is_last)
+            logits.append(logits_KV)
+            past = segment
     logits_KV = torch.cat(logits) if len(logits) > 1 else logits[0] if logits else torch.empty(0, 1, device=device)
     return Scored(plan, logits_KV)
 
@@ -230,7 +232,8 @@ def _head_reads(model: Any, shape: Sequence[int], read_K: Tensor) -> Iterator[No
         return hidden_BLD.flatten(0, 1)[read_K][None], *args[1:]
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(pick) if head is not None else None
+    # Before the hooks of linears_by_onednn, which change the layout.
+    handle = head.register_forward_pre_hook(pick, prepend=True) if head is not None else None
     try:
         yield
     finally:
