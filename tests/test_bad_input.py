@@ -108,7 +108,7 @@ def test_a_damaged_export(damage: str, tiny: Path, tmp_path: Path) -> None:
         path.unlink()
     else:
         path.write_bytes(content if damage == "alter" else content[: len(content) // 2])
-    few = ["--data.domains=null", "--data.num_documents=2"]
+    few = ["--model.reference=null", "--data.domains=null", "--data.num_documents=2"]
     with refused("model.safetensors"):
         validate(Path("configs/eval.yaml"), tmp_path / "export", tmp_path / "eval", *few)
 

@@ -89,7 +89,7 @@ def test_missing_data_are_named_before_a_model_is_loaded(
     write_rows(empty / "gsm8k/test.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
     with refused(r"no file train\.jsonl .*gsm8k, which has test\.jsonl; download split train .*openai/gsm8k"):
         validate(CONFIG, model, tmp_path / "run", *options(empty, "--data.tasks=[gsm8k]"))
-    with refused(r"no file none\.jsonl \(or \.txt"):
+    with refused(r"no file none\.txt \(also \.gz\)"):
         validate(CONFIG, model, tmp_path / "run", *options(data, "--data.domains={prose: none.txt}"))
     assert not (tmp_path / "run/results.json").exists()
 
