@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness_compare import Comparison, as_json, compare
 from harness_files import write_files
 from harness_report import report
+from harness_routers import router_gap
 from harness_sides import harness_model, run_harness, run_moeq
 from harness_speed import Speed, measure_speed
 from llama_like import llama_like
@@ -96,10 +98,11 @@ def compare_task(model: Any, tokenizer: Any, name: str, options: Any) -> Compari
     """One task on both sides."""
     files = write_files(name, options.data_dir, options.folder, options.num_documents)
     window = window_of(model.config, tokenizer)
-    theirs = harness_model(model, tokenizer, options.batch_size).max_length
-    assert window == theirs, f"the window is {window} tokens, in the harness {theirs}"
+    other_window = harness_model(model, tokenizer, options.batch_size).max_length
+    assert window == other_window, f"the window is {window} tokens, in the harness {other_window}"
     ours = run_moeq(model, tokenizer, files, window, options.batch_tokens)
-    return compare(files.task, ours, run_harness(model, tokenizer, files, options.batch_size))
+    theirs = run_harness(model, tokenizer, files, options.batch_size)
+    return compare(files.task, ours, theirs, partial(router_gap, model))
 
 
 def time_task(model: Any, tokenizer: Any, name: str, options: Any) -> Speed:

@@ -4,12 +4,17 @@ Two log-likelihoods x are equal when they differ by at most ``TOLERANCE * max(1,
 in batches of different shapes.  The best choice of a document is then known to both unless the two best are closer than
 twice that (identical choices, say): such a document ties in that metric, and is excepted from the equality of metrics,
 not from that of log-likelihoods.  Accuracies and their standard errors equal to the last bits where no tie went two
-ways.  What is stated but not compared: standard errors of perplexities (the harness draws bootstrap samples for LAMBADA
-and has none for texts) and of MMLU's groups (the harness pools those of the subjects).
+ways.
+
+Where a log-likelihood differs by more, and one of the document's tokens ties between two experts (a router gap of at
+most ``TOLERANCE``, ``harness_routers.py``), the document ties in everything.
+
+What is stated but not compared: standard errors of perplexities (the harness draws bootstrap samples for LAMBADA and
+has none for texts) and of MMLU's groups (the harness pools those of the subjects).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,21 +26,27 @@ TOLERANCE = 1e-5
 ROUNDING = 1e-12
 
 
+# From sequences of tokens to their smallest router gap.
+RouterGap = Callable[[Sequence[Sequence[int]]], float]
+
+
 class Tie(NamedTuple):
-    """A document whose best choice is not known to the tolerance.
+    """A document whose best choice, or the expert of one of whose tokens, is not known to the tolerance.
 
     Attributes:
         name: Task or subject.
         index: Number of the document there.
-        metric: "acc" or "acc_norm".
-        gap: Between the two best choices; of "acc_norm" per character.
-        agreed: Whether both sides came to the same value all the same.
+        metric: "acc" or "acc_norm"; "router" where everything is excepted.
+        gap: Between the two best choices; of "acc_norm" per character; of "router" see ``harness_routers.py``.
+        difference: Largest between two log-likelihoods, in nats.
+        agreed: Whether both sides came to the same value, or values, all the same.
     """
 
     name: str
     index: int
     metric: str
     gap: float
+    difference: float
     agreed: bool
 
 
@@ -47,7 +58,7 @@ class Comparison:
         documents: How many.
         continuations: How many log-likelihoods.
         num_cut: Documents that were cut to the model's window.
-        difference: Largest between two log-likelihoods, in nats.
+        difference: Largest between two log-likelihoods, in nats, without router ties.
         relative: The same divided by ``max(1, |x|)``.
         ties: Documents that are excepted.
         problems: Everything that should be equal and is not.
@@ -64,28 +75,49 @@ class Comparison:
     measured: dict[str, dict[str, dict[str, tuple[float, float | None]]]]
 
 
-def compare(task: Task, ours: Side, theirs: Side) -> Comparison:
+class Pair(NamedTuple):
+    """A document on both sides."""
+
+    name: str
+    index: int
+    own: Scored
+    other: Scored
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(nats, nats divided by ``max(1, |x|)``) between the log-likelihoods of each continuation."""
+        both = zip(self.own.likelihoods, self.other.likelihoods, strict=False)
+        return [(abs(x - y), abs(x - y) / max(1.0, abs(y))) for x, y in both]
+
+    def is_alike(self) -> bool:
+        """The same continuations and the same weights: what rounding cannot change."""
+        weights = [{metric: weight for metric, (_, weight) in side.values.items()} for side in self[2:]]
+        return len(self.own.likelihoods) == len(self.other.likelihoods) and weights[0] == weights[1]
+
+
+def compare(task: Task, ours: Side, theirs: Side, router_gap: RouterGap = lambda _: math.inf) -> Comparison:
     """Compare every document and every metric."""
-    pairs, problems = [], []
-    for name in sorted(ours.documents.keys() | theirs.documents.keys()):
-        own, other = ours.documents.get(name, []), theirs.documents.get(name, [])
-        if len(own) != len(other):
-            problems.append(f"{name}: {len(own)} documents, the harness has {len(other)}")
-        pairs += [(name, index, *pair) for index, pair in enumerate(zip(own, other, strict=False))]
-    ties = [tie for pair in pairs for tie in _ties(task, *pair)]
-    excepted = {(tie.name, tie.index, tie.metric) for tie in ties}
-    for name, index, own, other in pairs:
-        for problem in _differences(task.metrics, own, other, {m for n, i, m in excepted if (n, i) == (name, index)}):
-            problems.append(f"{name}, document {index}: {problem}")
-    split = {(tie.name, tie.metric) for tie in ties if not tie.agreed}
+    pairs, problems = _pairs(ours, theirs)
+    ties, split, gaps = [], set(), []
+    for pair in pairs:
+        of_pair = list(_ties(task, pair))
+        found = list(_differences(task.metrics, pair, {tie.metric for tie in of_pair}))
+        if found and pair.is_alike() and (gap := router_gap(pair.own.sequences)) <= TOLERANCE:
+            of_pair, found = [_tie(pair, "router", gap, pair.own.values == pair.other.values)], []
+            split |= {
+                (pair.name, metric) for metric in task.metrics if pair.own.values[metric] != pair.other.values[metric]
+            }
+        else:
+            gaps += pair.gaps()
+        ties += of_pair
+        problems += [f"{pair.name}, document {pair.index}: {problem}" for problem in found]
+    split |= {(tie.name, tie.metric) for tie in ties if not tie.agreed}
     problems += _metric_differences(task.metrics, ours, theirs, split)
-    both = [(x, y) for _, _, own, other in pairs for x, y in zip(own.likelihoods, other.likelihoods, strict=False)]
     return Comparison(
         documents=len(pairs),
-        continuations=len(both),
-        num_cut=sum(own.num_cut > 0 for _, _, own, _ in pairs),
-        difference=max((abs(x - y) for x, y in both), default=0.0),
-        relative=max((abs(x - y) / max(1.0, abs(y)) for x, y in both), default=0.0),
+        continuations=sum(len(pair.gaps()) for pair in pairs),
+        num_cut=sum(pair.own.num_cut > 0 for pair in pairs),
+        difference=max((nats for nats, _ in gaps), default=0.0),
+        relative=max((relative for _, relative in gaps), default=0.0),
         ties=tuple(ties),
         problems=tuple(problems),
         measured={
@@ -99,11 +131,27 @@ def compare(task: Task, ours: Side, theirs: Side) -> Comparison:
     )
 
 
+def _pairs(ours: Side, theirs: Side) -> tuple[list[Pair], list[str]]:
+    """Documents that both sides have, and where they do not have as many."""
+    pairs, problems = [], []
+    for name in sorted(ours.documents.keys() | theirs.documents.keys()):
+        own, other = ours.documents.get(name, []), theirs.documents.get(name, [])
+        if len(own) != len(other):
+            problems.append(f"{name}: {len(own)} documents, the harness has {len(other)}")
+        pairs += [Pair(name, index, *both) for index, both in enumerate(zip(own, other, strict=False))]
+    return pairs, problems
+
+
+def _tie(pair: Pair, metric: str, gap: float, agreed: bool) -> Tie:
+    return Tie(pair.name, pair.index, metric, gap, max(nats for nats, _ in pair.gaps()), agreed)
+
+
 def _close(x: float, y: float) -> bool:
     return abs(x - y) <= TOLERANCE * max(1.0, abs(y))
 
 
-def _ties(task: Task, name: str, index: int, own: Scored, other: Scored) -> Iterator[Tie]:
+def _ties(task: Task, pair: Pair) -> Iterator[Tie]:
+    own, other = pair.own, pair.other
     if not isinstance(task, MultipleChoice):
         return
     for metric in task.metrics:
@@ -116,11 +164,12 @@ def _ties(task: Task, name: str, index: int, own: Scored, other: Scored) -> Iter
         ]
         best, second = sorted(scored, reverse=True)[:2]
         if best[0] - second[0] <= best[1] + second[1]:
-            yield Tie(name, index, metric, best[0] - second[0], own.values[metric] == other.values[metric])
+            yield _tie(pair, metric, best[0] - second[0], own.values[metric] == other.values[metric])
 
 
-def _differences(kinds: Mapping[str, Kind], own: Scored, other: Scored, ties: set[str]) -> Iterator[str]:
+def _differences(kinds: Mapping[str, Kind], pair: Pair, ties: set[str]) -> Iterator[str]:
     """What differs in one document."""
+    own, other = pair.own, pair.other
     if len(own.likelihoods) != len(other.likelihoods):
         yield f"{len(own.likelihoods)} continuations, the harness has {len(other.likelihoods)}"
     for number, (x, y) in enumerate(zip(own.likelihoods, other.likelihoods, strict=False)):

@@ -14,6 +14,14 @@ Documents that were longer than the model's window were cut by both sides (colum
 subject (the table has the whole, whose standard error the harness pools from the subjects').  Standard errors of
 perplexities are not compared: the harness has bootstrap samples for LAMBADA and none for texts.  More in
 `benchmarks/harness_compare.py`."""
+TIES = """
+## Ties
+
+Documents whose two best choices, or (metric "router") the last chosen expert and the next one of one of whose tokens,
+are equal to rounding; such a token goes to either expert, and what follows from that is excepted from the equality.
+
+| model | task | document | metric | gap | log-likelihoods differ by (nats) | answer |
+|---|---|---:|---|---:|---:|---|"""
 SPEED = """\
 Documents per second, medians of {repeats} turns; ratios with the smallest and the largest of a turn.  What is timed:
 `benchmarks/harness_speed.py`."""
@@ -53,7 +61,8 @@ def _comparisons(results: dict[str, dict[str, Comparison]]) -> str:
                 f"| {len({(tie.name, tie.index) for tie in found.ties})} | {'no' if found.problems else 'yes'} |"
             )
     ties = [
-        f"- {model}: {tie.name} {tie.index}, {tie.metric}, {tie.gap:.1e}, {'same' if tie.agreed else 'another'} answer"
+        f"| {model} | {tie.name} | {tie.index} | {tie.metric} | {tie.gap:.1e} | {tie.difference:.1e} "
+        f"| {'same' if tie.agreed else 'another'} |"
         for model, tasks in results.items()
         for found in tasks.values()
         for tie in found.ties
@@ -64,8 +73,9 @@ def _comparisons(results: dict[str, dict[str, Comparison]]) -> str:
         for found in tasks.values()
         for problem in found.problems
     ]
-    heading = "\n## Ties (document, metric, gap between the two best choices)\n"
-    return "\n".join([*lines, heading, *(ties or ["None."]), "\n## What differs\n", *(problems or ["Nothing."])])
+    return "\n".join(
+        [*lines, TIES, *(ties or ["| none | | | | | | |"]), "\n## What differs\n", *(problems or ["Nothing."])]
+    )
 
 
 def _metrics(found: Comparison, side: str) -> str:

@@ -29,12 +29,14 @@ class Scored:
         values: Total and weight of each metric.
         lengths: Characters of each choice; empty where the side does not say.
         num_cut: Tokens that were cut off its left; 0 where the side does not say.
+        sequences: The token ids that were scored, of each continuation; empty where the side does not say.
     """
 
     likelihoods: tuple[float, ...]
     values: Values
     lengths: tuple[int, ...] = ()
     num_cut: int = 0
+    sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def _of_result(task: Task, document: Document, result: Result) -> Scored:
     details = result.details
     likelihoods = details["loglikelihoods"] if "loglikelihoods" in details else [details["loglikelihood"]]
     lengths = map(len, task.choices(document.row)) if isinstance(task, MultipleChoice) else ()
-    return Scored(tuple(likelihoods), result.values, tuple(lengths), document.num_cut)
+    sequences = tuple(request.context + request.continuation for request in document.requests)
+    return Scored(tuple(likelihoods), result.values, tuple(lengths), document.num_cut, sequences)
 
 
 def _measured(documents: Sequence[Scored], kinds: Mapping[str, Kind]) -> dict[str, tuple[float, float | None]]:

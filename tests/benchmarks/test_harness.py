@@ -200,3 +200,28 @@ def test_a_task_that_differs_is_found(run: Run, name: str, change: dict[str, Any
 def test_a_window_that_differs_is_found(run: Run, name: str) -> None:
     files = run.files(name)
     assert compare(files.task, run.ours(files, WINDOW - 1), run.theirs(files)).problems
+
+
+def test_a_document_whose_router_ties_is_listed_and_one_whose_router_does_not_is_found(run: Run) -> None:
+    files = run.files("hellaswag")
+    theirs, own = run.theirs(files), run.ours(files)
+    ((name, documents),) = own.documents.items()
+    moved = replace(documents[1], likelihoods=tuple(x - 0.01 for x in documents[1].likelihoods))
+    other = replace(own, documents={name: [documents[0], moved, *documents[2:]]})
+    assert compare(files.task, other, theirs, lambda _: 2e-5).problems
+    asked: list[Sequence[Sequence[int]]] = []
+    found = compare(files.task, other, theirs, lambda sequences: asked.append(sequences) or 0.0)
+    assert found.problems == ()
+    assert asked == [moved.sequences]
+    assert found.relative < 1e-5
+    assert [(tie.index, tie.difference) for tie in found.ties if tie.metric == "router"] == [
+        (1, pytest.approx(0.01, rel=1e-3))
+    ]
+
+
+def test_a_router_tie_does_not_excuse_a_missing_continuation(run: Run) -> None:
+    files = run.files("hellaswag")
+    theirs, own = run.theirs(files), run.ours(files)
+    ((name, documents),) = own.documents.items()
+    fewer = replace(documents[0], likelihoods=documents[0].likelihoods[:-1])
+    assert compare(files.task, replace(own, documents={name: [fewer, *documents[1:]]}), theirs, lambda _: 0.0).problems
