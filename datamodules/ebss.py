@@ -103,8 +103,10 @@ class EBSSDataModule(CalibrationDataModule):
             if not shared.is_file():
                 _copy(path, shared)
             self._report(path)
-            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
         trainer.strategy.barrier("moeq_ebss")
+        if trainer.is_global_zero:
+            # Not before the barrier: all ranks have to have read the parts.
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
         return load_sampled(path).ids_NT
 
     def _module(self) -> Any:

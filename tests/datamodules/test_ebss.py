@@ -134,7 +134,12 @@ def as_ranks(world_size: int, run: Callable[[int, Callable[[str], object]], Tens
             raise
 
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(one, range(world_size)))
+        ranks = [pool.submit(one, rank) for rank in range(world_size)]
+    errors = [error for rank in ranks if (error := rank.exception())]
+    # That of the rank that failed, not of those that then wait for it in vain.
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [rank.result() for rank in ranks]
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "corpus"])
@@ -157,6 +162,33 @@ def test_ranks_share_the_work_and_every_sequence_is_served_once(tmp_path: Path, 
     if mode == "stochastic":
         alone = attached(tmp_path / "alone", tiny_model("qwen2_moe")).calibration_ids()
         assert torch.equal(alone, first)
+
+
+def test_parts_stay_until_the_slowest_rank_has_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datamodules = [attached(tmp_path, tiny_model("qwen2_moe"), rank, 2) for rank in (0, 1)]
+    load_part, slow = moeq.calibration.parts.load_part, threading.local()
+    first_is_done = threading.Event()
+
+    def load_late(path: Path) -> Any:
+        if hasattr(slow, "waits"):
+            assert first_is_done.wait(timeout=60)
+        return load_part(path)
+
+    def run(rank: int, barrier: Callable[[str], object]) -> Tensor:
+        def meet(name: str) -> None:
+            if rank == 0 and name == "moeq_ebss":
+                first_is_done.set()
+            barrier(name)
+
+        if rank == 1:
+            slow.waits = True
+        datamodules[rank].trainer.strategy.barrier = meet
+        return datamodules[rank].calibration_ids()
+
+    monkeypatch.setattr(moeq.calibration.parts, "load_part", load_late)
+    first, second = as_ranks(2, run)
+    assert torch.equal(first, second)
+    assert not list(tmp_path.rglob("*.parts"))
 
 
 def test_damaged_ids_are_refused(tmp_path: Path, model: nn.Module) -> None:
