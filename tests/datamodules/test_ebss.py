@@ -135,10 +135,9 @@ def as_ranks(world_size: int, run: Callable[[int, Callable[[str], object]], Tens
 
     with ThreadPoolExecutor(world_size) as pool:
         ranks = [pool.submit(one, rank) for rank in range(world_size)]
-    errors = [error for rank in ranks if (error := rank.exception())]
-    # That of the rank that failed, not of those that then wait for it in vain.
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error
+    if errors := [error for rank in ranks if (error := rank.exception())]:
+        # That of the rank that failed, not of those that then wait for it in vain.
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
     return [rank.result() for rank in ranks]
 
 
