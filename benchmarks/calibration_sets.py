@@ -21,14 +21,14 @@ from corpus import arithmetic_lines
 from trial import Yardstick
 
 from datamodules.ebss import first_token_candidates
-from moeq.calibration.balance import is_degenerate
-from moeq.calibration.effective import measure_evidence
-from moeq.calibration.next_token import ModelNextToken
-from moeq.calibration.parts import Sampler, sample_set
-from moeq.calibration.spec import EBSSSpec
-from moeq.calibration.store import load_sampled, save_sampled
-from moeq.calibration.text import text_windows
-from moeq.documents import read_documents, token_stream
+from moeq.disk.texts import read_documents, token_stream
+from moeq.sampling.balance import is_degenerate
+from moeq.sampling.effective import measure_evidence
+from moeq.sampling.next_token import ModelNextToken
+from moeq.sampling.parts import Sampler, sample_set
+from moeq.sampling.settings import EBSSSpec
+from moeq.sampling.store import load_sampled, save_sampled
+from moeq.sampling.text import text_windows
 
 LENGTH = 256
 PROSE = Path("assets/reference-moe/texts/wikitext2_validation.txt")

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from main import main as moeq
-from moeq.report import read_results
+from moeq.report.results import read_results
 
 EBSS, PROSE = "configs/moequant_w3.yaml", "configs/gptq_text_w3.yaml"
 DRAWN, PAPER = "--data.mode=stochastic", "--data.mode=paper"

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.solve import provenance
-from moeq.calibration.ebss import EBSSSpec, search
-from moeq.calibration.next_token import ExpertCounter, ModelNextToken
-from moeq.models.loading import load_model
+from moeq.checkpoint.loading import load_model
+from moeq.sampling.ebss import EBSSSpec, search
+from moeq.sampling.next_token import ExpertCounter, ModelNextToken
 
 BRANCHES = 4
 METHODS = ("ours", "textbook", "generate")

@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _measure(yardstick: Yardstick, options: argparse.Namespace, arm: str, num_windows: int, seed: int) -> list[float]:
-    from moeq.calibration.effective import measure_evidence
+    from moeq.sampling.effective import measure_evidence
 
     ids_NL = sampled_set(yardstick, ARMS[arm], arm, seed, options.folder, num_windows, max(options.windows))
     module = fit(ids_NL, name=options.model, bits=3, group_size=64, affinity_power=1.0)

@@ -15,12 +15,12 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.ebss import first_token_candidates
-from moeq.calibration.balance import balance_columns, is_degenerate
-from moeq.calibration.effective import measure_evidence
-from moeq.calibration.next_token import ModelNextToken
-from moeq.calibration.parts import Sampler, sample_set
-from moeq.calibration.spec import EBSSSpec
-from moeq.models.loading import load_model, load_tokenizer
+from moeq.checkpoint.loading import load_model, load_tokenizer
+from moeq.sampling.balance import balance_columns, is_degenerate
+from moeq.sampling.effective import measure_evidence
+from moeq.sampling.next_token import ModelNextToken
+from moeq.sampling.parts import Sampler, sample_set
+from moeq.sampling.settings import EBSSSpec
 
 MODEL = "assets/reference-moe"
 BASE = EBSSSpec(num_sequences=32, length=128, mode="stochastic")

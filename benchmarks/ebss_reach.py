@@ -23,8 +23,8 @@ from calibration_sets import SAMPLED, calibration_set, domain_windows
 from origin import origin
 from trial import Yardstick
 
-from moeq.calibration.balance import imbalance
-from moeq.calibration.next_token import score_sequences
+from moeq.sampling.balance import imbalance
+from moeq.sampling.next_token import score_sequences
 
 MODEL = "assets/reference-moe"
 NUM_WINDOWS = 128

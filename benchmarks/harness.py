@@ -34,7 +34,7 @@ from harness_speed import Speed, measure_speed
 from llama_like import llama_like
 from origin import origin
 
-from moeq.models.loading import load_model, load_tokenizer
+from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.tasks.encode import window_of
 
 TASKS = (

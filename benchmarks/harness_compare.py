@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from harness_sides import Scored, Side
 
-from moeq.tasks.spec import Kind, MultipleChoice, Task
+from moeq.tasks.task import Kind, MultipleChoice, Task
 
 TOLERANCE = 1e-5
 ROUNDING = 1e-12

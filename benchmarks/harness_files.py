@@ -25,7 +25,7 @@ from harness_tasks import CONFIGS
 
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import find_file, split_part
-from moeq.tasks.spec import Task
+from moeq.tasks.task import Task
 
 # Names of the harness's tasks where they differ from those here.
 HARNESS_NAMES = {"c4_sample": "c4"}

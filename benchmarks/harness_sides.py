@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from harness_files import HARNESS_NAMES, Files
 
-from moeq.scoring.batches import CPU_PASS_TOKENS, batches
+from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
+from moeq.evaluation.evaluator import Evaluator
 from moeq.scoring.likelihood import Scorer
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
-from moeq.tasks.evaluate import Evaluator
 from moeq.tasks.metrics import measurement, ratio_sums
 from moeq.tasks.rows import load_rows
-from moeq.tasks.spec import Kind, MultipleChoice, Task, Values
+from moeq.tasks.task import Kind, MultipleChoice, Task, Values
 
 # Of the bootstrap by which the harness finds the standard error of LAMBADA's perplexity.
 BOOTSTRAP_SAMPLES = 1000

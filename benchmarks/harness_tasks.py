@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from moeq.tasks.pages import pages
-from moeq.tasks.spec import Row
+from moeq.tasks.task import Row
 
 # Configuration files below lm_eval/tasks, by the name of the same task here.
 CONFIGS = {

@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import Choice
-from moeq.calibration.survey import survey_model
-from moeq.calibration.survey_spec import SurveySpec
-from moeq.calibration.text import text_windows
-from moeq.documents import read_documents, token_stream
+from moeq.checkpoint.loading import load_model, load_tokenizer
+from moeq.disk.texts import read_documents, token_stream
 from moeq.models.adapter import Adapter
-from moeq.models.loading import load_model, load_tokenizer
 from moeq.quant.grid import choose_qparams, dequantize, quantize
 from moeq.quant.spec import GridSpec
+from moeq.sampling.text import text_windows
 from moeq.scoring.divergence import kl_sum_and_agreement
+from moeq.survey.settings import SurveySpec
+from moeq.survey.surveyor import survey_model
 
 TEXT = Path("assets/reference-moe/texts/wikitext2_validation.txt")
 COSTS = ("fisher", "fisher_kl", "hessian", "gemq", "pmq", "block_output")

@@ -33,12 +33,12 @@ from trial import CachedGridGPTQ, Texts, Yardstick, fit
 from callbacks.hessian_calibration import HessianCalibration
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice, plan_cost
-from moeq.calibration.survey import survey_model
-from moeq.calibration.survey_spec import MEASURED, SurveySpec
-from moeq.documents import read_documents
+from moeq.disk.atomic import write_json
+from moeq.disk.texts import read_documents
 from moeq.module import MoEQuantModule
 from moeq.quant.spec import GridSpec
-from moeq.run import write_json
+from moeq.survey.settings import MEASURED, SurveySpec
+from moeq.survey.surveyor import survey_model
 from moeq.tasks.arithmetic import build_problems
 
 GROUP = 64

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from moeq.allocation.allocate import allocate
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.heuristics import RULES
-from moeq.allocation.plan import Choice, WeightShape
+from moeq.allocation.plan import Choice
 from moeq.allocation.problem import Budget
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 Plan = dict[str, GridSpec]
 Weights = Sequence[WeightShape]

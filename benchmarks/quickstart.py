@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from main import main as moeq
-from moeq.report import ResultRow, markdown_table, read_results, write_results
+from moeq.report.results import ResultRow, markdown_table, read_results, write_results
 
 
 @dataclass(frozen=True)

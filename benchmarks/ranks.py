@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeq.export.checkpoint import read_quantized
+from moeq.export.moeq_format import read_quantized
 
 CONFIG = "configs/moequant_w3.yaml"
 TWO = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"]

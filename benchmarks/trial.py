@@ -24,10 +24,11 @@ from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from datamodules.calibration import CalibrationDataModule
-from moeq.calibration.observe import observe
-from moeq.documents import read_documents, token_stream
+from moeq.checkpoint.loading import load_model, load_tokenizer
+from moeq.disk.texts import read_documents, token_stream
+from moeq.fit.solve import Unit
 from moeq.models.adapter import Adapter, Site
-from moeq.models.loading import load_model, load_tokenizer
+from moeq.models.observe import observe
 from moeq.module import MoEQuantModule
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import QParams, choose_qparams
@@ -37,7 +38,6 @@ from moeq.quant.spec import GridSpec
 from moeq.scoring.divergence import kl_sum_and_agreement
 from moeq.scoring.perplexity import nll_sum_and_count
 from moeq.scoring.routing import count_same_routing, record_routing
-from moeq.solve import Unit
 from moeq.tasks.windows import consecutive_windows, spread
 
 BATCH = 8

@@ -5,14 +5,14 @@ from typing import Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from moeq.channel_scaling import gather_inputs, refuse_chunks, scale_stage
+from moeq.fit.channel_scaling import gather_inputs, refuse_chunks, scale_stage
+from moeq.fit.solve import Unit, quantize_sites
 from moeq.models.adapter import STAGES
 from moeq.module import MoEQuantModule
 from moeq.quant.awq import round_scaled, scale_problem
 from moeq.quant.coverage import CoveragePolicy, CoverageSpec, Kappa
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
-from moeq.solve import Unit, quantize_sites
 
 
 class AWQ(Callback):

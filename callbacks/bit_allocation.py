@@ -9,13 +9,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from moeq.allocation.decide import AllocationSpec, Decision, Method, decide
 from moeq.allocation.evidence import read_evidence
 from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
+from moeq.allocation.plan_report import allocation_report, allocation_to_json
 from moeq.allocation.problem import Budget, BudgetUnit, Floor
 from moeq.allocation.rehearsal import rehearse
-from moeq.allocation.report import allocation_report, allocation_to_json
 from moeq.allocation.rules import make_rule
 from moeq.allocation.runtime import RuntimeName
+from moeq.disk.atomic import write_json
+from moeq.fit.block_files import block_path
 from moeq.module import MoEQuantModule
-from moeq.run import block_path, write_json
 
 
 class BitAllocation(Callback):

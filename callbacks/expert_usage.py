@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from moeq.calibration.observe import observe_routing
+from moeq.disk.atomic import write_json
 from moeq.distributed import sum_over_ranks
+from moeq.models.observe import observe_routing
 from moeq.module import MoEQuantModule
-from moeq.run import write_json
 
 
 class ExpertUsage(Callback):

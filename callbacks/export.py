@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
+from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
-from moeq.run import write_json
 
 # Stands in the run folder while exports are written and verified: what a killed run left may be replaced.
 UNFINISHED = "export.unfinished"
@@ -53,8 +53,8 @@ class Export(Callback):
         return [run_dir / "export", *([run_dir / "dense"] if self.dense else [])]
 
     def _export(self, module: MoEQuantModule) -> None:
-        from moeq.export.checkpoint import write_checkpoint
         from moeq.export.dense import write_dense
+        from moeq.export.moeq_format import write_checkpoint
         from moeq.export.verify import verify_checkpoint, verify_dense
 
         start, replace = time.perf_counter(), self._may_replace(module.run_dir)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from moeq.figures import bits_map, error_by_block, usage_heatmap
-from moeq.gallery import show_figure
+from moeq.report.figures_fit import bits_map, error_by_block, usage_heatmap
+from moeq.report.gallery import show_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moeq.run import Run
+    from moeq.fit.run import Run
 
 
 class Figures(L.Callback):

@@ -4,11 +4,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moeq.fit.solve import Unit, quantize_sites
 from moeq.module import MoEQuantModule
 from moeq.quant.coverage import CoveragePolicy, CoverageSpec, Kappa, find_uncovered, hessians_to_solve
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
-from moeq.solve import Unit, quantize_sites
 
 
 class GPTQ(Callback):

@@ -6,9 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from moeq.calibration.observe import TokenMask, observe
 from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Site
+from moeq.models.observe import TokenMask, observe
 from moeq.module import MoEQuantModule
 from moeq.quant.coverage import shared_by
 from moeq.quant.hessian import accumulate, empty_state

@@ -3,11 +3,11 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moeq.fit.solve import Unit, quantize_sites
 from moeq.module import MoEQuantModule
 from moeq.quant.hqq import half_quadratic
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.solution import Solution
-from moeq.solve import Unit, quantize_sites
 
 
 class HQQ(Callback):

@@ -5,10 +5,10 @@ import time
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from moeq.fit.learn_block import tune_block
 from moeq.module import MoEQuantModule
 from moeq.quant.learned import LearnedSpec
 from moeq.quant.spec import Fallback
-from moeq.tuning import tune_block
 
 
 class LearnedRounding(Callback):

@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
-from moeq.memory import MemoryRow, peak_memory_bytes, start_peak
+from moeq.disk.atomic import write_csv, write_json
+from moeq.disk.versions import installed_versions
+from moeq.fit.memory import MemoryRow, peak_memory_bytes, start_peak
 from moeq.module import MoEQuantModule
-from moeq.run import write_csv, write_json
-from moeq.versions import installed_versions
 
 
 class Record(Callback):

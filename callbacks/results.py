@@ -8,15 +8,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.export.folder import MANIFEST
-from moeq.figures_evaluation import group_bars, table_image, task_bars
-from moeq.gallery import show_figure
-from moeq.models.digest import model_digest
+from moeq.disk.digest import model_digest
+from moeq.disk.folder import MANIFEST
+from moeq.disk.versions import installed_versions
 from moeq.module import MoEQuantModule
-from moeq.report import markdown_table, result_row, write_results
-from moeq.task_report import TaskReport
-from moeq.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
-from moeq.versions import installed_versions
+from moeq.report.figures_evaluation import group_bars, table_image, task_bars
+from moeq.report.gallery import show_figure
+from moeq.report.results import markdown_table, result_row, write_results
+from moeq.report.task_report import TaskReport
+from moeq.report.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
 
 BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16": 16.0}
 

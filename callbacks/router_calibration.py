@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from moeq.distributed import sum_over_ranks
+from moeq.fit.solve import change_parameters
 from moeq.module import MoEQuantModule
 from moeq.quant.router_fit import RouterState, add_router_inputs, empty_router_state, refit_router
 from moeq.quant.spec import Fallback
-from moeq.solve import change_parameters
 
 
 class RouterCalibration(Callback):

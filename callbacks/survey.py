@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import parse_choices
-from moeq.calibration.survey import Surveyor
-from moeq.calibration.survey_spec import Similarity, SurveySpec
+from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
-from moeq.run import write_json
+from moeq.survey.settings import Similarity, SurveySpec
+from moeq.survey.surveyor import Surveyor
 
 
 class Survey(Callback):

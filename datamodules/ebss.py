@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
-from moeq.calibration.balance import Units, is_degenerate
-from moeq.calibration.spec import EBSSSpec, Mode, NextToken, Prefix, Sampled, Scope
-from moeq.calibration.text import text_windows
-from moeq.documents import read_documents, token_stream
+from moeq.disk.texts import read_documents, token_stream
+from moeq.sampling.balance import Units, is_degenerate
+from moeq.sampling.settings import EBSSSpec, Mode, NextToken, Prefix, Sampled, Scope
+from moeq.sampling.text import text_windows
 
 NUM_SHOWN = 3
 
@@ -81,7 +81,7 @@ class EBSSDataModule(CalibrationDataModule):
 
     @override
     def make_ids(self) -> Tensor:
-        from moeq.calibration.store import check_cache, fingerprint, load_sampled, save_sampled
+        from moeq.sampling.store import check_cache, fingerprint, load_sampled, save_sampled
 
         assert self.trainer is not None
         trainer, module = self.trainer, self._module()
@@ -116,9 +116,9 @@ class EBSSDataModule(CalibrationDataModule):
     def _sample(self, folder: Path) -> Sampled:
         from tqdm import tqdm
 
-        from moeq.calibration.effective import measure_evidence
-        from moeq.calibration.next_token import ModelNextToken
-        from moeq.calibration.parts import Sampler, sample_set
+        from moeq.sampling.effective import measure_evidence
+        from moeq.sampling.next_token import ModelNextToken
+        from moeq.sampling.parts import Sampler, sample_set
 
         assert self.trainer is not None
         trainer, module = self.trainer, self._module()
@@ -145,10 +145,10 @@ class EBSSDataModule(CalibrationDataModule):
 
     def _report(self, path: Path) -> None:
         """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
-        from moeq.calibration.columns import decision_columns, decision_steps, scalars
-        from moeq.calibration.next_token import score_sequences
-        from moeq.calibration.store import load_sampled
-        from moeq.run import write_json
+        from moeq.disk.atomic import write_json
+        from moeq.sampling.next_token import score_sequences
+        from moeq.sampling.set_report import decision_columns, decision_steps, scalars
+        from moeq.sampling.store import load_sampled
 
         assert self.trainer is not None
         module = self._module()
@@ -174,8 +174,8 @@ class EBSSDataModule(CalibrationDataModule):
                 self.trainer.logger.log_metrics(scalars(columns, "ebss_steps"), step=step)
 
     def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
-        from moeq.calibration.columns import set_columns
-        from moeq.calibration.effective import measure_evidence
+        from moeq.sampling.effective import measure_evidence
+        from moeq.sampling.set_report import set_columns
 
         module = self._module()
         evidence = measure_evidence(module.model, ids_NL.to(module.model.device))

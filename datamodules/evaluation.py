@@ -8,17 +8,17 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
+from moeq.evaluation.records import Records
+from moeq.evaluation.start import result_fingerprint
+from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation, metric_kinds
 from moeq.programs.sandbox import check_permission
-from moeq.scoring.batches import CPU_PASS_TOKENS, batches
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task
 from moeq.tasks.encode import Encoder, window_of
-from moeq.tasks.evaluation import Sampling, TaskEvaluation, metric_kinds
-from moeq.tasks.records import Records
 from moeq.tasks.registry import expand
 from moeq.tasks.rows import load_rows
-from moeq.tasks.spec import Code, Task
-from moeq.validation import result_fingerprint
+from moeq.tasks.task import Code, Task
 
 
 class EvaluationDataModule(L.LightningDataModule):

@@ -7,8 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
-from moeq.calibration.text import text_windows
-from moeq.documents import read_documents, token_stream
+from moeq.disk.texts import read_documents, token_stream
+from moeq.sampling.text import text_windows
 
 
 class TextDataModule(CalibrationDataModule):

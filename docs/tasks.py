@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.tasks.registry import GROUPS, find_task, task_names  # noqa: E402
-from moeq.tasks.spec import (  # noqa: E402
+from moeq.tasks.task import (  # noqa: E402
     Cloze,
     Code,
     Generation,

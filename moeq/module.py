@@ -12,21 +12,21 @@ from torch import Tensor
 from typing_extensions import override
 
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
-from moeq.activations import ActivationStore, BlockBatch, BlockCall, capture_calls, run_block, until_reached
-from moeq.allocation.plan import WeightShape, uniform_plan
-from moeq.calibration.observe import Routing
-from moeq.memory import MemoryRow, memory_row
+from moeq.allocation.plan import uniform_plan
+from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer
+from moeq.evaluation.start import ReferenceMode, start_validation
+from moeq.evaluation.task_evaluation import TaskEvaluation
+from moeq.fit.activations import ActivationStore, BlockBatch
+from moeq.fit.memory import MemoryRow, memory_row
+from moeq.fit.resume import Resume
+from moeq.fit.run import Run
+from moeq.fit.schedule import Pass, Sequential, build_schedule
 from moeq.models.adapter import Adapter
-from moeq.models.loading import DType, load_config, load_model, load_tokenizer
+from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.models.shapes import weight_shapes
-from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.resume import Resume
-from moeq.run import Run
-from moeq.schedule import Pass, Sequential, build_schedule
-from moeq.task_report import scalars
+from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
+from moeq.report.task_report import scalars
 from moeq.tasks.documents import Document
-from moeq.tasks.evaluation import TaskEvaluation
-from moeq.validation import ReferenceMode, start_validation
 
 
 class MoEQuantModule(L.LightningModule):
@@ -245,7 +245,7 @@ class MoEQuantModule(L.LightningModule):
         """The data are read by now: a mistake in them does not wait for a large model to load."""
         sampling = self.trainer.datamodule.sampling  # type: ignore[attr-defined]
         self.validation = start_validation(
-            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir
+            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir, rank_zero_info
         )
         self._models["model"] = self.validation.evaluator.scorer.model
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeq.tasks.registry import find_task, task_names
-from moeq.tasks.spec import Row
+from moeq.tasks.task import Row
 from tests.tasks.catalog.examples import ROWS, SAME, SHOTS
 
 COPIES = 2

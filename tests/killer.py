@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moeq.calibration import parts
 from moeq.module import MoEQuantModule
+from moeq.sampling import parts
 
 
 class KillAtBlock(Callback):

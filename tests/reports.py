@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from moeq.task_report import Description, TaskReport
+from moeq.report.task_report import Description, TaskReport
 from moeq.tasks.metrics import COMPARISONS, Measurement, mean_over_groups
 
 

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from torch import nn
 
-import moeq.validation
+import moeq.evaluation.start
+from moeq.evaluation.evaluator import Evaluator
 from moeq.tasks.documents import Document, Result
-from moeq.tasks.evaluate import Evaluator
-from moeq.tasks.spec import Task
+from moeq.tasks.task import Task
 from tests.evaluation_data import write_evaluation_data
+from tests.fit.test_resume import run
 from tests.test_main import QUIET, validate
-from tests.test_resume import run
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/eval.yaml")
@@ -41,7 +41,7 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.documents: list[tuple[str, int]] = []
         self.num_passes = 0
-        evaluate, load = Evaluator.run, moeq.validation.load_model
+        evaluate, load = Evaluator.run, moeq.evaluation.start.load_model
 
         def watched_run(evaluator: Evaluator, task: Task, documents: Sequence[Document]) -> list[Result]:
             self.documents += [(task.name, document.index) for document in documents]
@@ -53,7 +53,7 @@ class Watch:
             return model
 
         patch.setattr(Evaluator, "run", watched_run)
-        patch.setattr(moeq.validation, "load_model", watched_load)
+        patch.setattr(moeq.evaluation.start, "load_model", watched_load)
 
     def _count(self, *_: object) -> None:
         self.num_passes += 1

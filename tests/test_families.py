@@ -19,14 +19,15 @@ from callbacks.export import Export
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from datamodules.calibration import CalibrationDataModule
-from moeq.activations import ActivationStore, capture_calls, run_block
 from moeq.allocation.plan import uniform_plan
-from moeq.calibration.observe import observe
-from moeq.export.checkpoint import read_quantized
+from moeq.checkpoint.loading import load_model
+from moeq.export.moeq_format import read_quantized
+from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter, Site
+from moeq.models.blocks import capture_calls, run_block
 from moeq.models.experts import activate, project_down, project_in
 from moeq.models.families import is_router
-from moeq.models.loading import load_model
+from moeq.models.observe import observe
 from moeq.module import MoEQuantModule
 from tests.families import FAMILIES, NOT_CAUSAL, REFUSED, SUPPORTED
 from tests.test_main import fit
@@ -36,7 +37,7 @@ WIDTHS = (2, 3, 4, 8)
 PROBE = torch.arange(1, 60).reshape(1, -1)
 RELOAD = """
 import sys, torch
-import moeq.export.quantizer
+import moeq.checkpoint.quantizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 torch.set_num_threads(1)

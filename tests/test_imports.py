@@ -12,7 +12,13 @@ NUMERICAL_CORE = ("quant", "calibration", "allocation", "tasks", "scoring", "gen
 WITHOUT_TRANSFORMERS = ("quant", "allocation", "tasks", "scoring", "generation", "programs")
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
-MAY_IMPORT_LIGHTNING = {"moeq/cli.py", "moeq/module.py", "moeq/progress.py", "moeq/strategy.py", "moeq/validation.py"}
+MAY_IMPORT_LIGHTNING = {
+    "moeq/cli.py",
+    "moeq/module.py",
+    "moeq/progress.py",
+    "moeq/strategy.py",
+    "moeq/evaluation/start.py",
+}
 
 
 def imports_of(path: Path) -> set[str]:

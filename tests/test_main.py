@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from main import main
-from moeq.report import read_results
+from moeq.report.results import read_results
 from moeq.tasks.registry import GROUPS, expand, task_names
 from tests.evaluation_data import write_evaluation_data
 from tests.tiny import save_tiny
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_export(tiny: Path, tmp_path: Path) -> None
 
 
 def test_affinity_changes_routed_experts_and_not_attention_of_the_first_block(tiny: Path, tmp_path: Path) -> None:
-    from moeq.export.checkpoint import read_quantized
+    from moeq.export.moeq_format import read_quantized
 
     config = Path("configs/gptq_text_w3.yaml")
     fit(config, tiny, tmp_path / "gptq")
@@ -195,7 +195,7 @@ def test_affinity_changes_routed_experts_and_not_attention_of_the_first_block(ti
 
 
 def test_an_allocation_of_one_run_is_the_plan_of_the_next(tiny: Path, tmp_path: Path) -> None:
-    from moeq.export.checkpoint import read_quantized
+    from moeq.export.moeq_format import read_quantized
 
     fit(Path("configs/rtn_w3.yaml"), tiny, tmp_path / "first")
     path = tmp_path / "first" / "allocation.json"

@@ -36,7 +36,7 @@ from peers_report import write_report
 from safetensors.torch import save_file
 from trial import Yardstick, fit
 
-from moeq.models.loading import load_model
+from moeq.checkpoint.loading import load_model
 
 MODEL = "assets/reference-moe"
 SCRIPTS = Path(__file__).resolve().parent

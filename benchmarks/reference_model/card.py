@@ -28,7 +28,7 @@ from texts import ARITHMETIC_LINES, ARITHMETIC_SEED, ARITHMETIC_SUMS, distinct_s
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeq.documents import token_stream
+from moeq.disk.texts import token_stream
 from moeq.tasks.arithmetic import build_problems
 from moeq.tasks.windows import consecutive_windows
 

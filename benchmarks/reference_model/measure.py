@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.generation.generate import generate
+from moeq.decoding.generate import generate
 from moeq.models.adapter import is_experts_module
 from moeq.scoring.perplexity import nll_sum_and_count
 from moeq.tasks.arithmetic import Problem, parse_answer

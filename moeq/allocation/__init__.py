@@ -1,1 +1,1 @@
-"""Which weight gets how many bits."""
+"""Plans under a budget: which weight gets how many bits."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeq.allocation.evidence import CostTable
-from moeq.allocation.plan import Choice, WeightShape
+from moeq.allocation.plan import Choice
 from moeq.allocation.problem import Budget, Floor, build_problem
 from moeq.allocation.runtime import RUNTIMES, find_runtime
 from moeq.allocation.solver import SolverName, solve
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 
 @dataclass(frozen=True)

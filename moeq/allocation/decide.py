@@ -13,11 +13,11 @@ from typing import Literal
 
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
 from moeq.allocation.evidence import CostTable, Evidence
-from moeq.allocation.plan import WeightShape, check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.plan import check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
 from moeq.allocation.problem import Budget, Floor
 from moeq.allocation.rules import Rule, RuleEffect, apply_rules
 from moeq.allocation.runtime import RuntimeName, check_runtime, find_runtime
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 Method = Literal["rules", "allocate"]
 

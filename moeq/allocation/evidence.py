@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.allocation.plan import Choice, WeightShape
+from moeq.allocation.plan import Choice
+from moeq.quant.spec import WeightShape
 
 EVIDENCE_VERSION = 1
 # Weight name -> choice -> predicted damage: lower is better, and the costs of different weights may be added up.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from moeq.allocation.evidence import Evidence
-from moeq.allocation.plan import WeightShape
+from moeq.quant.spec import WeightShape
 
 Weights = Sequence[WeightShape]
 Part = Literal["mlp", "all"]

@@ -15,39 +15,9 @@ from functools import total_ordering
 from pathlib import Path
 from typing import Any
 
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class WeightShape:
-    """A weight as the allocator sees it.
-
-    Attributes:
-        name: Canonical name.
-        kind: "attention", "dense", "shared" or "routed".
-        out_features: O.
-        in_features: I.
-        block: Index of the decoder block.
-        linear: Last part of the name: "q_proj", "gate_proj", ...
-        expert: Number of the routed expert; None for every other weight.
-        active_share: Share of tokens for which the weight is used: top-k / E for routed experts, else 1.
-    """
-
-    name: str
-    kind: str
-    out_features: int
-    in_features: int
-    block: int
-    linear: str
-    expert: int | None = None
-    active_share: float = 1.0
-
-    @property
-    def numel(self) -> int:
-        """O * I."""
-        return self.out_features * self.in_features
 
 
 @total_ordering

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeq.allocation.evidence import CostTable
-from moeq.allocation.plan import Choice, WeightShape, storage_bits
+from moeq.allocation.plan import Choice, storage_bits
 from moeq.allocation.runtime import Runtime, make_units
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes"]
 

@@ -12,12 +12,12 @@ import torch
 
 from moeq.allocation.decide import AllocationSpec, find_costs, fixed_and_least
 from moeq.allocation.evidence import Evidence, Promise, num_experts_by_path
-from moeq.allocation.plan import WeightShape, parse_choices, uniform_plan
+from moeq.allocation.plan import parse_choices, uniform_plan
 from moeq.allocation.problem import build_problem
 from moeq.allocation.rules import apply_rules
 from moeq.allocation.runtime import find_runtime
 from moeq.allocation.solver import check_reachable
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 
 def rehearse(spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, promised: Promise) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.heuristics import NEED_EVIDENCE, RULES
-from moeq.allocation.plan import PlanCost, WeightShape, plan_cost
-from moeq.quant.spec import GridSpec
+from moeq.allocation.plan import PlanCost, plan_cost
+from moeq.quant.spec import GridSpec, WeightShape
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moeq.allocation.plan import Choice, WeightShape
-from moeq.quant.spec import GridSpec
+from moeq.allocation.plan import Choice
+from moeq.quant.spec import GridSpec, WeightShape
 
 RuntimeName = Literal["research", "gptqmodel", "vllm", "uniform_experts"]
 # Linears that vLLM merges into one: q, k and v; the two first projections of multi-head latent attention; gate and up.

@@ -1,1 +1,1 @@
-"""Checkpoints: packing, writing, loading, verifying."""
+"""Exports of a quantized model: writers and their verification."""

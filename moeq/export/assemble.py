@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from moeq.export.names import (
+from moeq.checkpoint.names import (
     check_expressible,
     dense_conversions,
     dense_weight,
@@ -19,8 +19,8 @@ from moeq.export.names import (
     packed_conversions,
     weight_names,
 )
-from moeq.export.quantizer import MoEQConfig, install_packed_modules
-from moeq.kernels.packed import PackedExperts, PackedFormat, packed_tensors
+from moeq.checkpoint.packed import PackedExperts, PackedFormat, packed_tensors
+from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.models.experts import expert_modules, expert_weight, num_experts, parameter_name, projections
 from moeq.quant.spec import QuantizedWeight
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moeq.export.checkpoint import MAX_SHARD, finish_folder
-from moeq.export.folder import atomic_folder
+from moeq.disk.folder import atomic_folder
+from moeq.export.moeq_format import MAX_SHARD, finish_folder
 
 
 def write_dense(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import moeq.export.quantizer  # noqa: F401  (registers the quantization method that from_pretrained needs)
-from moeq.export.folder import check_integrity
-from moeq.export.names import dense_weight
-from moeq.kernels.packed import PackedLinear, dequantize_codes
+import moeq.checkpoint.quantizer  # noqa: F401  (registers the quantization method that from_pretrained needs)
+from moeq.checkpoint.names import dense_weight
+from moeq.checkpoint.packed import PackedLinear, dequantize_codes
+from moeq.disk.folder import check_integrity
 from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
 

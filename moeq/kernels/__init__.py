@@ -1,1 +1,1 @@
-"""Modules that compute with packed weights."""
+"""Matrix products and kernels on raw tensors, each with a plain twin in torch."""

@@ -1,1 +1,1 @@
-"""Where things are in a model: blocks, linears, routers, experts; and how a model is loaded."""
+"""Where things are in a model (blocks, linears, routers, experts), and running and observing one block."""

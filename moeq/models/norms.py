@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from moeq.activations import BlockCall, run_block
 from moeq.models.adapter import Adapter, is_experts_module
+from moeq.models.blocks import BlockCall, run_block
 
 _TOLERANCE = 1e-3  # between forms that differ by one, or by a mean; the epsilon inside a norm is far below
 
@@ -95,7 +95,7 @@ def find_norm_readers(adapter: Adapter, block: int, hidden: Tensor, call: BlockC
         adapter: The model.
         block: Index of the block.
         hidden: A small input of the block, [B, T, D].
-        call: What else the block is called with (see ``moeq.activations.capture_calls``).
+        call: What else the block is called with (see ``moeq.fit.activations.capture_calls``).
     """
     module = adapter.blocks[block]
     found = find_readers(module, lambda: run_block(module, hidden, call), f"{adapter.block_prefix}.{block}.")

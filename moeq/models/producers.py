@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.activations import until_reached
 from moeq.models.adapter import Adapter, Site
+from moeq.models.blocks import until_reached
 from moeq.models.heads import ValueHeads, find_value_heads
 
 UP_LEAVES = frozenset({"up_proj", "w3"})

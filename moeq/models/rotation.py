@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeq.activations import BlockCall, capture_calls
 from moeq.models.adapter import Adapter, is_experts_module
+from moeq.models.blocks import BlockCall, capture_calls
 from moeq.models.heads import ValueHeads, find_value_heads, turn_values
 from moeq.models.norms import (
     block_output,

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from moeq.allocation.plan import WeightShape
 from moeq.models.adapter import Adapter
+from moeq.quant.spec import WeightShape
 
 # Names under which families give the number of routed experts that a token uses.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")

@@ -6,6 +6,7 @@ they are stored, rounded before any weight is quantized, so that what is evaluat
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -92,3 +93,36 @@ class Fallback:
     weight: str
     reason: str
     detail: str
+
+
+Routing = Literal["routed", "all_experts"]
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """A weight as the allocator sees it.
+
+    Attributes:
+        name: Canonical name.
+        kind: "attention", "dense", "shared" or "routed".
+        out_features: O.
+        in_features: I.
+        block: Index of the decoder block.
+        linear: Last part of the name: "q_proj", "gate_proj", ...
+        expert: Number of the routed expert; None for every other weight.
+        active_share: Share of tokens for which the weight is used: top-k / E for routed experts, else 1.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    block: int
+    linear: str
+    expert: int | None = None
+    active_share: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """O * I."""
+        return self.out_features * self.in_features

@@ -10,7 +10,7 @@ a step add to the s steps from it on, where s is the largest power of two that d
 each pair meets once.  A step is a few columns one after another.  A single expert of many rows has no dimension of
 experts and gathers inside a step by one matrix-vector product per column.  Small experts advance together, so that one
 operation serves all of them; there a column is added to the ones after it by a product and a sum, element by element,
-which cannot depend on who is in the stack.  On CUDA a step is one kernel (``moeq.kernels.columns``), where triton is.
+which cannot depend on who is in the stack.  On CUDA a step is one kernel (``kernels.sweep_triton``), where triton is.
 
 Shapes: E experts, O out features, I in features in visiting order, G groups per row, W columns of a wide block, B of a
 block, S of a step or a group.  Leading dots are a dimension of experts or none.
@@ -23,9 +23,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from moeq.kernels.products import add_product_
 from moeq.quant.factor import Feedback
 from moeq.quant.grid import choose_qparams, lowest_level
-from moeq.quant.product import add_product_
 from moeq.quant.spec import GridSpec
 
 # Columns per step of an expert alone, of some together and of a kernel.
@@ -148,7 +148,9 @@ def _choose_loop(target_BO: Tensor) -> tuple[Callable[[_Block, Tensor], None], i
 
 def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
     """Round the columns of some experts on a GPU, in one launch."""
-    from moeq.kernels.columns import round_columns  # triton takes seconds to import, and CPU builds of torch lack it
+    from moeq.kernels.sweep_triton import (
+        round_columns,  # triton takes seconds to import, and CPU builds of torch lack it
+    )
 
     tensors = (part.target, part.weight, part.delta, part.level, part.scale, part.low, part.high)
     round_columns(*tensors, feedback_SS)

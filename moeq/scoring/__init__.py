@@ -1,1 +1,1 @@
-"""What a model says of given text: likelihoods, their divergence from an original, and how batches are laid out."""
+"""What a model says of given text: log-likelihoods, divergence from an original, routing."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moeq.scoring.divergence import divergence_by_owner
+from moeq.scoring.forward_plan import Plan, Spans
 from moeq.scoring.likelihood import Scored, Scorer, run_plan
-from moeq.scoring.plan import Plan, Spans
 from moeq.scoring.routing import record_routing, same_routing_by_owner
-from moeq.tasks.spec import Values
+from moeq.tasks.task import Values
 
 
 class Said(NamedTuple):

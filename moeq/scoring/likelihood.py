@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.calibration.next_token import reorder_cache
+from moeq.decoding.reorder import reorder_cache
+from moeq.kernels.onednn import linears_by_onednn
 from moeq.scoring.extent import Layout, row_of
-from moeq.scoring.onednn import linears_by_onednn
+from moeq.scoring.forward_plan import IGNORED, Plan, Segment, plan_requests
 from moeq.scoring.perplexity import CHUNK_TOKENS
-from moeq.scoring.plan import IGNORED, Plan, Segment, plan_requests
-from moeq.tasks.spec import Outcome
+from moeq.tasks.task import Outcome
 
 # Root mean square difference of logits, in their standard deviations, averaged over positions, that is rounding.  Wrong
 # caches are off by 0.2 and more, right ones by 1e-5 in float32 and 0.02 in bfloat16.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moeq.models.adapter import is_experts_module
-from moeq.scoring.plan import Spans
+from moeq.scoring.forward_plan import Spans
 
 
 def same_topk(ids_TK: Tensor, reference_ids_TK: Tensor) -> Tensor:

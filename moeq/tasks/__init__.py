@@ -1,1 +1,1 @@
-"""Evaluation tasks: what they are, from rows to documents, and from documents to metrics and records."""
+"""Evaluation tasks: what they are, from rows to documents to metrics."""

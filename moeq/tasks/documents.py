@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeq.tasks.spec import Row, Values
+from moeq.tasks.task import Row, Values
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from pathlib import PurePosixPath
 
-from moeq.documents import CONTENTS, row_text
-from moeq.tasks.spec import Source, Windows
+from moeq.disk.texts import CONTENTS, row_text
+from moeq.tasks.task import Source, Windows
 
 
 def domain_task(name: str, file: str, window_length: int, num_windows: int | None) -> Windows:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeq.documents import token_stream
+from moeq.disk.texts import token_stream
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.prompts import shot_texts
 from moeq.tasks.rows import Rows
-from moeq.tasks.spec import Generation, LastWord, MultipleChoice, Rolling, Row, Task, Windows
+from moeq.tasks.task import Generation, LastWord, MultipleChoice, Rolling, Row, Task, Windows
 from moeq.tasks.windows import consecutive_windows, random_windows, rolling_windows, spread
 
 Ids = tuple[int, ...]

@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from moeq.tasks.documents import Result
-from moeq.tasks.spec import Kind
+from moeq.tasks.task import Kind
 
 # What compared models are measured by, besides the metrics of a task: nats per token, and shares.
 COMPARISONS: dict[str, Kind] = {"kl": "mean", "top1_agreement": "mean", "router_agreement": "mean"}

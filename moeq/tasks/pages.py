@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from moeq.tasks.spec import Row
+from moeq.tasks.task import Row
 
 # In this order, each on what the one before it left.  The second is the harness's as it stands: nothing matches it.
 _DETOKENIZE = tuple(

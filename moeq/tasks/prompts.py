@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from random import Random
 
 from moeq.tasks.rows import Rows, split_part
-from moeq.tasks.spec import Row, ShotSampler, Task
+from moeq.tasks.task import Row, ShotSampler, Task
 
 SHOT_DELIMITER = "\n\n"
 SHOT_SEED = 1234

@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 
 from moeq.tasks import catalog
-from moeq.tasks.spec import Task
+from moeq.tasks.task import Task
 
 # Columns of the papers' tables, with the papers' own prompts where these are known and differ from the harness's.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeq.tasks.spec import Row, Source
+from moeq.tasks.task import Row, Source
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _SUFFIX = re.compile(r"[.](jsonl|txt)([.]gz)?$")

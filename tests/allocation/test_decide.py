@@ -9,8 +9,8 @@ from moeq.allocation.allocate import predicted_cost
 from moeq.allocation.decide import AllocationSpec, decide
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.plan_report import allocation_report, allocation_to_json, describe
 from moeq.allocation.problem import Budget, Floor
-from moeq.allocation.report import allocation_report, allocation_to_json, describe
 from moeq.allocation.rules import make_rule
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import toy_evidence, toy_weights

@@ -6,7 +6,6 @@ import pytest
 
 from moeq.allocation.plan import (
     Choice,
-    WeightShape,
     check_plan,
     parse_choices,
     plan_cost,
@@ -15,7 +14,7 @@ from moeq.allocation.plan import (
     storage_bits,
     uniform_plan,
 )
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 WEIGHTS = [
     WeightShape("a.q_proj", "attention", 64, 128, block=0, linear="q_proj"),

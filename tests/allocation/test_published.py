@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moeq.allocation.plan import WeightShape, plan_cost, uniform_plan
+from moeq.allocation.plan import plan_cost, uniform_plan
 from moeq.allocation.rules import apply_rules, make_rule
 from moeq.module import MoEQuantModule
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 
 MIXTRAL = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

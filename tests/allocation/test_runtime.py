@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from moeq.allocation.plan import WeightShape, uniform_plan
+from moeq.allocation.plan import uniform_plan
 from moeq.allocation.runtime import RUNTIMES, check_runtime, find_runtime, make_units
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 from tests.allocation.toy import toy_weights
 
 WEIGHTS = toy_weights(num_blocks=2, num_experts=3)

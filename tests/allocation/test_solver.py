@@ -4,11 +4,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from moeq.allocation.plan import Choice, WeightShape, plan_cost
+from moeq.allocation.plan import Choice, plan_cost
 from moeq.allocation.problem import Budget, Floor, Problem, build_problem
 from moeq.allocation.runtime import find_runtime
 from moeq.allocation.solver import solve
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, WeightShape
 from tests.allocation.toy import CHOICES, toy_costs, toy_weights
 
 GRID = GridSpec(bits=2, group_size=16)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from moeq.allocation.evidence import Evidence
-from moeq.allocation.plan import Choice, WeightShape
+from moeq.allocation.plan import Choice
+from moeq.quant.spec import WeightShape
 
 CHOICES = [Choice(bits, 16) for bits in (2, 3, 4, 8)]
 

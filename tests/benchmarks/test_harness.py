@@ -15,10 +15,10 @@ from harness_files import Files, write_files
 from harness_sides import Side, harness_model, run_harness, run_moeq
 from llama_like import llama_like
 
-from moeq.models.loading import load_model, load_tokenizer
+from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.tasks.encode import window_of
 from moeq.tasks.registry import find_task
-from moeq.tasks.spec import MultipleChoice, Outcome, Row, Values
+from moeq.tasks.task import MultipleChoice, Outcome, Row, Values
 from tests.tasks.catalog.examples import ARC, ROWS, SHOTS
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -9,11 +9,11 @@ from ebss_effect_report import kl_table, ratio_table
 from ebss_reach import nearest, signatures
 from trial import Texts, Yardstick, fit
 
+from moeq.evaluation.evaluator import Evaluator
+from moeq.evaluation.originals import LiveOriginal
 from moeq.scoring.likelihood import Scorer
-from moeq.scoring.originals import LiveOriginal
 from moeq.tasks.documents import Document, Request
-from moeq.tasks.evaluate import Evaluator
-from moeq.tasks.spec import Source, Windows
+from moeq.tasks.task import Source, Windows
 
 MODEL = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")
 

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moeq.activations import capture_calls, run_block
 from moeq.models.adapter import Adapter
+from moeq.models.blocks import capture_calls, run_block
 from tests.test_main import QUIET, fit, small_data
 from tests.tiny import save_tiny
 

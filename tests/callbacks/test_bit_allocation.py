@@ -17,8 +17,8 @@ from callbacks.survey import Survey
 from moeq.allocation.evidence import Evidence, Promise
 from moeq.allocation.plan import Choice
 from moeq.allocation.problem import Floor
+from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
-from moeq.run import write_json
 from tests.tiny import save_tiny
 
 ALLOCATE: dict[str, Any] = {"method": "allocate", "cost": "fisher", "budget": 2.6, "choices": [2, 4]}

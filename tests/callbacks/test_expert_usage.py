@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from callbacks.expert_usage import ExpertUsage
 from callbacks.hessian_calibration import HessianCalibration
-from moeq.calibration.observe import observe_routing
 from moeq.models.adapter import Adapter
+from moeq.models.observe import observe_routing
 from moeq.module import MoEQuantModule
 from tests.tiny import save_tiny, tiny_model
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from callbacks.figures import Figures
-from moeq.figures import bits_map, error_by_block, usage_heatmap
+from moeq.report.figures_fit import bits_map, error_by_block, usage_heatmap
 
 
 def usage(blocks: int, experts: int) -> dict[str, torch.Tensor]:
@@ -117,5 +117,5 @@ def test_other_ranks_draw_nothing(tmp_path: Path) -> None:
 
 
 def test_the_drawing_module_does_not_import_matplotlib() -> None:
-    code = "import sys, moeq.figures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, moeq.report.results.figures_fit; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fit.test_resume import arguments, run
 from tests.test_main import fit
-from tests.test_resume import arguments, run
 from tests.tiny import save_tiny
 
 # Three experts of 64 in features: 8 * 64^2 * (3 + 1) + 4 * 64^2 * 3 bytes.

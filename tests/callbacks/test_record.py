@@ -12,10 +12,10 @@ from torch import Tensor
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.record import Record
-from moeq.memory import peak_memory_bytes, start_peak
+from moeq.fit.memory import peak_memory_bytes, start_peak
+from moeq.fit.solve import Unit
 from moeq.module import MoEQuantModule
 from moeq.quant.solution import Solution
-from moeq.solve import Unit
 from tests.callbacks.test_bit_allocation import Batches
 from tests.tiny import save_tiny
 

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from callbacks.results import Results
 from moeq.module import MoEQuantModule
-from moeq.report import read_results
-from moeq.task_report import Description, task_report
+from moeq.report.results import read_results
+from moeq.report.task_report import Description, task_report
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import TaskMetrics
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 from tests.reports import description
 from tests.tiny import tiny_model
 

@@ -11,9 +11,9 @@ from callbacks.hessian_calibration import HessianCalibration
 from callbacks.survey import Survey
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice
-from moeq.calibration.survey import survey_model
-from moeq.calibration.survey_spec import SurveySpec
 from moeq.module import MoEQuantModule
+from moeq.survey.settings import SurveySpec
+from moeq.survey.surveyor import survey_model
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

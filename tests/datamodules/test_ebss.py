@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import moeq.calibration.parts
+import moeq.sampling.parts
 from datamodules.ebss import EBSSDataModule, first_token_candidates
-from moeq.calibration.next_token import score_sequences
-from moeq.calibration.store import load_sampled
+from moeq.sampling.next_token import score_sequences
+from moeq.sampling.store import load_sampled
 from tests.datamodules.stub import StubTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -30,13 +30,13 @@ def model() -> nn.Module:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sequences of every search that is run."""
     calls: list[int] = []
-    search = moeq.calibration.parts.search
+    search = moeq.sampling.parts.search
 
     def counting(next_token: Any, spec: Any, first_N: Tensor, *rest: Any) -> Any:
         calls.append(len(first_N))
         return search(next_token, spec, first_N, *rest)
 
-    monkeypatch.setattr(moeq.calibration.parts, "search", counting)
+    monkeypatch.setattr(moeq.sampling.parts, "search", counting)
     return calls
 
 
@@ -165,7 +165,7 @@ def test_ranks_share_the_work_and_every_sequence_is_served_once(tmp_path: Path, 
 
 def test_parts_stay_until_the_slowest_rank_has_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datamodules = [attached(tmp_path, tiny_model("qwen2_moe"), rank, 2) for rank in (0, 1)]
-    load_part, slow = moeq.calibration.parts.load_part, threading.local()
+    load_part, slow = moeq.sampling.parts.load_part, threading.local()
     first_is_done = threading.Event()
 
     def load_late(path: Path) -> Any:
@@ -184,7 +184,7 @@ def test_parts_stay_until_the_slowest_rank_has_read_them(tmp_path: Path, monkeyp
         datamodules[rank].trainer.strategy.barrier = meet
         return datamodules[rank].calibration_ids()
 
-    monkeypatch.setattr(moeq.calibration.parts, "load_part", load_late)
+    monkeypatch.setattr(moeq.sampling.parts, "load_part", load_late)
     first, second = as_ranks(2, run)
     assert torch.equal(first, second)
     assert not list(tmp_path.rglob("*.parts"))
@@ -239,7 +239,7 @@ def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: p
 def test_corpus_mode_survives_a_kill_and_reports_and_logs(
     tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search, calls = moeq.calibration.parts.search_corpus, []
+    search, calls = moeq.sampling.parts.search_corpus, []
 
     def dying(*args: Any) -> Any:
         calls.append(args)
@@ -248,7 +248,7 @@ def test_corpus_mode_survives_a_kill_and_reports_and_logs(
         return search(*args)
 
     expected = attached(tmp_path / "whole", model, mode="corpus").calibration_ids()
-    monkeypatch.setattr(moeq.calibration.parts, "search_corpus", dying)
+    monkeypatch.setattr(moeq.sampling.parts, "search_corpus", dying)
     with pytest.raises(InterruptedError):
         attached(tmp_path / "killed", model, mode="corpus").calibration_ids()
     assert len(list((tmp_path / "killed").rglob("*.parts/*.safetensors"))) == 1

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datamodules.evaluation import EvaluationDataModule
+from moeq.evaluation.task_evaluation import Sampling
 from moeq.tasks.documents import Document, Result
-from moeq.tasks.evaluation import Sampling
 from tests.tiny import tiny_tokenizer
 
 DOMAINS = {"prose": "prose.txt", "answers": "answers.jsonl"}

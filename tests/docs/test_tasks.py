@@ -8,7 +8,7 @@ import pytest
 
 from docs import tasks
 from moeq.tasks.registry import GROUPS, find_task
-from moeq.tasks.spec import MultipleChoice, Outcome
+from moeq.tasks.task import MultipleChoice, Outcome
 
 PAGE = tasks.PAGE.read_text(encoding="utf8")
 LETTERS = list("ABCDE")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-import moeq.export.quantizer  # noqa: F401
+import moeq.checkpoint.quantizer  # noqa: F401
 
 torch.set_num_threads(1)
 ids = torch.load(sys.argv[1])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeq.disk.folder import check_integrity
 from moeq.export.dense import write_dense
-from moeq.export.folder import check_integrity
 from tests.export.rounding import round_model
 from tests.tiny import tiny_model, tiny_tokenizer
 

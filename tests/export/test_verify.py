@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moeq.export.checkpoint import write_checkpoint
+from moeq.disk.folder import MANIFEST
 from moeq.export.dense import write_dense
-from moeq.export.folder import MANIFEST
+from moeq.export.moeq_format import write_checkpoint
 from moeq.export.verify import ExportMismatchError, verify_checkpoint, verify_dense
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import round_model

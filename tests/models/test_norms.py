@@ -10,8 +10,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
-from moeq.activations import BlockCall, capture_calls
 from moeq.models.adapter import Adapter
+from moeq.models.blocks import BlockCall, capture_calls
 from moeq.models.norms import (
     NormForm,
     find_norm_readers,

@@ -11,10 +11,10 @@ from torch import Tensor
 from moeq.models.experts import is_experts_module
 from moeq.scoring.comparison import Said, ask, compare
 from moeq.scoring.extent import Layout
+from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scorer
-from moeq.scoring.plan import Plan, plan_requests
 from moeq.tasks.documents import Request
-from moeq.tasks.spec import Values
+from moeq.tasks.task import Values
 from tests.tiny import tiny_model
 
 CONTEXTS = [(5, 6, 7, 8, 9, 10), (5, 6, 7, 8, 40, 41, 42), (5, 6)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.models.adapter import is_experts_module
-from moeq.scoring.plan import Spans
+from moeq.scoring.forward_plan import Spans
 from moeq.scoring.routing import count_same_routing, record_routing, same_routing_by_owner, same_topk
 from tests.tiny import tiny_model
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moeq.tasks.encode import Encoder, window_of
 from moeq.tasks.rows import Rows
-from moeq.tasks.spec import Cloze, Generation, LastWord, MultipleChoice, Rolling, Row, Source, Task, Windows
+from moeq.tasks.task import Cloze, Generation, LastWord, MultipleChoice, Rolling, Row, Source, Task, Windows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SOURCE = Source("none", hub=None)

@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing
 
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import COMPARISONS, Measurement, RatioMetric, TaskMetrics, mean_over_groups
-from moeq.tasks.spec import Kind
+from moeq.tasks.task import Kind
 
 GROUPS = [("stem", "physics"), ("stem", "algebra"), ("humanities", "law")]
 

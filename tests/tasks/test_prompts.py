@@ -10,7 +10,7 @@ import pytest
 from moeq.tasks.prompts import shot_texts
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import Rows
-from moeq.tasks.spec import Generation, Source
+from moeq.tasks.task import Generation, Source
 from tests.tasks.catalog.examples import ROWS, SHOTS
 
 TASK = Generation(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moeq.tasks.rows import load_rows, read_file, split_part
-from moeq.tasks.spec import Source
+from moeq.tasks.task import Source
 
 ROWS = [{"text": "caf\u00e9\u2028 next"}, {"text": "b", "number": 2}]
 

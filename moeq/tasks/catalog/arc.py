@@ -1,6 +1,6 @@
 """ARC (Clark et al., 2018; CC BY-SA 4.0): science questions of school examinations; as in lm-evaluation-harness."""
 
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 
 
 def _task(name: str, config: str) -> MultipleChoice:

@@ -4,7 +4,7 @@ As in lm-evaluation-harness.  SuperGLUE's passage starts with the title, and its
 the original data set have ``title`` and the truth value ``answer`` instead.
 """
 
-from moeq.tasks.spec import MultipleChoice, Row, Source
+from moeq.tasks.task import MultipleChoice, Row, Source
 
 
 def _context(row: Row) -> str:

@@ -8,7 +8,7 @@ are the same on any other text in a folder ``c4-sample``: not comparable with pu
 from dataclasses import replace
 
 from moeq.tasks.pages import detokenized
-from moeq.tasks.spec import Rolling, Source, Windows
+from moeq.tasks.task import Rolling, Source, Windows
 
 SOURCE = Source("c4", hub="allenai/c4", config="en", hub_file="en/c4-validation.00000-of-00008.json.gz")
 SAMPLE = Source("c4-sample", hub=None, splits=("validation", "train"))

@@ -3,7 +3,7 @@
 As in lm-evaluation-harness, whose choices begin with a blank of their own after the delimiter: two blanks.
 """
 
-from moeq.tasks.spec import MultipleChoice, Row, Source
+from moeq.tasks.task import MultipleChoice, Row, Source
 
 CONNECTORS = {"cause": "because", "effect": "therefore"}
 

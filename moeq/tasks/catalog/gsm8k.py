@@ -5,7 +5,7 @@ As in lm-evaluation-harness: the strict answer is the number after "####", the f
 
 import re
 
-from moeq.tasks.spec import Generation, Row, Source, Values
+from moeq.tasks.task import Generation, Row, Source, Values
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")

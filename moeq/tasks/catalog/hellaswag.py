@@ -6,7 +6,7 @@ figures are of the size of ``acc``.
 
 import re
 
-from moeq.tasks.spec import MultipleChoice, Row, Source
+from moeq.tasks.task import MultipleChoice, Row, Source
 
 
 def _clean(text: str) -> str:

@@ -5,7 +5,7 @@
 
 from dataclasses import replace
 
-from moeq.tasks.spec import Code, Row, Source
+from moeq.tasks.task import Code, Row, Source
 
 
 def _program(row: Row, text: str) -> str:

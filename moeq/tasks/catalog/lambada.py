@@ -3,7 +3,7 @@
 As in lm-evaluation-harness.
 """
 
-from moeq.tasks.spec import LastWord, Source
+from moeq.tasks.task import LastWord, Source
 
 TASK = LastWord(
     name="lambada_openai",

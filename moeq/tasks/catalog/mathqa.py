@@ -2,7 +2,7 @@
 
 import re
 
-from moeq.tasks.spec import MultipleChoice, Row, Source
+from moeq.tasks.task import MultipleChoice, Row, Source
 
 
 def _choices(row: Row) -> list[str]:

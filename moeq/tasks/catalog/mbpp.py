@@ -3,7 +3,7 @@
 As in lm-evaluation-harness, whose three examples are problems 2 to 4 of the ``prompt`` split.
 """
 
-from moeq.tasks.spec import Code, Row, Source
+from moeq.tasks.task import Code, Row, Source
 
 
 def _tests(row: Row) -> str:

@@ -8,7 +8,7 @@ blank.)
 
 from dataclasses import replace
 
-from moeq.tasks.spec import MultipleChoice, Row, Source
+from moeq.tasks.task import MultipleChoice, Row, Source
 
 CATEGORIES = {
     "humanities": (

@@ -3,7 +3,7 @@
 As in lm-evaluation-harness.  QuantMoE-Bench reports ``acc_norm``; MoEQuant's figures are of the size of ``acc``.
 """
 
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 
 TASK = MultipleChoice(
     name="openbookqa",

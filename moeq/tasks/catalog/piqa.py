@@ -3,7 +3,7 @@
 As in lm-evaluation-harness.
 """
 
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 
 TASK = MultipleChoice(
     name="piqa",

@@ -1,6 +1,6 @@
 """SciQ (Welbl et al., 2017; CC BY-NC 3.0): science questions below a supporting text; as in lm-evaluation-harness."""
 
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 
 TASK = MultipleChoice(
     name="sciq",

@@ -7,7 +7,7 @@ line with the four lines before it, none of which states the same problem.
 from collections.abc import Sequence
 
 from moeq.tasks.arithmetic import build_problems, parse_answer
-from moeq.tasks.spec import Generation, Row, Source
+from moeq.tasks.task import Generation, Row, Source
 
 NUM_SHOTS = 4
 

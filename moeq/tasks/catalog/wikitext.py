@@ -5,7 +5,7 @@
 """
 
 from moeq.tasks.pages import detokenized, pages
-from moeq.tasks.spec import Rolling, Source, Windows
+from moeq.tasks.task import Rolling, Source, Windows
 
 SOURCE = Source("wikitext-2-raw", hub="Salesforce/wikitext", config="wikitext-2-raw-v1", splits=("test",))
 

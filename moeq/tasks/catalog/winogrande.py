@@ -3,7 +3,7 @@
 As in lm-evaluation-harness: the sentence up to the blank, filled, is the context; the rest is scored.
 """
 
-from moeq.tasks.spec import Cloze, Row, Source
+from moeq.tasks.task import Cloze, Row, Source
 
 
 def _filled(row: Row) -> list[str]:

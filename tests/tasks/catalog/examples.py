@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moeq.tasks.spec import Row
+from moeq.tasks.task import Row
 
 
 def _science(question: str, texts: list[str], key: str, labels: str = "ABCD") -> dict[str, Any]:

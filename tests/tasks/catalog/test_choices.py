@@ -3,7 +3,7 @@
 import pytest
 
 from moeq.tasks.registry import find_task
-from moeq.tasks.spec import LastWord, MultipleChoice, Outcome
+from moeq.tasks.task import LastWord, MultipleChoice, Outcome
 from tests.tasks.catalog.examples import ROWS
 
 # Task and row; context, continuations and index of the right one.

@@ -3,7 +3,7 @@
 import pytest
 
 from moeq.tasks.registry import find_task
-from moeq.tasks.spec import Code, Generation
+from moeq.tasks.task import Code, Generation
 from tests.tasks.catalog.examples import ROWS, SHOTS
 
 

@@ -12,7 +12,7 @@ from harness_tasks import CONFIGS, harness_task, requests_by_document
 from moeq.tasks.prompts import shot_texts
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import Rows
-from moeq.tasks.spec import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task
+from moeq.tasks.task import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task
 from tests.tasks.catalog.examples import ROWS, SHOTS
 
 SUBJECTS = ["mmlu_anatomy", "mmlu_us_foreign_policy"]

@@ -8,7 +8,7 @@ import pytest
 
 from moeq.tasks.pages import detokenized, pages
 from moeq.tasks.registry import find_task
-from moeq.tasks.spec import Rolling, Windows
+from moeq.tasks.task import Rolling, Windows
 from tests.tasks.catalog.examples import ROWS
 
 

@@ -1,0 +1,123 @@
+"""Allocation reports: who got how many bits and why, as Markdown and as JSON.
+
+Everything in them comes from a ``Decision``; nothing is computed here but counts and shares.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moeq.allocation.decide import Decision
+from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json
+from moeq.allocation.rules import RuleEffect
+from moeq.quant.spec import WeightShape
+
+
+def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> dict[str, Any]:
+    """A plan as JSON, which ``plan_from_json`` reads, with what the rules and the allocator did."""
+    data = plan_to_json(decision.plan, plan_cost(decision.plan, weights))
+    if decision.effects:
+        data["rules"] = [
+            {"rule": effect.rule, "selected": list(effect.selected), "raised": list(effect.raised)}
+            for effect in decision.effects
+        ]
+    if decision.allocation is not None:
+        found = asdict(decision.allocation)
+        found.pop("plan")
+        data["allocation"] = found | {"runtimes": [asdict(price) for price in decision.prices]}
+    return data
+
+
+def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str:
+    """Markdown: cost of the plan, what rules and allocator did, price of runtimes, widths by structure and block."""
+    lines = ["# Bit allocation", "", *_cost_table(plan_cost(decision.plan, weights))]
+    if decision.effects:
+        lines += ["", "## Rules", "", *_rules_table(decision.effects), ""]
+        shapes = {weight.name: weight for weight in weights}
+        lines += [f"- {e.rule}: {describe(shapes[name] for name in e.selected)}" for e in decision.effects]
+    if decision.allocation is not None:
+        lines += ["", "## Allocator", "", *_allocator_lines(decision)]
+    lines += ["", "## Widths by linear", "", *_widths_table(decision, weights, lambda w: (w.kind, w.linear))]
+    lines += ["", "## Widths by block", "", *_widths_table(decision, weights, lambda w: ("block", w.block))]
+    return "\n".join(lines) + "\n"
+
+
+def describe(weights: Iterable[WeightShape]) -> str:
+    """Weights in words: linears of routed experts are joined to experts, and experts are listed by block."""
+    by_block: dict[int, dict[str, list[int]]] = {}
+    for weight in weights:
+        groups = by_block.setdefault(weight.block, {})
+        key = f"{weight.kind} {weight.linear}"
+        groups.setdefault(key, []).extend([] if weight.expert is None else [weight.expert])
+    lines = []
+    for block, groups in by_block.items():
+        linears: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+        for key, experts in groups.items():
+            kind, linear = key.split()
+            linears[kind, tuple(experts)].append(linear)
+        parts = [
+            f"{kind} {'+'.join(names)}" + (f" of experts {', '.join(map(str, experts))}" if experts else "")
+            for (kind, experts), names in linears.items()
+        ]
+        lines.append(f"block {block}: {'; '.join(parts)}")
+    return ". ".join(lines) or "nothing"
+
+
+def _cost_table(cost: PlanCost) -> list[str]:
+    active = f"{cost.active_code_bits:.3f} | {cost.active_average_bits:.3f} | {cost.active_bytes}"
+    return [
+        "| weights | bits per weight, codes | with scales and zero points | bytes |",
+        "|---|---|---|---|",
+        f"| all | {cost.code_bits:.3f} | {cost.average_bits:.3f} | {cost.bytes} |",
+        f"| active for one token | {active} |",
+    ]
+
+
+def _rules_table(effects: Sequence[RuleEffect]) -> list[str]:
+    lines = ["| rule | selects | raises | adds | bits after it | with overhead |", "|---|---|---|---|---|---|"]
+    for effect in effects:
+        added = effect.after.code_bits - effect.before.code_bits
+        lines.append(
+            f"| {effect.rule} | {len(effect.selected)} | {len(effect.raised)} | {added:.3f} | "
+            f"{effect.after.code_bits:.3f} | {effect.after.average_bits:.3f} |"
+        )
+    return lines
+
+
+def _allocator_lines(decision: Decision) -> list[str]:
+    found = decision.allocation
+    assert found is not None
+    lines = [
+        f"Budget {found.budget.value:.6g} {found.budget.unit}, used {found.used:.6g}; {found.num_units} decisions "
+        f"({found.runtime}), {found.solver} solver, at most {found.gap:.2g} (relative) above the least damage.",
+        "",
+        "| runtime | predicted error | relative to research | used |",
+        "|---|---|---|---|",
+    ]
+    least = next((p.predicted for p in decision.prices if p.runtime == "research"), None)
+    for price in decision.prices:
+        if price.predicted is None:
+            lines.append(f"| {price.runtime} | not reachable: {price.reason} | | |")
+            continue
+        ratio = f"{price.predicted / least:.3f}" if least else ""
+        lines.append(f"| {price.runtime} | {price.predicted:.6g} | {ratio} | {price.used:.6g} |")
+    return lines
+
+
+def _widths_table(decision: Decision, weights: Sequence[WeightShape], key: Any) -> list[str]:
+    """Number of weights of each width, by a key of two parts."""
+    counts: dict[tuple[str, object], Counter[Choice]] = defaultdict(Counter)
+    numel, bits = Counter[tuple[str, object]](), Counter[tuple[str, object]]()
+    for weight in weights:
+        grid = decision.plan[weight.name]
+        counts[key(weight)][Choice(grid.bits, grid.group_size)] += 1
+        numel[key(weight)] += weight.numel
+        bits[key(weight)] += weight.numel * grid.bits
+    widths = sorted({choice for counter in counts.values() for choice in counter})
+    header = f"| | {' | '.join(choice.label for choice in widths)} | mean bits |"
+    lines = [header, "|---" * (len(widths) + 2) + "|"]
+    for group, counter in counts.items():
+        cells = " | ".join(str(counter[choice]) for choice in widths)
+        lines.append(f"| {group[0]} {group[1]} | {cells} | {bits[group] / numel[group]:.3f} |")
+    return lines

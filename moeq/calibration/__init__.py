@@ -1,1 +1,0 @@
-"""Calibration data and what is observed on it."""

@@ -1,0 +1,98 @@
+"""Loading a model and its tokenizer, with the errors a user can act on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
+    """A causal LM in evaluation mode without gradients, from a folder (original or moeq export) or the hub.
+
+    Raises:
+        ValueError: The name is unknown, a file is truncated or was changed, or a weight is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import moeq.checkpoint.quantizer  # noqa: F401  registers the packed format with transformers
+    from moeq.disk.folder import check_integrity
+
+    if Path(name).is_dir():
+        check_integrity(Path(name))
+    chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    except OSError as error:
+        raise ValueError(_not_found("model", name)) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
+        ) from error
+    check_finite(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model; raises ValueError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", name)) from error
+
+
+def model_bytes(name: str, dtype: DType = "auto") -> int:
+    """Bytes of a model in memory: of the files of a folder (packed weights stay packed), else of its parameters."""
+    from transformers import AutoModelForCausalLM
+
+    files = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    if files and (dtype == "auto" or (Path(name) / "moeq_manifest.json").is_file()):
+        return sum(path.stat().st_size for path in files)
+    config = load_config(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model; raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("tokenizer", name)) from error
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first floating-point parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise ValueError(
+                f"{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
+                "the checkpoint is damaged, download it again"
+            )
+
+
+def _not_found(what: str, name: str) -> str:
+    folder = Path(name)
+    if folder.is_dir():
+        present = sorted(path.name for path in folder.iterdir())[:8]
+        return f"no {what} could be read from the folder {name} (it holds {present}); give a Hugging Face model folder"
+    return (
+        f"no {what} found at {name!r}: it is not a folder here and the hub does not know or cannot be reached for it; "
+        "check --model.name"
+    )

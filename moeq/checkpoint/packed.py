@@ -1,0 +1,199 @@
+"""Reference modules that keep quantized weights packed and dequantize them in the forward pass.
+
+``weight = (code - zero_point) * scale`` in float32, rounded to the dtype of the scales, which is the dtype the weight
+had in the evaluated model: the same numbers whatever dtype the checkpoint is opened in.  ``PackedExperts`` runs the
+eager loop of the family's own experts module on weights that are made as it asks for them, so that gate function,
+biases, layout and order of operations are the family's, and its output equals the dense model's bit for bit.
+
+Shape suffixes: O out, I in, G groups, W words; N tokens, D hidden, K top-k in the comments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.checkpoint.packing import num_words, pack, unpack
+from moeq.models.experts import Part, as_stored, parameter_name
+from moeq.quant.spec import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Grid of one packed weight: bits per code, in-features per scale (None: the row), symmetric or not."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+
+def dequantize_codes(weight: QuantizedWeight) -> Tensor:
+    """Real weights of codes: (code - zero_point) * scale in float32, in the dtype of the scales, [O, I]."""
+    rows, columns = weight.codes_OI.shape
+    groups = weight.scale_OG.shape[1]
+    codes_OGg = weight.codes_OI.view(rows, groups, columns // groups).to(torch.float32)
+    if weight.zero_point_OG is None:
+        centred = codes_OGg - float(2 ** (weight.bits - 1))
+    else:
+        centred = codes_OGg - weight.zero_point_OG.to(torch.float32)[..., None]
+    real = centred * weight.scale_OG.to(torch.float32)[..., None]
+    return real.view(rows, columns).to(weight.scale_OG.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight stays packed; ``weight`` is the dequantized matrix, made on every access.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        grid: Bits, group size and symmetry of the weight.
+        scale_dtype: Storage dtype of the scales and dtype of the dequantized weight.
+        bias_dtype: Dtype of the bias, None for no bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: PackedFormat,
+        scale_dtype: torch.dtype,
+        bias_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        groups = 1 if grid.group_size is None else in_features // grid.group_size
+        self.weight_packed = _frozen(out_features, num_words(in_features, grid.bits), dtype=torch.int32)
+        self.weight_scale = _frozen(out_features, groups, dtype=scale_dtype)
+        self.weight_zero_point: nn.Parameter | None = None
+        if not grid.symmetric:
+            self.weight_zero_point = _frozen(num_words(out_features, grid.bits), groups, dtype=torch.int32)
+        self.weight_shape = _frozen(2, dtype=torch.int64)
+        self.bias = None if bias_dtype is None else _frozen(out_features, dtype=bias_dtype)
+
+    def quantized(self) -> QuantizedWeight:
+        """Unpacked codes, scales and zero points."""
+        bits, zero_point_OG = self.grid.bits, None
+        if self.weight_zero_point is not None:
+            zero_point_OG = unpack(self.weight_zero_point.mT, bits, self.out_features).mT.contiguous()
+        codes_OI = unpack(self.weight_packed, bits, self.in_features)
+        return QuantizedWeight(codes_OI, self.weight_scale.detach(), zero_point_OG, bits, self.grid.group_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized weight, [O, I], in the dtype of the scales."""
+        return dequantize_codes(self.quantized())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Linear map of [..., I] to [..., O]."""
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and grid, for ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+
+
+def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Tensors of a ``PackedLinear`` for one quantized weight, by parameter name."""
+    tensors = {
+        "weight_packed": pack(weight.codes_OI, weight.bits),
+        "weight_scale": weight.scale_OG.contiguous(),
+        "weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
+    }
+    if weight.zero_point_OG is not None:
+        tensors["weight_zero_point"] = pack(weight.zero_point_OG.mT, weight.bits).mT.contiguous()
+    return tensors
+
+
+class PackedExpert(nn.Module):
+    """Projections of one expert, each a ``PackedLinear`` or a plain ``nn.Linear``; families without gate have two."""
+
+    def __init__(self, gate_proj: nn.Module | None = None, *, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    def weight(self, part: Part) -> Tensor:
+        """Dequantized weight [O, I] of the down projection, or gate rows above up rows."""
+        layers = (self.down_proj,) if part == "down" else (self.gate_proj, self.up_proj)
+        weights = [layer.weight for layer in layers if layer is not None]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[arg-type, return-value]
+
+
+class PackedExperts(nn.ModuleList):
+    """Routed experts of one block, one module per expert; only the experts that are hit are dequantized.
+
+    Follows the experts interface of transformers (``has_gate``, ``is_transposed``, called with hidden states, top-k
+    indices and top-k weights), so that hooks on experts modules work on packed models as well.
+
+    Args:
+        source: The dense experts module; its loop, gate function, biases and settings are used, not its weights.
+        experts: One expert per index.
+    """
+
+    def __init__(self, source: nn.Module, experts: Sequence[PackedExpert]) -> None:
+        super().__init__(experts)
+        # Plain settings that the family's gate function may read (limits, slopes), and the interface's own.
+        self.__dict__.update({k: v for k, v in vars(source).items() if not k.startswith("_") and k != "training"})
+        # Not registered: a list of experts has experts for children, and activations hold no weights.
+        self.__dict__.update(source.named_children())
+        weights = {parameter_name(source, part) for part in ("into", "down")}
+        for name, parameter in source.named_parameters(recurse=False):
+            if name not in weights:
+                self.register_parameter(name, _frozen(*parameter.shape, dtype=parameter.dtype))
+        self._source_class = type(source)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        apply_gate = self._source_class._apply_gate  # type: ignore[attr-defined]
+        result: Tensor = apply_gate(self, gate_up)
+        return result
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, by the loop of the family's own module.
+
+        Args:
+            hidden_states: [N, D].
+            top_k_index: int64, [N, K]; an index of ``num_experts`` (a slot of another rank) is skipped.
+            top_k_weights: [N, K], the multiplier of each expert's output.
+
+        Returns:
+            [N, D], in the dtype of the hidden states.
+        """
+        # Not every loop knows slots of other ranks.
+        elsewhere = top_k_index >= len(self)
+        top_k_index, top_k_weights = top_k_index.masked_fill(elsewhere, 0), top_k_weights.masked_fill(elsewhere, 0)
+        eager = self._source_class.forward.__wrapped__  # type: ignore[attr-defined]
+        output: Tensor = eager(_Unpacking(self, hidden_states.dtype), hidden_states, top_k_index, top_k_weights)
+        return output
+
+
+class _Unpacking:
+    """Packed experts as the family's own loop sees them: one whose fused weights are made when they are indexed."""
+
+    def __init__(self, experts: PackedExperts, dtype: torch.dtype) -> None:
+        self._experts, self._dtype = experts, dtype
+        self._parts: dict[str, Part] = {
+            parameter_name(experts, "into"): "into",
+            parameter_name(experts, "down"): "down",
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        part = self._parts.get(name)
+        return getattr(self._experts, name) if part is None else _Stack(self._experts, part, self._dtype)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The fused parameter of one part: indexing dequantizes one expert, in the family's own layout."""
+
+    experts: PackedExperts
+    part: Part
+    dtype: torch.dtype
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        weight_OI = self.experts[int(expert)].weight(self.part).to(self.dtype)  # type: ignore[operator]
+        return as_stored(self.experts, self.part, weight_OI)
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,1 @@
+"""Text from a model: KV caches, greedy and sampled decoding, stop rules."""

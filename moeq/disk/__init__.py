@@ -1,0 +1,1 @@
+"""Files: whole or not at all, checked, and the digests that tell one from another."""

@@ -1,0 +1,1 @@
+"""One run of fit: passes over blocks, solving, finished blocks on disk."""

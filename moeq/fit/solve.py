@@ -1,0 +1,165 @@
+"""From sites and a plan to quantized weights: what is solved together, by which rank, and how results come together.
+
+A *unit* is a stack of weights [E', O', I] that share one grid: experts of a site in which the same linears have the
+same bits.  Units are divided over ranks by their position, and the result of a unit does not depend on which other
+units there are, so one rank and many give the same codes.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moeq.distributed import gather_lists, rank_and_world
+from moeq.fit.run import Run
+from moeq.fit.schedule import Part, whole
+from moeq.models.adapter import Adapter, Site
+from moeq.quant.factor import ATTEMPTS, retry_reason
+from moeq.quant.grid import dequantize_weight
+from moeq.quant.learned import level_offset
+from moeq.quant.solution import Solution
+from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
+
+# Solve a stack: (unit, weight_EOI float32) -> Solution.
+Solver = Callable[["Unit", Tensor], Solution]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Experts of a site, and the linears of them that are solved together on one grid."""
+
+    site: Site
+    experts: tuple[int, ...]
+    leaves: tuple[int, ...]
+    grid: GridSpec
+
+
+@dataclass(frozen=True)
+class SolvedWeight:
+    """One quantized weight, the relative output error of the stack it was solved in, and what went wrong, if anything.
+
+    Linears that are stacked (q, k and v; gate and up) share their relative error.
+    """
+
+    name: str
+    weight: QuantizedWeight
+    relative_error: float
+    fallbacks: tuple[Fallback, ...]
+    offset_OI: Tensor | None
+
+
+def quantize_sites(
+    adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver, parts: Sequence[Part] | None = None
+) -> None:
+    """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model.
+
+    Args:
+        adapter: The model.
+        run: Its plan is read; quantized weights, errors and fallbacks are added.
+        sites: Sites whose weights are written into the model: all of them are solved by now.
+        solver: Solves a stack.
+        parts: What is solved now; None is all experts of the sites.
+    """
+    parts = [whole(site) for site in sites] if parts is None else parts
+    rank, world = rank_and_world()
+    largest = max((len(part.experts) for part in parts), default=1)
+    units = make_units(parts, run.plan, max_experts=-(-largest // world))
+    solved = [
+        weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.offsets is not None)
+    ]
+    by_name = {weight.name: weight for weight in gather_lists(solved)}
+    for site, experts in ((part.site, part.experts) for part in parts):
+        for expert in experts:
+            for leaf in site.leaves:
+                weight = by_name[site.weight_name(expert, leaf)]
+                run.quantized[weight.name] = weight.weight
+                if run.offsets is not None and weight.offset_OI is not None:
+                    run.offsets[weight.name] = weight.offset_OI
+                run.fallbacks += weight.fallbacks
+                run.errors.append(
+                    {
+                        "weight": weight.name, "block": site.block, "kind": site.kind, "linear": leaf, "expert": expert,
+                        "bits": weight.weight.bits, "relative_error": weight.relative_error,
+                    }
+                )  # fmt: skip
+    commit(adapter, sites, run.quantized)
+
+
+def make_units(parts: Sequence[Part], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
+    """Units of the parts in a fixed order, at most ``max_experts`` experts each."""
+    units = []
+    for part in parts:
+        site = part.site
+        groups: dict[tuple[tuple[int, ...], GridSpec], list[int]] = defaultdict(list)
+        for expert in part.experts:
+            by_grid: dict[GridSpec, list[int]] = defaultdict(list)
+            for index, leaf in enumerate(site.leaves):
+                by_grid[plan[site.weight_name(expert, leaf)]].append(index)
+            for grid, leaves in by_grid.items():
+                groups[tuple(leaves), grid].append(expert)
+        for (leaves_of_unit, grid), experts in groups.items():
+            for start in range(0, len(experts), max_experts):
+                units.append(Unit(site, tuple(experts[start : start + max_experts]), leaves_of_unit, grid))
+    return units
+
+
+def unit_rows(unit: Unit) -> list[slice]:
+    """Rows of the stacked site weight that belong to each leaf of a unit."""
+    ends = torch.tensor(unit.site.rows).cumsum(0).tolist()
+    return [slice(ends[leaf] - unit.site.rows[leaf], ends[leaf]) for leaf in unit.leaves]
+
+
+@torch.no_grad()
+def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = False) -> list[SolvedWeight]:
+    """Quantize the weights of one unit; results are on the CPU, with ``level_offset`` where it is asked for."""
+    weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
+    stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
+    solution = solver(unit, stacked)
+    solved, end = [], 0
+    for leaf in unit.leaves:
+        start, end = end, end + unit.site.rows[leaf]
+        for position, expert in enumerate(unit.experts):
+            name = unit.site.weight_name(expert, unit.site.leaves[leaf])
+            weight = solution.expert(position, unit.grid, slice(start, end))
+            offset_OI = level_offset(weight, stacked[position, start:end]).cpu() if offsets else None
+            error = float(solution.relative_error_E[position])
+            fallbacks = _solver_fallbacks(name, solution, position)
+            solved.append(SolvedWeight(name, _on_cpu(weight), error, fallbacks, offset_OI))
+    return solved
+
+
+def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+    zero_point = weight.zero_point_OG
+    return replace(
+        weight,
+        codes_OI=weight.codes_OI.cpu().contiguous(),
+        scale_OG=weight.scale_OG.cpu().contiguous(),
+        zero_point_OG=None if zero_point is None else zero_point.cpu().contiguous(),
+    )
+
+
+def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
+    retries = len(ATTEMPTS) if bool(solution.failed_E[position]) else int(solution.num_retries_E[position])
+    return (Fallback(name, *retry_reason(retries)),) if retries else ()
+
+
+@torch.no_grad()
+def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) -> None:
+    """Give parameters that are not quantized (norms, routers) new values, by name, and record them for resume."""
+    for name, value in values.items():
+        parameter = adapter.model.get_parameter(name)
+        parameter.copy_(value)
+        run.changed[name] = parameter.detach().cpu().clone()
+
+
+def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Write the dequantized weights of the sites into the model, in the model's dtype."""
+    for site in sites:
+        current = adapter.get_weight(site)
+        experts = [
+            torch.cat([dequantize_weight(quantized[site.weight_name(e, leaf)], current.dtype) for leaf in site.leaves])
+            for e in range(site.num_experts)
+        ]
+        adapter.set_weight(site, torch.stack(experts).to(current.device))

@@ -1,1 +1,0 @@
-"""What a model writes: decoding in batches, greedy or sampled."""

@@ -1,0 +1,176 @@
+"""Hooks that hand over the input rows of sites, with the affinity of every row.
+
+The affinity is exactly the number that multiplies an expert's output: ``top_k_weights`` for routed experts, the sigmoid
+of the shared expert's own gate where the family has one, and 1 (None) elsewhere.  Inputs and affinities are gathered
+with one index, so that no row gets another token's weight.
+
+With routing ``all_experts`` every routed expert is given every token (the output stays routed).  An experts module
+receives the weights of the chosen experts alone, and families turn router logits into weights in ways of their own, so
+an affinity of the other tokens is not defined for every family: all of them weigh 1.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moeq.models.adapter import Adapter, Site
+from moeq.models.experts import activate, project_down, project_in
+from moeq.quant.spec import Routing
+
+OnRows = Callable[[Site, int, Tensor, Tensor | None], None]
+
+
+@dataclass
+class TokenMask:
+    """Which tokens of the current batch count: bool [B * T], or None for all (padding is set to False)."""
+
+    keep: Tensor | None = None
+
+
+@contextmanager
+def observe(
+    adapter: Adapter, sites: tuple[Site, ...], on_rows: OnRows, routing: Routing = "routed"
+) -> Iterator[TokenMask]:
+    """Call ``on_rows(site, expert, x_TI, affinity_T)`` for every input of the sites; hooks come off at the end.
+
+    With routing "all_experts" the experts of a block share the inputs of gate and up, which are given as those of
+    expert 0.
+
+    Yields:
+        The mask to set before each forward pass.
+    """
+    mask = TokenMask()
+    with ExitStack() as stack:
+        for site in sites:
+            if site.kind != "routed":
+                _hook_linears(stack, adapter, site, on_rows, mask)
+            elif site.stage == "mlp_in":
+                _hook_expert_inputs(stack, adapter, site, on_rows, mask, routing)
+            else:
+                stack.enter_context(_observing_experts(adapter, site, on_rows, mask, routing))
+        yield mask
+
+
+@contextmanager
+def observe_routing(modules: dict[str, nn.Module], on_routing: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``on_routing(path, ids_TK, weights_TK)`` whenever one of the experts modules runs."""
+    with ExitStack() as stack:
+        for path, module in modules.items():
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                on_routing(path, args[1], args[2])
+
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _rows(x: Tensor, mask: TokenMask) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return flat if mask.keep is None else flat[mask.keep]
+
+
+def _hook_linears(stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask) -> None:
+    gate = adapter.shared_affinity_gate(site)
+    seen: dict[str, Tensor] = {}
+
+    def on_shared_expert(_: nn.Module, args: tuple[Any, ...]) -> None:
+        assert gate is not None
+        seen["affinity"] = _rows(torch.sigmoid(gate(args[0]).float()), mask)[:, 0]
+
+    waiting: set[str] = set()
+
+    def on_linear(_: nn.Module, args: tuple[Any, ...], path: str) -> None:
+        # The first of them to be called, in whichever order the block calls them, stands for all.
+        if path not in waiting:
+            waiting.update(site.modules)
+            seen["input"] = args[0]
+            on_rows(site, 0, _rows(args[0], mask), seen.get("affinity"))
+        # Stacked linears are solved with one Hessian: a family in which they read different inputs must not pass.
+        elif args[0] is not seen["input"] and not torch.equal(args[0], seen["input"]):
+            raise ValueError(f"{site.modules} do not read the same input, so they cannot share a Hessian")
+        waiting.discard(path)
+
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+    if gate is not None:
+        hooks.append((adapter.shared_expert(site), on_shared_expert))
+    hooks += [(adapter.model.get_submodule(path), partial(on_linear, path=path)) for path in site.modules]
+    for module, hook in hooks:
+        stack.callback(module.register_forward_pre_hook(hook).remove)
+
+
+def _hook_expert_inputs(
+    stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
+) -> None:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden, ids_TK, weights_TK = args
+        if routing == "all_experts":
+            on_rows(site, 0, _rows(hidden, mask), None)
+            return
+        for expert, tokens, slots in routed_tokens(ids_TK, site.num_experts, mask.keep):
+            on_rows(site, expert, hidden[tokens].detach(), weights_TK[tokens, slots].detach())
+
+    stack.callback(adapter.model.get_submodule(site.modules[0]).register_forward_pre_hook(hook).remove)
+
+
+def routed_tokens(ids_TK: Tensor, num_experts: int, keep_T: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each expert that is hit: its index, its token indices and the slot (0..K-1) in which each chose it."""
+    for expert in range(num_experts):
+        chosen = ids_TK == expert
+        if keep_T is not None:
+            chosen = chosen & keep_T[:, None]
+        tokens, slots = torch.where(chosen)
+        if len(tokens):
+            yield expert, tokens, slots
+
+
+@contextmanager
+def _observing_experts(
+    adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
+) -> Iterator[None]:
+    """Run one experts module with ``_observing_forward``, which also sees the input of every down projection."""
+    module: Any = adapter.model.get_submodule(site.modules[0])
+    with experts_run_by("moeq_observe", module):
+        module.moeq_observer = (site, on_rows, mask, routing)
+        try:
+            yield
+        finally:
+            del module.moeq_observer
+
+
+@contextmanager
+def experts_run_by(implementation: str, module: Any) -> Iterator[None]:
+    """Give one experts module, and no other, an implementation that is registered with transformers."""
+    config = module.config
+    module.config = copy.copy(config)
+    module.config._experts_implementation = implementation
+    try:
+        yield
+    finally:
+        module.config = config
+
+
+def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    site, on_rows, mask, routing = module.moeq_observer
+    out = torch.zeros_like(hidden_TD)
+    for expert in range(module.num_experts) if routing == "all_experts" else ():
+        inner = activate(module, project_in(module, expert, hidden_TD))
+        on_rows(site, expert, _rows(inner, mask), None)
+    for expert, tokens, slots in routed_tokens(ids_TK, module.num_experts, None):
+        inner = activate(module, project_in(module, expert, hidden_TD[tokens]))
+        affinity = weights_TK[tokens, slots]
+        if routing == "routed":
+            counted = slice(None) if mask.keep is None else mask.keep[tokens]
+            on_rows(site, expert, inner[counted].detach(), affinity[counted].detach())
+        y = project_down(module, expert, inner)
+        out.index_add_(0, tokens, (y * affinity[:, None]).to(out.dtype))
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register("moeq_observe", _observing_forward)

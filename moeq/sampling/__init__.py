@@ -1,0 +1,1 @@
+"""Calibration data that the model writes itself (EBSS), and windows of text."""

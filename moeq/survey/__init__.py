@@ -1,0 +1,1 @@
+"""What each width would cost each weight: a survey of the original model."""

@@ -1,0 +1,88 @@
+"""What a survey is asked for."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moeq.allocation.plan import Choice
+from moeq.models.adapter import Site
+from moeq.quant.coverage import CoverageSpec
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.survey.scores import SCORES
+
+COSTS = ("fisher", "fisher_kl", "hessian", "gemq", "pmq", "block_output", "alphaq")
+FISHER = {"fisher", "fisher_kl"}
+SOLVED, MEASURED = FISHER | {"hessian"}, {"gemq", "pmq", "block_output"}
+Similarity = Literal["residual", "block"]
+
+
+@dataclass(frozen=True)
+class SurveySpec:
+    """What to find out about the original model, and with which quantizer.
+
+    Attributes:
+        costs: Names out of ``COSTS``: the tables of predicted damage.
+        scores: Names out of ``moeq.survey.scores.SCORES``.
+        choices: What a weight may get; one whose groups do not divide a weight's in-features is left out for it.
+        grid: Symmetry and clip search of all choices; its group size is that of ``outlier_group``.
+        solve: Of GPTQ.
+        affinity_power: Weight of a token in the solver's Hessians, as in ``moeq.quant.hessian``.
+        coverage: What experts with few tokens get.
+        solver: Errors of ``fisher``, ``hessian`` come from GPTQ, as in the real run, or from rounding ("rtn").
+        num_gradient_batches: Batches, of all ranks together, for backward passes and measured changes.
+        num_kl_batches: Of those, batches on which ``fisher_kl`` measures.
+        similarity: Tokens before and after the FFN with the residual stream added to both, or of the FFN alone.
+        predictor: Train the paper's predictor of the similarity in each block, too.
+        seed: Of sampled tokens and of the predictor.
+    """
+
+    costs: tuple[str, ...] = ("fisher",)
+    scores: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = (Choice(2, 64), Choice(3, 64), Choice(4, 64))
+    grid: GridSpec = field(default_factory=GridSpec)
+    solve: SolveSpec = field(default_factory=SolveSpec)
+    affinity_power: float = 1.0
+    coverage: CoverageSpec = field(default_factory=CoverageSpec)
+    solver: Literal["gptq", "rtn"] = "gptq"
+    num_gradient_batches: int = 8
+    num_kl_batches: int = 2
+    similarity: Similarity = "residual"
+    predictor: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, given, allowed in (("costs", self.costs, COSTS), ("scores", self.scores, SCORES)):
+            if unknown := [name for name in given if name not in allowed]:
+                raise ValueError(f"{what} ({unknown[0]}) must be among {', '.join(allowed)}; choose {allowed[0]}")
+        for field_name, value, options in (
+            ("solver", self.solver, ("gptq", "rtn")), ("similarity", self.similarity, ("residual", "block")),
+        ):  # fmt: skip
+            if value not in options:
+                raise ValueError(f"{field_name} ({value}) must be {' or '.join(options)}; choose {options[0]}")
+        if self.costs and not self.choices:
+            raise ValueError(
+                "costs are asked for but choices is empty; give the widths to choose from, such as [2, 3, 4]"
+            )
+        for what, number, usual in (
+            ("num_gradient_batches", self.num_gradient_batches, 8), ("num_kl_batches", self.num_kl_batches, 2),
+        ):  # fmt: skip
+            if number < 1:
+                raise ValueError(f"{what} ({number}) must be positive; choose {usual}")
+
+    def wants(self, names: set[str]) -> bool:
+        """True where one of these costs is asked for."""
+        return not names.isdisjoint(self.costs)
+
+    def choices_of(self, site: Site) -> list[Choice]:
+        """Choices that fit the weights of a site, in increasing order.
+
+        Raises:
+            ValueError: None does.
+        """
+        sizes = {choice.group_size for choice in self.choices}
+        fitting = {size for size in sizes if size is None or site.in_features % size == 0}
+        if not fitting:
+            raise ValueError(
+                f"{site.name}: no group size of the choices ({', '.join(c.label for c in self.choices)}) divides its "
+                f"{site.in_features} in-features; add choices with smaller groups, or without groups such as '4'"
+            )
+        return sorted(choice for choice in self.choices if choice.group_size in fitting)

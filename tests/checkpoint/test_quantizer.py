@@ -1,0 +1,97 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from moeq.checkpoint import quantizer
+from moeq.checkpoint.packed import PackedExperts, PackedFormat, PackedLinear
+from moeq.checkpoint.quantizer import MoEQConfig
+from moeq.export.moeq_format import write_checkpoint
+from tests.export.rounding import round_model
+from tests.tiny import tiny_model
+
+THREE, FOUR = PackedFormat(3, 64, False), PackedFormat(4, None, True)
+
+
+def describe(grids: dict[str, PackedFormat], candidates: list[str]) -> MoEQConfig:
+    return MoEQConfig.from_grids(
+        grids, candidates, weight_dtype=torch.bfloat16, expert_leaves={"up_proj": "w3"}, metadata={"seed": 1}
+    )
+
+
+def test_a_grid_that_most_weights_share_is_described_once() -> None:
+    names = [f"model.layers.{b}.mlp.experts.{e}.up_proj" for b in range(3) for e in range(8)]
+    grids = dict.fromkeys(names, THREE)
+    grids[names[5]] = FOUR
+    del grids[names[7]]
+    config = describe(grids, [*names, "lm_head"])
+    assert list(config.templates) == ["model.layers.*.mlp.experts.*.up_proj"]
+    assert list(config.exceptions) == [names[5], names[7]]
+    assert {name: grid for name in [*names, "lm_head"] if (grid := config.grid(name))} == grids
+
+
+def test_the_description_survives_json() -> None:
+    config = describe({"model.layers.0.up_proj": THREE}, ["model.layers.0.up_proj", "model.layers.1.up_proj"])
+    again = MoEQConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.grid("model.layers.0.up_proj") == THREE
+    assert again.grid("model.layers.1.up_proj") is None
+    assert again.scale_dtype == torch.bfloat16
+
+
+def test_a_description_of_a_newer_version_is_refused() -> None:
+    config = describe({"a.0.b": THREE}, ["a.0.b"]).to_dict()
+    with pytest.raises(ValueError, match=r"moeq format 2 \(unknown keys: \['codebook'\]\).*reads format 1"):
+        MoEQConfig.from_dict({**config, "format_version": 2, "codebook": []})
+
+
+def test_importing_again_registers_again() -> None:
+    reloaded = importlib.reload(quantizer)
+    assert AUTO_QUANTIZER_MAPPING["moeq"] is reloaded.MoEQuantizer
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["moeq"] is reloaded.MoEQConfig
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("mixtral", dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("quantizer") / "export"
+    write_checkpoint(model, None, round_model(model), folder, metadata={})
+    return folder
+
+
+def test_from_pretrained_keeps_weights_packed(export: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(export)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, PackedExperts)
+    assert isinstance(model.model.layers[0].self_attn.k_proj, PackedLinear)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert {layer.weight_packed.dtype for layer in packed} == {torch.int32}
+    assert {layer.grid.bits for layer in packed} == {2, 3, 4, 8}
+    assert not any(parameter.requires_grad for layer in packed for parameter in layer.parameters())
+
+
+def test_a_packed_model_generates_what_the_dense_model_generates(export: Path) -> None:
+    dense = tiny_model("mixtral", dtype=torch.bfloat16)
+    round_model(dense)
+    dense.set_experts_implementation("eager")
+    packed = AutoModelForCausalLM.from_pretrained(export)
+    prompt = torch.tensor([[5, 9, 200, 31]])
+    tokens = [
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        for model in (dense, packed)
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_weights_do_not_depend_on_the_dtype_a_checkpoint_is_opened_in(export: Path) -> None:
+    stored, wide = (AutoModelForCausalLM.from_pretrained(export, dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert wide.lm_head.weight.dtype == torch.float32
+    assert torch.equal(wide.lm_head.weight, stored.lm_head.weight.float())
+    for name, layer in stored.named_modules():
+        if isinstance(layer, PackedLinear):
+            assert torch.equal(wide.get_submodule(name).weight, layer.weight)
+    assert wide(torch.tensor([[1, 2, 3]])).logits.dtype == torch.float32

@@ -1,0 +1,82 @@
+"""Learned rounding of a block runs, and never leaves it worse, in every family."""
+
+import pytest
+import torch
+
+from moeq.fit.activations import ActivationStore, BlockBatch
+from moeq.fit.learn_block import tune_block
+from moeq.fit.run import Run
+from moeq.fit.solve import quantize_sites
+from moeq.models.adapter import Adapter
+from moeq.models.blocks import capture_calls
+from moeq.quant.learned import LearnedSpec, block_error
+from moeq.quant.rtn import round_to_nearest
+from moeq.quant.spec import GridSpec
+from tests.tiny import FAMILIES, tiny_model
+
+GRID = GridSpec(bits=3, group_size=16)
+
+
+def solved(family: str) -> tuple[Adapter, Run, int, list[BlockBatch]]:
+    """A tiny model whose last block with experts is rounded to nearest, and data at that block."""
+    adapter = Adapter(tiny_model(family))
+    block = max(site.block for site in adapter.all_sites() if site.kind == "routed")
+    batches = []
+    for index in range(2):
+        ids = torch.arange(1, 49).roll(7 * index).reshape(2, 24)
+        calls, store = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids}), ActivationStore()
+        hidden_BTD = store.advance(0, block, calls, adapter.blocks)
+        call = calls[block]
+        original_BTD = store.advance(0, block + 1, calls, adapter.blocks)
+        batches.append(BlockBatch(hidden_BTD, original_BTD, call, torch.ones(ids.shape, dtype=torch.bool)))
+    sites = adapter.sites(block)
+    run = Run(plan={name: GRID for site in sites for name in site.weight_names()}, offsets={})
+    quantize_sites(adapter, run, sites, lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, torch.float32))
+    return adapter, run, block, batches
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_every_family_can_be_tuned(family: str) -> None:
+    adapter, run, block, batches = solved(family)
+    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=3, level_rate=0.05))
+    assert 0 < before < float("inf")
+    assert after < 1.5 * before
+    for name, weight in run.quantized.items():
+        assert weight.codes_OI.unique().numel() > 2, name
+
+
+def test_a_block_that_is_not_better_for_it_stays_as_it_was() -> None:
+    adapter, run, block, batches = solved("qwen2_moe")
+    solution = {name: weight.codes_OI.clone() for name, weight in run.quantized.items()}
+    weights = {site: adapter.get_weight(site) for site in adapter.sites(block)}
+    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=3, level_rate=0.9, scale_rate=0.9))
+    assert after > before  # steps of that size destroy the block
+    assert all(torch.equal(codes_OI, run.quantized[name].codes_OI) for name, codes_OI in solution.items())
+    assert all(torch.equal(weight_EOI, adapter.get_weight(site)) for site, weight_EOI in weights.items())
+
+
+def test_padding_has_no_say() -> None:
+    results = []
+    for value in (0.0, 1e3):
+        adapter, run, block, batches = solved("mixtral")
+        for batch in batches:
+            batch.keep_BT[:, 20:] = False
+            batch.original_BTD[:, 20:] += value
+        tune_block(adapter, run, block, batches, LearnedSpec(num_steps=5, level_rate=0.05))
+        results.append({name: weight.codes_OI for name, weight in run.quantized.items()})
+    assert all(torch.equal(codes_OI, results[1][name]) for name, codes_OI in results[0].items())
+
+
+def test_the_errors_are_those_of_the_model_before_and_after() -> None:
+    adapter, run, block, batches = solved("deepseek_v3")
+    module = adapter.blocks[block]
+
+    def error() -> float:
+        errors = [block_error(module(b.hidden_BTD, **b.call.kwargs), b.original_BTD, b.keep_BT) for b in batches]
+        return float(torch.stack(errors).mean())
+
+    first = error()
+    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=20, level_rate=0.05))
+    assert before == pytest.approx(first, rel=1e-4)
+    assert after == pytest.approx(error(), rel=1e-4)
+    assert after < before

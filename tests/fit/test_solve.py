@@ -1,0 +1,110 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeq.fit.run import Run
+from moeq.fit.schedule import whole
+from moeq.fit.solve import Unit, make_units, quantize_sites
+from moeq.models.adapter import Adapter, Site
+from moeq.quant.grid import dequantize_weight
+from moeq.quant.rtn import round_to_nearest
+from moeq.quant.solution import Solution
+from moeq.quant.spec import GridSpec
+from tests.tiny import tiny_model
+
+GRID = GridSpec(bits=4, group_size=16, symmetric=False, clip_search=False)
+
+
+def rtn(unit: Unit, weight_EOI: Tensor) -> Solution:
+    return round_to_nearest(weight_EOI, unit.grid, torch.float32)
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    return Adapter(tiny_model("qwen2_moe"))
+
+
+def uniform(sites: tuple[Site, ...]) -> dict[str, GridSpec]:
+    return {name: GRID for site in sites for name in site.weight_names()}
+
+
+def test_a_uniform_plan_makes_one_unit_per_site(adapter: Adapter) -> None:
+    sites = adapter.sites(0)
+    units = make_units([whole(site) for site in sites], uniform(sites), max_experts=8)
+    assert [unit.site for unit in units] == list(sites)
+    assert all(len(unit.experts) == unit.site.num_experts for unit in units)
+
+
+def test_units_cover_every_weight_once_for_any_mix_of_bits(adapter: Adapter) -> None:
+    sites = adapter.sites(0)
+    plan = {name: replace(GRID, bits=2 + i % 3) for i, name in enumerate(uniform(sites))}
+    for max_experts in (1, 3, 8):
+        units = make_units([whole(site) for site in sites], plan, max_experts)
+        covered = [
+            unit.site.weight_name(expert, unit.site.leaves[leaf])
+            for unit in units
+            for expert in unit.experts
+            for leaf in unit.leaves
+        ]
+        assert sorted(covered) == sorted(plan)
+        assert all(len(unit.experts) <= max_experts for unit in units)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_codes_equal_those_of_each_weight_quantized_alone(adapter: Adapter, mixed: bool) -> None:
+    sites = adapter.sites(1)
+    plan = {name: replace(GRID, bits=2 + i % 5 if mixed else 4) for i, name in enumerate(uniform(sites))}
+    originals = {
+        site.weight_name(expert, leaf): rows
+        for site in sites
+        for expert in range(site.num_experts)
+        for leaf, rows in zip(site.leaves, adapter.get_weight(site)[expert].split(site.rows), strict=True)
+    }
+    run = Run(plan=plan)
+    quantize_sites(adapter, run, sites, rtn)
+    assert run.quantized.keys() == originals.keys()
+    for name, weight in originals.items():
+        alone = round_to_nearest(weight[None], plan[name], torch.float32)
+        assert torch.equal(run.quantized[name].codes_OI, alone.codes_EOI[0]), name
+        assert torch.equal(run.quantized[name].scale_OG, alone.scale_EOG[0])
+        assert run.quantized[name].bits == plan[name].bits
+
+
+def test_the_model_then_holds_the_dequantized_weights(adapter: Adapter) -> None:
+    sites = adapter.sites(0)
+    run = Run(plan=uniform(sites))
+    quantize_sites(adapter, run, sites, rtn)
+    for site in sites:
+        for expert, weight in enumerate(adapter.get_weight(site)):
+            for leaf, rows in zip(site.leaves, weight.split(site.rows), strict=True):
+                name = site.weight_name(expert, leaf)
+                assert torch.equal(rows, dequantize_weight(run.quantized[name], torch.float32))
+
+
+def test_every_weight_has_one_error_row(adapter: Adapter) -> None:
+    sites = adapter.sites(0)
+    run = Run(plan=uniform(sites))
+    quantize_sites(adapter, run, sites, rtn)
+    assert sorted(row["weight"] for row in run.errors) == sorted(run.plan)
+    assert all(0 < row["relative_error"] < 0.1 for row in run.errors)
+
+
+def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapter) -> None:
+    def failing(unit: Unit, weight_EOI: Tensor) -> Solution:
+        solution = rtn(unit, weight_EOI)
+        experts = torch.arange(len(unit.experts))
+        return replace(solution, failed_E=experts == 3, num_retries_E=experts * (experts < 3))
+
+    sites = tuple(site for site in adapter.sites(0) if site.kind == "routed" and site.stage == "mlp_down")
+    run = Run(plan=uniform(sites))
+    quantize_sites(adapter, run, sites, failing)
+    assert [(f.weight.split(".")[-2], f.reason) for f in run.fallbacks] == [
+        ("1", "factorisation retried in float64"),
+        ("2", "factorisation retried with stronger damping"),
+        ("3", "factorisation failed"),
+    ]
+    assert [f.detail for f in run.fallbacks] == [
+        "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest"
+    ]  # fmt: skip

@@ -1,0 +1,52 @@
+"""oneDNN's linears compute what torch's do, and nothing of them stays."""
+
+import pytest
+import torch
+from torch import nn
+
+from moeq.kernels.onednn import linears_by_onednn
+from moeq.kernels.products import ONEDNN_ROWS
+
+
+@pytest.mark.parametrize("num_tokens", [1, ONEDNN_ROWS - 1, ONEDNN_ROWS, ONEDNN_ROWS + 37])
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_differ_in_rounding_alone(num_tokens: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, inputs_BTD = nn.Linear(48, 96, bias=bias), torch.randn(1, num_tokens, 48)
+    expected = inputs_BTD.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    with torch.no_grad(), linears_by_onednn(linear):
+        outputs = linear(inputs_BTD)
+    assert outputs.layout == torch.strided
+    torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_inputs_of_a_float32_linear_are_seen_in_onednns_layout() -> None:
+    seen: dict[str, bool] = {}
+
+    class Probe(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            seen["subclass"] = input.is_mkldnn
+            return super().forward(input)
+
+    linear, half, subclass = nn.Linear(64, 64), nn.Linear(64, 64).bfloat16(), Probe(64, 64)
+    model = nn.ModuleList([linear, half, subclass])
+    inputs_TD = torch.randn(ONEDNN_ROWS, 64)
+    with torch.no_grad(), linears_by_onednn(model):
+        linear.register_forward_pre_hook(lambda _, args: seen.update(linear=args[0].is_mkldnn))
+        linear(inputs_TD)
+        half.register_forward_pre_hook(lambda _, args: seen.update(half=args[0].is_mkldnn))
+        half(inputs_TD.bfloat16())
+        subclass(inputs_TD)
+    assert seen == {"linear": torch.backends.mkldnn.is_available(), "half": False, "subclass": False}
+
+
+def test_hooked_linears_are_left_alone_and_no_hook_stays() -> None:
+    hooked, linear = nn.Linear(64, 64), nn.Linear(64, 64)
+    layouts: list[torch.layout] = []
+    hooked.register_forward_pre_hook(lambda _, args: layouts.append(args[0].layout))
+    with torch.no_grad(), linears_by_onednn(nn.ModuleList([hooked, linear])):
+        hooked(torch.randn(ONEDNN_ROWS, 64))
+    assert layouts == [torch.strided]
+    assert not linear._forward_pre_hooks
+    assert not linear._forward_hooks
+    assert len(hooked._forward_pre_hooks) == 1
