@@ -25,7 +25,7 @@ from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import is_degenerate
 from moeq.sampling.effective import measure_evidence
 from moeq.sampling.next_token import ModelNextToken
-from moeq.sampling.parts import Sampler, sample_set
+from moeq.sampling.parts import SetWriter, sample_set
 from moeq.sampling.settings import EBSSSpec
 from moeq.sampling.store import load_sampled, save_sampled
 from moeq.sampling.text import text_windows
@@ -96,7 +96,7 @@ def sampled_set(
     spec = replace(spec, num_sequences=num_sequences, length=LENGTH, seed=seed)
     path = folder / f"{name}-{spec.num_sequences}-{seed}.safetensors"
     model, decode = yardstick.model, yardstick.tokenizer.batch_decode
-    sampler = Sampler(
+    sampler = SetWriter(
         spec, SEQUENCES_AT_ONCE, first_token_candidates(model, yardstick.tokenizer),
         lambda ids_NL: [is_degenerate(text) for text in decode(ids_NL)],
         lambda ids_NL: measure_evidence(model, ids_NL), path.with_suffix(".parts"),

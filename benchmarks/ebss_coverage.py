@@ -19,7 +19,7 @@ from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.sampling.balance import balance_columns, is_degenerate
 from moeq.sampling.effective import measure_evidence
 from moeq.sampling.next_token import ModelNextToken
-from moeq.sampling.parts import Sampler, sample_set
+from moeq.sampling.parts import SetWriter, sample_set
 from moeq.sampling.settings import EBSSSpec
 
 MODEL = "assets/reference-moe"
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for seed in options.seeds:
             start = time.perf_counter()
             with TemporaryDirectory() as folder, ModelNextToken(model) as next_token:
-                sampler = Sampler(
+                sampler = SetWriter(
                     replace(ARMS[arm], seed=seed), BASE.num_sequences, candidates_V,
                     lambda ids_NT: [is_degenerate(text) for text in tokenizer.batch_decode(ids_NT)],
                     lambda ids_NT: measure_evidence(model, ids_NT), Path(folder),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from harness_sides import Scored, Side
 
-from moeq.tasks.task import Kind, MultipleChoice, Task
+from moeq.tasks.task import Aggregate, MultipleChoice, Task
 
 TOLERANCE = 1e-5
 ROUNDING = 1e-12
@@ -167,7 +167,7 @@ def _ties(task: Task, pair: Pair) -> Iterator[Tie]:
             yield _tie(pair, metric, best[0] - second[0], own.values[metric] == other.values[metric])
 
 
-def _differences(kinds: Mapping[str, Kind], pair: Pair, ties: set[str]) -> Iterator[str]:
+def _differences(kinds: Mapping[str, Aggregate], pair: Pair, ties: set[str]) -> Iterator[str]:
     """What differs in one document."""
     own, other = pair.own, pair.other
     if len(own.likelihoods) != len(other.likelihoods):
@@ -183,7 +183,7 @@ def _differences(kinds: Mapping[str, Kind], pair: Pair, ties: set[str]) -> Itera
 
 
 def _metric_differences(
-    kinds: Mapping[str, Kind], ours: Side, theirs: Side, split: set[tuple[str, str]]
+    kinds: Mapping[str, Aggregate], ours: Side, theirs: Side, split: set[tuple[str, str]]
 ) -> Iterator[str]:
     """What differs in the metrics of tasks and groups."""
     for name, found in theirs.measured.items():

@@ -14,7 +14,7 @@ from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
 from moeq.tasks.metrics import measurement, ratio_sums
 from moeq.tasks.rows import load_rows
-from moeq.tasks.task import Kind, MultipleChoice, Task, Values
+from moeq.tasks.task import Aggregate, MultipleChoice, Task, Values
 
 # Of the bootstrap by which the harness finds the standard error of LAMBADA's perplexity.
 BOOTSTRAP_SAMPLES = 1000
@@ -88,7 +88,7 @@ def _of_result(task: Task, document: Document, result: Result) -> Scored:
     return Scored(tuple(likelihoods), result.values, tuple(lengths), document.num_cut, sequences)
 
 
-def _measured(documents: Sequence[Scored], kinds: Mapping[str, Kind]) -> dict[str, tuple[float, float | None]]:
+def _measured(documents: Sequence[Scored], kinds: Mapping[str, Aggregate]) -> dict[str, tuple[float, float | None]]:
     found = {}
     for metric, kind in kinds.items():
         pairs = [document.values[metric] for document in documents]
@@ -136,7 +136,7 @@ def run_harness(model: Any, tokenizer: Any, files: Files, batch_size: int) -> Si
     return Side(documents, measured)
 
 
-def _of_sample(sample: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Scored:
+def _of_sample(sample: Mapping[str, Any], kinds: Mapping[str, Aggregate]) -> Scored:
     """A logged sample: numbers of the harness as totals and weights."""
     values: Values = {}
     for metric, kind in kinds.items():

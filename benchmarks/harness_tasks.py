@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from moeq.tasks.pages import pages
-from moeq.tasks.task import Row
+from moeq.tasks.task import DataRow
 
 # Configuration files below lm_eval/tasks, by the name of the same task here.
 CONFIGS = {
@@ -34,7 +34,7 @@ CONFIGS = {
 }
 
 
-def harness_task(name: str, rows: Sequence[Row], shots: Sequence[Row] = (), num_shots: int = 0) -> Any:
+def harness_task(name: str, rows: Sequence[DataRow], shots: Sequence[DataRow] = (), num_shots: int = 0) -> Any:
     """The harness's task on given rows, with its requests built; "mmlu_<subject>" is a subject of MMLU.
 
     Args:
@@ -79,11 +79,11 @@ def requests_by_document(task: Any) -> list[list[tuple[Any, ...]]]:
     return [found[index] for index in sorted(found)]
 
 
-def _documents(name: str, rows: Sequence[Row]) -> Sequence[Row]:
+def _documents(name: str, rows: Sequence[DataRow]) -> Sequence[DataRow]:
     return pages(rows) if name == "wikitext" else rows
 
 
-def _stored_there(name: str, row: Row) -> Mapping[str, Any]:
+def _stored_there(name: str, row: DataRow) -> Mapping[str, Any]:
     """A row with the fields that the harness expects of its copy."""
     if name == "boolq" and "title" in row:
         return {**row, "passage": f"{row['title']} -- {row['passage']}", "label": int(row["answer"])}

@@ -13,7 +13,7 @@ from typing_extensions import override
 from datamodules.calibration import CalibrationDataModule
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import Units, is_degenerate
-from moeq.sampling.settings import EBSSSpec, Mode, NextToken, Prefix, Sampled, Scope
+from moeq.sampling.settings import EBSSSpec, NextToken, PrefixKind, Sampled, SamplingMode, SigmaScope
 from moeq.sampling.text import text_windows
 
 NUM_SHOWN = 3
@@ -54,7 +54,7 @@ class EBSSDataModule(CalibrationDataModule):
         branches: int = 4,
         tau: float = 1.2,
         prefix_length: int = 4,
-        mode: Mode = "corpus",
+        mode: SamplingMode = "corpus",
         temperature: float = 1.0,
         balance: bool = True,
         seed: int = 0,
@@ -64,8 +64,8 @@ class EBSSDataModule(CalibrationDataModule):
         batch_size: int = 8,
         top_p: float = 1.0,
         sigma_units: Units = "token_fraction",
-        sigma_scope: Scope = "sequence",
-        prefix: Prefix = "greedy",
+        sigma_scope: SigmaScope = "sequence",
+        prefix: PrefixKind = "greedy",
         starts: int = 32,
         segment: int = 8,
         min_tokens_per_expert: float = 0.0,
@@ -81,14 +81,14 @@ class EBSSDataModule(CalibrationDataModule):
 
     @override
     def make_ids(self) -> Tensor:
-        from moeq.sampling.store import check_cache, fingerprint, load_sampled, save_sampled
+        from moeq.sampling.store import check_cache, load_sampled, save_sampled, set_fingerprint
 
         assert self.trainer is not None
         trainer, module = self.trainer, self._module()
         _check_positions(module.model, self.spec.length)
         if self.cache_dir is not None:
             check_cache(Path(self.cache_dir))
-        key = fingerprint(module.model, module.tokenizer, self.spec, self.sequences_at_once, trainer.world_size)
+        key = set_fingerprint(module.model, module.tokenizer, self.spec, self.sequences_at_once, trainer.world_size)
         path = module.run_dir / "calibration" / f"ebss-{key}.safetensors"
         shared = path if self.cache_dir is None else Path(self.cache_dir) / path.name
         if trainer.is_global_zero and not path.is_file() and shared.is_file():
@@ -118,12 +118,12 @@ class EBSSDataModule(CalibrationDataModule):
 
         from moeq.sampling.effective import measure_evidence
         from moeq.sampling.next_token import ModelNextToken
-        from moeq.sampling.parts import Sampler, sample_set
+        from moeq.sampling.parts import SetWriter, sample_set
 
         assert self.trainer is not None
         trainer, module = self.trainer, self._module()
         device = module.model.device
-        sampler = Sampler(
+        sampler = SetWriter(
             self.spec,
             self.sequences_at_once,
             candidates_V=first_token_candidates(module.model, module.tokenizer),
@@ -147,7 +147,7 @@ class EBSSDataModule(CalibrationDataModule):
         """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
         from moeq.disk.atomic import write_json
         from moeq.sampling.next_token import score_sequences
-        from moeq.sampling.set_report import decision_columns, decision_steps, scalars
+        from moeq.sampling.set_report import decision_columns, decision_steps, set_scalars
         from moeq.sampling.store import load_sampled
 
         assert self.trainer is not None
@@ -169,9 +169,9 @@ class EBSSDataModule(CalibrationDataModule):
         write_json(path.parent / "report.json", report)
         if self.trainer.logger is not None:
             for name in ("decisions", "sampled", "text"):
-                self.trainer.logger.log_metrics(scalars(report.get(name, {}), f"ebss_{name}"))
+                self.trainer.logger.log_metrics(set_scalars(report.get(name, {}), f"ebss_{name}"))
             for step, columns in enumerate(decision_steps(sampled.decisions_NS3)):
-                self.trainer.logger.log_metrics(scalars(columns, "ebss_steps"), step=step)
+                self.trainer.logger.log_metrics(set_scalars(columns, "ebss_steps"), step=step)
 
     def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
         from moeq.sampling.effective import measure_evidence

@@ -13,9 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from moeq.models.adapter import Adapter, Kind  # noqa: E402
+from moeq.models.adapter import Adapter  # noqa: E402
 from moeq.models.families import HAND_ON  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
+from moeq.quant.spec import WeightKind  # noqa: E402
 from tests.families import FAMILIES, NOT_CAUSAL, REFUSED  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -98,7 +99,7 @@ def _rotation(adapter: Adapter) -> str:
     return "all but values of some blocks" if left_out else "all"
 
 
-def _names(adapter: Adapter, kind: Kind) -> str:
+def _names(adapter: Adapter, kind: WeightKind) -> str:
     leaves = {leaf: None for site in adapter.all_sites() if site.kind == kind for leaf in site.leaves}
     return _join(leaves)
 

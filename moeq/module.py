@@ -25,7 +25,7 @@ from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
-from moeq.report.task_report import scalars
+from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
 
 
@@ -257,7 +257,7 @@ class MoEQuantModule(L.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         self.validation.finish()
-        for name, value in scalars(self.validation.reports).items():
+        for name, value in task_scalars(self.validation.reports).items():
             self.log(name, value, sync_dist=False)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeq.tasks.registry import find_task, task_names
-from moeq.tasks.task import Row
+from moeq.tasks.task import DataRow
 from tests.tasks.catalog.examples import ROWS, SAME, SHOTS
 
 COPIES = 2
@@ -28,7 +28,7 @@ PAGE = (
 PAGES = "".join(PAGE.format(n=n) for n in range(40))
 
 
-def documents_of(name: str) -> list[Row]:
+def documents_of(name: str) -> list[DataRow]:
     """The rows that a task of the catalog is given, but for texts."""
     rows = ROWS[SAME.get(name, name)]
     return [*rows, *(_numbered(row, copy) for copy in range(1, COPIES) for row in rows)]
@@ -58,7 +58,7 @@ def write_evaluation_data(folder: Path) -> Path:
     return folder
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[DataRow]) -> None:
     """One JSON object per line; gzipped where the name says so."""
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
@@ -68,6 +68,6 @@ def write_text(path: Path, text: str) -> None:
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def _numbered(row: Row, number: int) -> Row:
+def _numbered(row: DataRow, number: int) -> DataRow:
     field = next(name for name in NUMBERED if name in row)
     return {**row, field: f"# {number}\n{row[field]}"}

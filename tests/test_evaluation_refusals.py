@@ -18,7 +18,7 @@ from tests.tiny import save_tiny
 
 CONFIG = Path("configs/eval.yaml")
 OWN_TASK = """
-from moeq.tasks.spec import MultipleChoice, Source
+from moeq.tasks.task import MultipleChoice, Source
 
 PARITY = MultipleChoice(
     name="parity", source=Source("parity", hub=None, splits=("test",)), groups=lambda row: [row["size"]],

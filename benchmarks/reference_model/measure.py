@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeq.decoding.generate import generate
 from moeq.models.adapter import is_experts_module
 from moeq.scoring.perplexity import nll_sum_and_count
-from moeq.tasks.arithmetic import Problem, parse_answer
+from moeq.tasks.arithmetic import Sum, parse_answer
 
 WINDOW = 512
 # A domain uses an expert where it gives it at least a quarter of the slots of a perfectly even routing.
@@ -57,7 +57,7 @@ def measure_windows(model: nn.Module, windows_NT: Tensor, batch_size: int = 8) -
     return {"nats_per_token": round(total / scored, 4), "num_tokens": scored}, counts_LE
 
 
-def exact_match(model: nn.Module, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 100) -> float:
+def exact_match(model: nn.Module, tokenizer: Any, problems: Sequence[Sum], batch_size: int = 100) -> float:
     """Share of problems that greedy decoding answers exactly."""
     correct = 0
     for start in range(0, len(problems), batch_size):

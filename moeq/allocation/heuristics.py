@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from moeq.allocation.evidence import Evidence
-from moeq.quant.spec import WeightShape
+from moeq.quant.spec import WeightKind, WeightShape
 
 Weights = Sequence[WeightShape]
-Part = Literal["mlp", "all"]
-Kind = Literal["attention", "dense", "shared", "routed"]
+BlockPart = Literal["mlp", "all"]
 # (block, expert): a routed expert.
 Expert = tuple[int, int]
 
@@ -59,7 +58,7 @@ def dense(weights: Weights, evidence: Evidence | None) -> set[str]:
 
 
 @rule
-def linear(weights: Weights, evidence: Evidence | None, linear: str, kind: Kind = "routed") -> set[str]:
+def linear(weights: Weights, evidence: Evidence | None, linear: str, kind: WeightKind = "routed") -> set[str]:
     """One type of linear: gate_proj, up_proj or down_proj of the routed experts, or of another structure."""
     found = {w.name for w in weights if w.linear == linear and w.kind == kind}
     if not found:
@@ -120,7 +119,11 @@ def _experts(weights: Weights, chosen: Iterable[Sequence[Expert]]) -> set[str]:
 
 @rule
 def first_blocks(
-    weights: Weights, evidence: Evidence | None, num: int | None = None, share: float | None = None, part: Part = "mlp"
+    weights: Weights,
+    evidence: Evidence | None,
+    num: int | None = None,
+    share: float | None = None,
+    part: BlockPart = "mlp",
 ) -> set[str]:
     """The first blocks; ``share: 0.5, part: all`` with one bit more than the base is the depth split."""
     blocks = _blocks(weights)
@@ -129,7 +132,11 @@ def first_blocks(
 
 @rule
 def last_blocks(
-    weights: Weights, evidence: Evidence | None, num: int | None = None, share: float | None = None, part: Part = "mlp"
+    weights: Weights,
+    evidence: Evidence | None,
+    num: int | None = None,
+    share: float | None = None,
+    part: BlockPart = "mlp",
 ) -> set[str]:
     """The last blocks."""
     blocks = _blocks(weights)
@@ -139,7 +146,7 @@ def last_blocks(
 @rule
 def random_blocks(
     weights: Weights, evidence: Evidence | None, seed: int, num: int | None = None, share: float | None = None,
-    part: Part = "mlp",
+    part: BlockPart = "mlp",
 ) -> set[str]:  # fmt: skip
     """Blocks with routed experts, drawn at random: the control of first, last and (least) similar blocks."""
     blocks = _blocks(w for w in weights if w.kind == "routed")
@@ -150,7 +157,7 @@ def random_blocks(
 @rule
 def least_similar_blocks(
     weights: Weights, evidence: Evidence, num: int | None = None, share: float | None = None,
-    by: Literal["measured", "predicted"] = "measured", part: Part = "mlp",
+    by: Literal["measured", "predicted"] = "measured", part: BlockPart = "mlp",
 ) -> set[str]:  # fmt: skip
     """Blocks whose MLP turns its input most: least cosine similarity of input and output token."""
     similarity = _similarity(weights, evidence, by)
@@ -161,7 +168,7 @@ def least_similar_blocks(
 @rule
 def most_similar_blocks(
     weights: Weights, evidence: Evidence, num: int | None = None, share: float | None = None,
-    by: Literal["measured", "predicted"] = "measured", part: Part = "mlp",
+    by: Literal["measured", "predicted"] = "measured", part: BlockPart = "mlp",
 ) -> set[str]:  # fmt: skip
     """The opposite of ``least_similar_blocks``, as the published scripts leave open which end gets the bits."""
     similarity = _similarity(weights, evidence, by)
@@ -192,7 +199,7 @@ def _of_blocks(weights: Weights, blocks: Sequence[int], part: str) -> set[str]:
 @rule
 def top_scored(
     weights: Weights, evidence: Evidence, score: str, num: int | None = None, share: float | None = None,
-    kind: Kind = "routed",
+    kind: WeightKind = "routed",
 ) -> set[str]:  # fmt: skip
     """The weights of a structure with the largest data-free score (``outlier`` is the scorer of the paper)."""
     if score not in evidence.scores:
@@ -207,7 +214,7 @@ def top_scored(
 @rule
 def random_linears(
     weights: Weights, evidence: Evidence | None, seed: int, num: int | None = None, share: float | None = None,
-    kind: Kind = "routed",
+    kind: WeightKind = "routed",
 ) -> set[str]:  # fmt: skip
     """The control of ``top_scored``: as many weights, drawn at random."""
     names = [w.name for w in weights if w.kind == kind]

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeq.allocation.problem import Problem
+from moeq.allocation.problem import AllocationProgram
 
 Choices = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -29,17 +29,17 @@ KEPT, GOOD_ENOUGH = (0.0, 0.001, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03), 3e-4
 FLOOR_ROUNDS = 3
 
 
-def cost_of(problem: Problem, choice_U: Choices) -> float:
+def cost_of(problem: AllocationProgram, choice_U: Choices) -> float:
     """Predicted damage of a choice for every unit."""
     return float(np.take_along_axis(problem.cost_UC, choice_U[:, None], 1).sum())
 
 
-def size_of(problem: Problem, choice_U: Choices) -> int:
+def size_of(problem: AllocationProgram, choice_U: Choices) -> int:
     """Size of a choice for every unit, in parts of the budget unit."""
     return int(np.take_along_axis(problem.size_UC, choice_U[:, None], 1).sum())
 
 
-def solve_lagrangian(problem: Problem) -> tuple[Choices, float]:
+def solve_lagrangian(problem: AllocationProgram) -> tuple[Choices, float]:
     """A plan within the budget and a lower bound on the damage of any; the smallest plan must fit the budget."""
     _, bound, price = _relax(problem.cost_UC, problem)
     candidates = []
@@ -64,7 +64,7 @@ def smallest_choices(cost_UC: Floats, size_UC: NDArray[np.int64]) -> Choices:
     return np.where(size == size.min(1, keepdims=True), cost_UC, np.inf).argmin(1)
 
 
-def _relax(cost_UC: Floats, problem: Problem) -> tuple[Choices, float, float]:
+def _relax(cost_UC: Floats, problem: AllocationProgram) -> tuple[Choices, float, float]:
     """Whole steps of the linear relaxation: (choice of every unit, its lower bound, the price of size)."""
     choice_U = smallest_choices(cost_UC, problem.size_UC)
     room = problem.capacity - size_of(problem, choice_U)
@@ -109,7 +109,7 @@ def _hull_steps(
     return unit_S, target_S, gain_S, grow_S
 
 
-def _search(cost_UC: Floats, problem: Problem) -> Choices:
+def _search(cost_UC: Floats, problem: AllocationProgram) -> Choices:
     """The best plan that exchanges reach from several starts."""
     best_U = smallest_choices(cost_UC, problem.size_UC)
     smallest = size_of(problem, best_U)
@@ -124,7 +124,7 @@ def _search(cost_UC: Floats, problem: Problem) -> Choices:
     return best_U
 
 
-def _exchange(cost_UC: Floats, problem: Problem, choice_U: Choices, bound: float) -> Choices:
+def _exchange(cost_UC: Floats, problem: AllocationProgram, choice_U: Choices, bound: float) -> Choices:
     """Change one unit, or two against each other, by the best move within the budget until none lowers the damage."""
     choice_U = choice_U.copy()
     room = problem.capacity - size_of(problem, choice_U)
@@ -172,7 +172,7 @@ def _best_move(
     return [(int(unit_M[i]), int(target_M[i])) for i in (best_pair, int(partner_of_M[best_pair]))]
 
 
-def meet_floors(problem: Problem, price: float) -> Floats:
+def meet_floors(problem: AllocationProgram, price: float) -> Floats:
     """Costs in which the experts that meet each floor most cheaply at a price can have only its wide choices."""
     cost_UC = problem.cost_UC.copy()
     # An infinite price asks for size alone.

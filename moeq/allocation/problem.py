@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moeq.allocation.evidence import CostTable
 from moeq.allocation.plan import Choice, storage_bits
-from moeq.allocation.runtime import Runtime, make_units
+from moeq.allocation.runtime import Runtime, shared_width_units
 from moeq.quant.spec import GridSpec, WeightShape
 
 BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes"]
@@ -59,7 +59,7 @@ class FloorGroup:
 
 
 @dataclass(frozen=True)
-class Problem:
+class AllocationProgram:
     """The program in arrays.
 
     Attributes:
@@ -93,7 +93,7 @@ def build_problem(
     weights: Sequence[WeightShape], costs: CostTable, choices: Sequence[Choice], budget: Budget, runtime: Runtime,
     like: GridSpec, *, floors: Sequence[Floor] = (), minimum_bits: Mapping[str, int] | None = None,
     fixed: Mapping[str, GridSpec] | None = None,
-) -> Problem:  # fmt: skip
+) -> AllocationProgram:  # fmt: skip
     """The program of a model.
 
     Args:
@@ -114,7 +114,7 @@ def build_problem(
     readable = tuple(sorted({choice for choice in choices if runtime.admits(choice)}))
     if not readable:
         raise ValueError(f"{runtime.name} reads none of the choices {', '.join(c.label for c in choices)}; give others")
-    units = make_units([w for w in weights if w.name not in fixed], runtime)
+    units = shared_width_units([w for w in weights if w.name not in fixed], runtime)
     shape = len(units), len(readable)
     cost_UC, size_UC = np.full(shape, np.inf), np.zeros(shape, np.int64)
     denominator = _denominator(weights) if budget.unit == "active_bytes" else 1
@@ -136,7 +136,7 @@ def build_problem(
     # The widest first, as experts that meet it also meet the others.
     ordered = sorted(floors, key=lambda floor: -floor.bits)
     groups = tuple(group for floor in ordered for group in _floor_groups(floor, weights, units, readable, cost_UC))
-    return Problem(tuple(units), readable, cost_UC, size_UC, capacity, parts, budget, fixed_size, groups)
+    return AllocationProgram(tuple(units), readable, cost_UC, size_UC, capacity, parts, budget, fixed_size, groups)
 
 
 def _fits(weight: WeightShape, choice: Choice) -> bool:

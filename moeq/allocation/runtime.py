@@ -81,7 +81,7 @@ def find_runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def make_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[WeightShape, ...]]:
+def shared_width_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[WeightShape, ...]]:
     """Weights that must share a width, in the order of the first of each unit."""
     units: dict[Hashable, list[WeightShape]] = {}
     for weight in weights:
@@ -91,7 +91,7 @@ def make_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[W
 
 def check_runtime(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], runtime: Runtime) -> None:
     """Raise ValueError where the runtime cannot read a plan, naming the first weight that stands against it."""
-    for unit in make_units(weights, runtime):
+    for unit in shared_width_units(weights, runtime):
         first = _choice(plan[unit[0].name])
         for weight in unit:
             choice = _choice(plan[weight.name])

@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from moeq.allocation.lagrangian import Choices, cost_of, meet_floors, size_of, smallest_choices, solve_lagrangian
-from moeq.allocation.problem import Problem
+from moeq.allocation.problem import AllocationProgram
 
 SolverName = Literal["auto", "exact", "lagrangian"]
 # Above so many 0/1 variables "auto" takes the Lagrangian path, whose gap shrinks as their number grows.
@@ -25,7 +25,7 @@ RELATIVE_GAP = 1e-5
 
 
 @dataclass(frozen=True)
-class Solution:
+class AllocationResult:
     """A feasible point of a program.
 
     Attributes:
@@ -48,7 +48,7 @@ class Solution:
         return 0.0 if self.cost == self.bound else (self.cost - self.bound) / max(abs(self.cost), 1e-300)
 
 
-def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
+def solve(problem: AllocationProgram, solver: SolverName = "auto") -> AllocationResult:
     """The plan of least predicted damage within the budget.
 
     Raises:
@@ -59,27 +59,27 @@ def solve(problem: Problem, solver: SolverName = "auto") -> Solution:
         solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
     choice_U, bound = _solve_exact(problem) if solver == "exact" else solve_lagrangian(problem)
     cost = cost_of(problem, choice_U)
-    return Solution(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
+    return AllocationResult(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
 
 
-def check_reachable(problem: Problem) -> None:
+def check_reachable(problem: AllocationProgram) -> None:
     """Raise ValueError where the budget is below the smallest plan; the nearest reachable ones are named."""
     smallest = smallest_size(problem)
     if smallest > problem.capacity:
         raise ValueError(_unreachable(problem, smallest))
 
 
-def smallest_size(problem: Problem) -> int:
+def smallest_size(problem: AllocationProgram) -> int:
     """Least size of any plan that keeps the floors."""
     return size_of(problem, smallest_choices(meet_floors(problem, np.inf), problem.size_UC))
 
 
-def largest_size(problem: Problem) -> int:
+def largest_size(problem: AllocationProgram) -> int:
     """Size of the largest plan."""
     return int(np.where(np.isfinite(problem.cost_UC), problem.size_UC, 0).max(1).sum())
 
 
-def _unreachable(problem: Problem, smallest: int) -> str:
+def _unreachable(problem: AllocationProgram, smallest: int) -> str:
     least_U = np.where(np.isfinite(problem.cost_UC), problem.size_UC, np.iinfo(np.int64).max).min(1)
     above_UC = np.where(np.isfinite(problem.cost_UC), problem.size_UC - least_U[:, None], 0)
     step = int(above_UC[above_UC > 0].min()) if (above_UC > 0).any() else 0
@@ -92,7 +92,7 @@ def _unreachable(problem: Problem, smallest: int) -> str:
     )
 
 
-def _solve_exact(problem: Problem) -> tuple[Choices, float]:
+def _solve_exact(problem: AllocationProgram) -> tuple[Choices, float]:
     """The optimum by branch and cut; the Lagrangian plan where that found none (limit of nodes, tolerance)."""
     choice_U, bound = _milp(problem)
     if choice_U is not None and size_of(problem, choice_U) <= problem.capacity:
@@ -101,7 +101,7 @@ def _solve_exact(problem: Problem) -> tuple[Choices, float]:
     return choice_U, max(bound, lagrangian_bound)
 
 
-def _milp(problem: Problem) -> tuple[Choices | None, float]:
+def _milp(problem: AllocationProgram) -> tuple[Choices | None, float]:
     """One call of HiGHS: (choice of every unit, or None where it found none; lower bound).
 
     HiGHS 1.12 (scipy 1.17) may print "HighsMipSolverData::transformNewIntegerFeasibleSolution" whatever its options
@@ -138,7 +138,7 @@ def _milp(problem: Problem) -> tuple[Choices | None, float]:
 
 
 def _floor_rows(
-    problem: Problem, units: NDArray[np.int64], columns: NDArray[np.int64]
+    problem: AllocationProgram, units: NDArray[np.int64], columns: NDArray[np.int64]
 ) -> tuple[list[LinearConstraint], int]:
     """Floors as constraints: z_e <= sum of allowed x_uc for every unit u of expert e, and sum_e z_e >= n per block."""
     position = np.full(problem.cost_UC.shape, -1)

@@ -36,7 +36,7 @@ def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
         raise ValueError(
             f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
         ) from error
-    check_finite(model)
+    check_finite_weights(model)
     model.eval().requires_grad_(False)
     return model
 
@@ -76,7 +76,7 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(_not_found("tokenizer", name)) from error
 
 
-def check_finite(model: nn.Module) -> None:
+def check_finite_weights(model: nn.Module) -> None:
     """Raise ValueError naming the first floating-point parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 
 from moeq.models.experts import (
     PROJECTIONS,
-    Part,
+    ExpertSide,
     as_stored,
     expert_modules,
     expert_weight,
@@ -88,7 +88,7 @@ def expert_leaves(model: PreTrainedModel) -> dict[str, str]:
     for path, module in expert_modules(model).items():
         into, count = projections(module)[:-1], num_experts(module)
         labels = {}
-        parts: tuple[tuple[Part, tuple[str, ...]], ...] = (("into", into), ("down", ("down_proj",)))
+        parts: tuple[tuple[ExpertSide, tuple[str, ...]], ...] = (("into", into), ("down", ("down_proj",)))
         for part, leaves_of_part in parts:
             label_OI = torch.tensor([[PROJECTIONS.index(leaf)] for leaf in leaves_of_part])
             stored = as_stored(module, part, label_OI.expand(count, len(leaves_of_part), 1))

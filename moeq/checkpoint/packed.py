@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint.packing import num_words, pack, unpack
-from moeq.models.experts import Part, as_stored, parameter_name
+from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -113,7 +113,7 @@ class PackedExpert(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def weight(self, part: Part) -> Tensor:
+    def weight(self, part: ExpertSide) -> Tensor:
         """Dequantized weight [O, I] of the down projection, or gate rows above up rows."""
         layers = (self.down_proj,) if part == "down" else (self.gate_proj, self.up_proj)
         weights = [layer.weight for layer in layers if layer is not None]
@@ -172,7 +172,7 @@ class _Unpacking:
 
     def __init__(self, experts: PackedExperts, dtype: torch.dtype) -> None:
         self._experts, self._dtype = experts, dtype
-        self._parts: dict[str, Part] = {
+        self._parts: dict[str, ExpertSide] = {
             parameter_name(experts, "into"): "into",
             parameter_name(experts, "down"): "down",
         }
@@ -187,7 +187,7 @@ class _Stack:
     """The fused parameter of one part: indexing dequantizes one expert, in the family's own layout."""
 
     experts: PackedExperts
-    part: Part
+    part: ExpertSide
     dtype: torch.dtype
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:

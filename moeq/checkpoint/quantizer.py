@@ -27,7 +27,7 @@ from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedFormat, Pa
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
-FORMAT_VERSION = 1
+CHECKPOINT_VERSION = 1
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -56,13 +56,13 @@ class MoEQConfig(QuantizationConfigMixin):
         expert_leaves: dict[str, str] | None = None,
         metadata: dict[str, Any] | None = None,
         quant_method: str = METHOD,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = CHECKPOINT_VERSION,
         **newer: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION or newer:
+        if format_version > CHECKPOINT_VERSION or newer:
             raise ValueError(
                 f"the checkpoint has moeq format {format_version} (unknown keys: {sorted(newer)}); "
-                f"this version reads format {FORMAT_VERSION}; update moeq"
+                f"this version reads format {CHECKPOINT_VERSION}; update moeq"
             )
         self.quant_method = quant_method
         self.format_version = format_version

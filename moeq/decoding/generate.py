@@ -38,14 +38,14 @@ class NonFiniteLogits(ValueError):
         self.prompt = prompt
 
 
-class Row(NamedTuple):
+class Continuation(NamedTuple):
     """One continuation: the number of its prompt and its number among the prompt's samples."""
 
     prompt: int
     sample: int
 
 
-class Sampler(NamedTuple):
+class TokenChoice(NamedTuple):
     """How a token is chosen; temperature 0 is the most likely one, of equal ones the first."""
 
     temperature: float
@@ -98,7 +98,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive; choose the task's own, such as 256")
     stopping = Stopping(tokenizer, stop, end_of_text_ids(model, tokenizer))
-    sampler = Sampler(temperature, top_p)
+    sampler = TokenChoice(temperature, top_p)
     texts = [[""] * num_samples for _ in prompts]
     for rows in _batches(prompts, num_samples, decoding, max_rows):
         uniform_RS = _uniform(rows, seeds, max_new_tokens)
@@ -112,8 +112,8 @@ def generate(
 def _continue(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    rows: Sequence[Row],
-    sampler: Sampler,
+    rows: Sequence[Continuation],
+    sampler: TokenChoice,
     uniform_RS: Tensor,
     stopping: Stopping,
 ) -> list[list[int]]:
@@ -142,7 +142,7 @@ def _continue(
     return new
 
 
-def _start(decoder: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[Row]) -> Tensor:
+def _start(decoder: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[Continuation]) -> Tensor:
     """Logits_RV after the prompts of the rows, each prompt computed once."""
     used = sorted({row.prompt for row in rows})
     logits_RV = decoder.start([prompts[index] for index in used])
@@ -155,17 +155,17 @@ def _start(decoder: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[Ro
 
 def _batches(
     prompts: Sequence[Sequence[int]], num_samples: int, decoding: Decoding, max_rows: int
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Continuation]]:
     """Rows that are decoded together, in order: of one length of prompt where the model needs that."""
-    groups: dict[int, list[Row]] = {}
+    groups: dict[int, list[Continuation]] = {}
     for number, prompt in enumerate(prompts):
         group = groups.setdefault(0 if decoding.any_lengths else len(prompt), [])
-        group.extend(Row(number, sample) for sample in range(num_samples))
+        group.extend(Continuation(number, sample) for sample in range(num_samples))
     for rows in groups.values():
         yield from (rows[start : start + max_rows] for start in range(0, len(rows), max_rows))
 
 
-def _uniform(rows: Sequence[Row], seeds: Sequence[int], num_steps: int) -> Tensor:
+def _uniform(rows: Sequence[Continuation], seeds: Sequence[int], num_steps: int) -> Tensor:
     """Random numbers of each row in [0, 1): float64 uniform_RS."""
     generator = torch.Generator()
     drawn = []

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 1
+RECORD_VERSION = 1
 LIBRARIES = ("moeq", "torch", "transformers")
 
 
-def fingerprint(
+def result_digest(
     *, model: str, dtype: str, reference: str | None, settings: Mapping[str, Any], versions: Mapping[str, str]
 ) -> str:
     """JSON with sorted keys, equal exactly where all of these are.
@@ -22,7 +22,7 @@ def fingerprint(
     """
     counted = {name: versions.get(name) for name in LIBRARIES}
     parts = {"model": model, "dtype": dtype, "reference": reference, "settings": settings, "versions": counted}
-    return json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True, allow_nan=False)
+    return json.dumps({"format": RECORD_VERSION, **parts}, sort_keys=True, allow_nan=False)
 
 
 def differences(before: str, now: str) -> list[str]:

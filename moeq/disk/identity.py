@@ -17,7 +17,7 @@ WHOLE_BYTES = 1 << 22
 STRIDE_BYTES = 1 << 22
 BLOCK_BYTES = 1 << 12
 # What decides the answers of a model: configuration and code, weights, tokenizer.
-SUFFIXES = frozenset({".json", ".py", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja"})
+IDENTITY_SUFFIXES = frozenset({".json", ".py", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja"})
 
 
 def model_identity(name: str) -> str:
@@ -45,7 +45,7 @@ def folder_digest(folder: Path) -> str:
     Raises:
         ValueError: It has none.
     """
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in IDENTITY_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no model files; give the folder of a Hugging Face checkpoint")
     state = hashlib.sha256()

@@ -31,10 +31,10 @@ from moeq.scoring.extent import Layout
 from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scored, Scorer
 
-Mode = Literal["memory", "disk"]
+OriginalPlace = Literal["memory", "disk"]
 # Models need room to run in: activations, caches and logits.
 ROOM = 1.15
-MANIFEST = "manifest.json"
+LOGITS_MANIFEST = "manifest.json"
 LOGITS = "logits_PV"
 ROUTING = "ids_TK:"
 # Left free on the disk beyond what is needed.
@@ -46,7 +46,7 @@ REMEDY = "delete it and start again: the original then runs on its batch"
 
 def choose_mode(
     requested: Literal["auto", "memory", "disk"], model_bytes: int, original_bytes: int, free_bytes: int
-) -> Mode:
+) -> OriginalPlace:
     """Whether the original runs beside the model ("memory") or before it, leaving its logits ("disk").
 
     Args:
@@ -116,11 +116,11 @@ class StoredOriginal:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
-        manifest = folder / MANIFEST
+        manifest = folder / LOGITS_MANIFEST
         if manifest.is_file():
             self._check(manifest)
         elif folder.exists() and any(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder} holds safetensors files but no {MANIFEST}; give a folder of its own")
+            raise ValueError(f"{folder} holds safetensors files but no {LOGITS_MANIFEST}; give a folder of its own")
         else:
             _write_manifest(manifest, fingerprint)
 
@@ -192,7 +192,7 @@ class StoredOriginal:
             )
 
 
-Original = LiveOriginal | StoredOriginal
+AnyOriginal = LiveOriginal | StoredOriginal
 
 
 def _write_manifest(path: Path, fingerprint: str) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moeq.checkpoint.loading import load_config, load_model, model_bytes
 from moeq.decoding.decoders import Decoding, examine
-from moeq.disk.fingerprint import fingerprint
+from moeq.disk.fingerprint import result_digest
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
@@ -40,7 +40,7 @@ def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling) -> str:
         sampling: How text is generated.
     """
     name, reference, dtype = (settings[key] for key in ("name", "reference", "dtype"))
-    return fingerprint(
+    return result_digest(
         model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
         settings=asdict(sampling), versions=installed_versions(),
     )  # fmt: skip
@@ -138,7 +138,7 @@ def run_original(
 ) -> StoredOriginal:
     """Let the original run over all batches that it has not run over yet, and release it."""
     reference, dtype = settings["reference"], settings["dtype"]
-    identity = fingerprint(
+    identity = result_digest(
         model=model_identity(reference), dtype=dtype, reference=None, settings={}, versions=installed_versions()
     )
     stored = StoredOriginal(folder, identity)

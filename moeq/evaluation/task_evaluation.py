@@ -10,7 +10,7 @@ from moeq.report.task_report import Description
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.metrics import COMPARISONS, TaskMetrics
 from moeq.tasks.rows import Rows
-from moeq.tasks.task import Code, Kind, MultipleChoice, Task
+from moeq.tasks.task import Aggregate, Code, MultipleChoice, Task
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sampling:
             )
 
 
-def metric_kinds(task: Task, sampling: Sampling, compared: bool) -> dict[str, Kind]:
+def metric_kinds(task: Task, sampling: Sampling, compared: bool) -> dict[str, Aggregate]:
     """Kind of every metric that a task reports in a run, in the order of the tables."""
     kinds = {f"pass@{k}": "mean" for k in sampling.k} if isinstance(task, Code) else dict(task.metrics)
     return kinds | (COMPARISONS if compared else {})  # type: ignore[return-value]
@@ -76,7 +76,7 @@ class TaskEvaluation:
         rows: Rows,
         documents: Sequence[Document],
         num_available: int,
-        kinds: dict[str, Kind],
+        kinds: dict[str, Aggregate],
         records: Records,
         rank: int,
     ) -> None:

@@ -24,7 +24,7 @@ from moeq.fit.schedule import whole
 from moeq.fit.solve import commit, make_units
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import run_block
-from moeq.quant.learned import Latent, LearnedSpec, block_error, close_latent, dequantized, learn, open_latent
+from moeq.quant.learned import Latent, LearnedSpec, block_error, close_latent, latent_weight, learn, open_latent
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -99,7 +99,7 @@ class _Forward:
             weight_EOI = self.weights[site].clone()
             for stack in self.stacks:
                 if stack.site is site:
-                    weight_EOI[stack.experts, stack.rows] = dequantized(stack.latent)
+                    weight_EOI[stack.experts, stack.rows] = latent_weight(stack.latent)
             values = self.adapter.parameters_of(site, weight_EOI)
             parameters |= {name.removeprefix(self.prefix): value for name, value in values.items()}
         device = next(iter(self.parameters.values())).device

@@ -30,7 +30,7 @@ class Resume:
 
     def __init__(self, module: "MoEQuantModule", sites: Sequence[tuple[Site, ...]]) -> None:
         self.module, self.sites = module, sites
-        self.fingerprint = fingerprint(module)
+        self.fingerprint = run_fingerprint(module)
         self.first_block = 0
 
     def load(self) -> int:
@@ -60,7 +60,7 @@ class Resume:
             save_block(self.module.run_dir, block, self.module.run, names, changed, self.fingerprint)
 
 
-def fingerprint(module: "MoEQuantModule") -> dict[str, str]:
+def run_fingerprint(module: "MoEQuantModule") -> dict[str, str]:
     """Digests of the configuration, the model and the calibration data of a run.
 
     The configuration is that of the module, of what is fed to it, and of every callback that does not declare

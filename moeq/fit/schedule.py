@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Part:
+class SitePart:
     """Experts of a site whose Hessians one pass gathers: all of them, or a range of consecutive ones.
 
     Attributes:
@@ -80,14 +80,14 @@ class Part:
         return self.sum_bytes + self.working_bytes
 
 
-def whole(site: Site) -> Part:
+def whole(site: Site) -> SitePart:
     """All experts of a site."""
     return _part(site, 0, site.num_experts, "routed")
 
 
-def _part(site: Site, start: int, count: int, routing: Routing) -> Part:
+def _part(site: Site, start: int, count: int, routing: Routing) -> SitePart:
     shared = routing == "all_experts" and site.kind == "routed" and site.stage == "mlp_in"
-    return Part(site, range(start, min(start + count, site.num_experts)), shared)
+    return SitePart(site, range(start, min(start + count, site.num_experts)), shared)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Pass:
     block: int
     sites: tuple[Site, ...]
     ends_block: bool
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SitePart, ...] = ()
     chunk: tuple[int, int] = (1, 1)
 
     @property
@@ -173,7 +173,7 @@ def build_schedule(
 
 
 def _calibration_passes(
-    block: int, sites: tuple[Site, ...], ends_block: bool, chunks: Sequence[tuple[Part, ...]]
+    block: int, sites: tuple[Site, ...], ends_block: bool, chunks: Sequence[tuple[SitePart, ...]]
 ) -> list[Pass]:
     """One pass for each chunk of the sites; the last one quantizes them."""
     open_passes = [
@@ -183,7 +183,7 @@ def _calibration_passes(
     return [*open_passes, Pass("calibrate", block, sites, ends_block, chunks[-1], (len(chunks), len(chunks)))]
 
 
-def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator[tuple[Part, ...]]:
+def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator[tuple[SitePart, ...]]:
     """Parts of the sites, in their order, in chunks that each stay within the bound.
 
     Args:
@@ -194,7 +194,7 @@ def cut(sites: Sequence[Site], hessian_gib: float, routing: Routing) -> Iterator
     Raises:
         ValueError: The Hessian of a single expert exceeds the bound.
     """
-    chunk: list[Part] = []
+    chunk: list[SitePart] = []
     for site in sites:
         start = 0
         while start < site.num_experts:

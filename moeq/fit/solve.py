@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.fit.run import Run
-from moeq.fit.schedule import Part, whole
+from moeq.fit.schedule import SitePart, whole
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.factor import ATTEMPTS, retry_reason
 from moeq.quant.grid import dequantize_weight
@@ -51,7 +51,7 @@ class SolvedWeight:
 
 
 def quantize_sites(
-    adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver, parts: Sequence[Part] | None = None
+    adapter: Adapter, run: Run, sites: Sequence[Site], solver: Solver, parts: Sequence[SitePart] | None = None
 ) -> None:
     """Solve the sites (units divided over ranks), record results and fallbacks, write the weights into the model.
 
@@ -87,7 +87,7 @@ def quantize_sites(
     commit(adapter, sites, run.quantized)
 
 
-def make_units(parts: Sequence[Part], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
+def make_units(parts: Sequence[SitePart], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
     """Units of the parts in a fixed order, at most ``max_experts`` experts each."""
     units = []
     for part in parts:

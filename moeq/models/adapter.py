@@ -12,13 +12,13 @@ linears stands in ``families.py``.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeq.models.experts import (
-    Part,
+    ExpertSide,
     as_stored,
     expert_modules,
     is_experts_module,
@@ -39,10 +39,9 @@ from moeq.models.families import (
     refusal,
     shared_gate,
 )
-from moeq.quant.spec import Fallback
+from moeq.quant.spec import Fallback, WeightKind
 
-__all__ = ["STAGES", "Adapter", "Kind", "Site", "find_blocks", "is_experts_module"]
-Kind = Literal["attention", "dense", "shared", "routed"]
+__all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Site:
 
     name: str
     block: int
-    kind: Kind
+    kind: WeightKind
     stage: str
     modules: tuple[str, ...]
     leaves: tuple[str, ...]
@@ -214,7 +213,7 @@ class Adapter:
         assert isinstance(module, nn.Linear), path
         return module
 
-    def _routed(self, site: Site) -> tuple[nn.Module, Part]:
+    def _routed(self, site: Site) -> tuple[nn.Module, ExpertSide]:
         return self.model.get_submodule(site.modules[0]), "down" if site.stage == "mlp_down" else "into"
 
     def _linear_sites(self, prefix: str, block: int) -> Iterator[Site]:
@@ -231,7 +230,7 @@ class Adapter:
         for (_, stage), names in grouped.items():
             linears = [self._linear(name) for name in names]
             parent = names[0].rpartition(".")[0]
-            kind: Kind = "attention" if stage.startswith("attention") else "dense"
+            kind: WeightKind = "attention" if stage.startswith("attention") else "dense"
             inside = stage in ("mlp_in", "mlp_down")
             if inside and (parent.rpartition(".")[0] in sparse or not SHARED.isdisjoint(parent.split("."))):
                 kind = "shared"
@@ -250,7 +249,7 @@ class Adapter:
                 "block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts(module),
             }  # fmt: skip
             *into, down = projections(module)
-            parts: tuple[tuple[Part, str, tuple[str, ...]], ...] = (
+            parts: tuple[tuple[ExpertSide, str, tuple[str, ...]], ...] = (
                 ("into", "mlp_in", tuple(into)), ("down", "mlp_down", (down,)),
             )  # fmt: skip
             for part, stage, leaves in parts:

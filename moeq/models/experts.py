@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Part = Literal["into", "down"]
+ExpertSide = Literal["into", "down"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -39,7 +39,7 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     return PROJECTIONS if module.has_gate else PROJECTIONS[1:]
 
 
-def parameter_name(module: nn.Module, part: Part) -> str:
+def parameter_name(module: nn.Module, part: ExpertSide) -> str:
     """Name of the parameter that holds a part of all experts."""
     if part == "down":
         return "down_proj"
@@ -55,7 +55,7 @@ def layout_problem(module: nn.Module) -> str | None:
     return None
 
 
-def canonical(module: nn.Module, part: Part, stored: Tensor) -> Tensor:
+def canonical(module: nn.Module, part: ExpertSide, stored: Tensor) -> Tensor:
     """[..., O, I] of a weight in the family's own layout; a view where the rows are in order already."""
     weight = stored.mT if module.is_transposed else stored
     if part == "into" and _in_turn(module):
@@ -63,27 +63,27 @@ def canonical(module: nn.Module, part: Part, stored: Tensor) -> Tensor:
     return weight
 
 
-def as_stored(module: nn.Module, part: Part, weight: Tensor) -> Tensor:
+def as_stored(module: nn.Module, part: ExpertSide, weight: Tensor) -> Tensor:
     """A weight [..., O, I] in the family's own layout, contiguous: the inverse of ``canonical``."""
     if part == "into" and _in_turn(module):
         weight = torch.stack(weight.chunk(2, -2), -2).flatten(-3, -2)
     return (weight.mT if module.is_transposed else weight).contiguous()
 
 
-def stacked_weight(module: nn.Module, part: Part) -> Tensor:
+def stacked_weight(module: nn.Module, part: ExpertSide) -> Tensor:
     """Weights of all experts, [E, O, I] (a view or a copy)."""
     return canonical(module, part, _parameter(module, part))
 
 
 @torch.no_grad()
-def write_stacked(module: nn.Module, part: Part, weight_EOI: Tensor) -> None:
+def write_stacked(module: nn.Module, part: ExpertSide, weight_EOI: Tensor) -> None:
     """Write the weights of all experts."""
     _parameter(module, part).copy_(as_stored(module, part, weight_EOI))
 
 
 def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
     """One projection of one expert, [O, I] (a view)."""
-    part: Part = "down" if leaf == "down_proj" else "into"
+    part: ExpertSide = "down" if leaf == "down_proj" else "into"
     stored = _parameter(module, part)[expert]
     weight = stored.mT if module.is_transposed else stored
     if part == "down" or not module.has_gate:
@@ -119,13 +119,13 @@ def project_down(module: nn.Module, expert: int, inner_NF: Tensor, weight_OI: Te
     return F.linear(inner_NF, weight_OI, _bias(module, "down", expert))
 
 
-def _parameter(module: nn.Module, part: Part) -> Tensor:
+def _parameter(module: nn.Module, part: ExpertSide) -> Tensor:
     parameter = getattr(module, parameter_name(module, part))
     assert isinstance(parameter, Tensor)
     return parameter
 
 
-def _bias(module: Any, part: Part, expert: int) -> Tensor | None:
+def _bias(module: Any, part: ExpertSide, expert: int) -> Tensor | None:
     if not getattr(module, "has_bias", False):
         return None
     bias: Tensor = getattr(module, f"{parameter_name(module, part)}_bias")[expert]

@@ -104,7 +104,7 @@ def open_latent(weights: Sequence[QuantizedWeight], offset_EOI: Tensor) -> Laten
     )
 
 
-def dequantized(latent: Latent) -> Tensor:
+def latent_weight(latent: Latent) -> Tensor:
     """The weights [E, O, I] that the latents stand for now, float32; differentiable."""
     level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
     scale_EOG = _PassThrough.apply(latent.scale_EOG.float() * latent.log_EOG.exp(), _stored_as(latent.scale_EOG.dtype))

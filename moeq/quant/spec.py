@@ -96,6 +96,7 @@ class Fallback:
 
 
 Routing = Literal["routed", "all_experts"]
+WeightKind = Literal["attention", "dense", "shared", "routed"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, Protocol, TypedDict
 
 from moeq.tasks.metrics import COMPARISONS, Measurement, TaskMetrics
-from moeq.tasks.task import Kind, Task
+from moeq.tasks.task import Aggregate, Task
 
 
 class Description(TypedDict):
@@ -65,7 +65,7 @@ class TaskReport:
 
     name: str
     kind: str
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, Aggregate]
     measurements: Mapping[str, Mapping[str, Measurement]]
     groups: tuple[tuple[str, ...], ...]
     description: Description
@@ -127,7 +127,7 @@ def task_report(evaluated: Evaluated) -> TaskReport:
     return TaskReport(task.name, type(task).__name__, metrics.kinds, found, metrics.groups, evaluated.description())
 
 
-def scalars(reports: Iterable[TaskReport]) -> dict[str, float]:
+def task_scalars(reports: Iterable[TaskReport]) -> dict[str, float]:
     """Value and standard error of every metric, by "task/metric" and "task/group/metric" (shares from 0 to 1)."""
     found = {}
     for report in reports:

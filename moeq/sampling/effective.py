@@ -18,14 +18,14 @@ from moeq.models.observe import observe_routing
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ExpertEvidence:
     """Sums over tokens, float64 on the CPU: of the affinity and of its square, by block and expert."""
 
     affinity_LE: Tensor
     affinity_square_LE: Tensor
 
-    def __add__(self, other: "Evidence") -> "Evidence":
-        return Evidence(
+    def __add__(self, other: "ExpertEvidence") -> "ExpertEvidence":
+        return ExpertEvidence(
             self.affinity_LE + other.affinity_LE, self.affinity_square_LE + other.affinity_square_LE
         )  # fmt: skip
 
@@ -35,7 +35,7 @@ class Evidence:
 
 
 @torch.no_grad()
-def measure_evidence(model: nn.Module, ids_NT: Tensor, batch_size: int = 8) -> Evidence:
+def measure_evidence(model: nn.Module, ids_NT: Tensor, batch_size: int = 8) -> ExpertEvidence:
     """Affinities of all tokens of the sequences.
 
     Args:
@@ -58,4 +58,4 @@ def measure_evidence(model: nn.Module, ids_NT: Tensor, batch_size: int = 8) -> E
         for ids_BT in ids_NT.split(batch_size):
             model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
     affinity_LE, square_LE = torch.stack([both.cpu() for both in sums.values()], 1)
-    return Evidence(affinity_LE, square_LE)
+    return ExpertEvidence(affinity_LE, square_LE)

@@ -26,7 +26,7 @@ from torch import Tensor
 from moeq.disk.digest import digest
 from moeq.sampling.corpus import search_corpus
 from moeq.sampling.ebss import draw_first_tokens, search
-from moeq.sampling.effective import Evidence
+from moeq.sampling.effective import ExpertEvidence
 from moeq.sampling.settings import EBSSSpec, NextToken, Sampled, Usage
 from moeq.sampling.store import load_part, save_part
 
@@ -34,7 +34,7 @@ REDRAWS = 4
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SetWriter:
     """What writing a set needs beside the model.
 
     Attributes:
@@ -53,7 +53,7 @@ class Sampler:
     sequences_at_once: int
     candidates_V: Tensor
     is_degenerate: Callable[[Tensor], list[bool]]
-    evidence: Callable[[Tensor], Evidence]
+    evidence: Callable[[Tensor], ExpertEvidence]
     folder: Path
     rank: int = 0
     world_size: int = 1
@@ -79,7 +79,7 @@ class Sampler:
         return self.folder / f"{share.start:06d}-{share.stop:06d}-of-{self.world_size}-ranks.safetensors"
 
 
-def sample_set(sampler: Sampler, next_token: NextToken, device: torch.device) -> Sampled:
+def sample_set(sampler: SetWriter, next_token: NextToken, device: torch.device) -> Sampled:
     """Write what is missing of this rank's shares; the whole set, on the CPU, on every rank.
 
     Args:
@@ -93,7 +93,7 @@ def sample_set(sampler: Sampler, next_token: NextToken, device: torch.device) ->
     spec = sampler.spec
     paths: list[Path] = []
     usage: Usage | None = None
-    evidence: Evidence | None = None
+    evidence: ExpertEvidence | None = None
     for index, chunk in enumerate(sampler.chunks()):
         shares = sampler.shares(chunk)
         share = shares[sampler.rank]
@@ -121,8 +121,8 @@ def _add(usage: Usage | None, part: Sampled) -> Usage:
 
 
 def _write(
-    sampler: Sampler, next_token: NextToken, index: int, share: range, device: torch.device, usage: Usage | None
-) -> tuple[Sampled, Evidence | None]:
+    sampler: SetWriter, next_token: NextToken, index: int, share: range, device: torch.device, usage: Usage | None
+) -> tuple[Sampled, ExpertEvidence | None]:
     """The sequences of one share, and their evidence where the stop rule asks for it."""
     spec = sampler.spec
     if usage is not None:
@@ -140,7 +140,7 @@ def _write(
 
 
 def _write_corpus(
-    sampler: Sampler, next_token: NextToken, index: int, num: int, device: torch.device, usage: Usage | None
+    sampler: SetWriter, next_token: NextToken, index: int, num: int, device: torch.device, usage: Usage | None
 ) -> Sampled:
     """``num`` sequences, those that are loops drawn again."""
     part: Sampled | None = None

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from moeq.sampling.balance import balance_columns
-from moeq.sampling.effective import Evidence
+from moeq.sampling.effective import ExpertEvidence
 
 NGRAMS = (1, 2, 3, 4)
 
 
 def set_columns(
-    ids_NT: Tensor, counts_NLE: Tensor, nll_N: Tensor, evidence: Evidence, texts: Sequence[str]
+    ids_NT: Tensor, counts_NLE: Tensor, nll_N: Tensor, evidence: ExpertEvidence, texts: Sequence[str]
 ) -> dict[str, Any]:
     """All columns of one set: numbers, and the lists of tokens and effective samples by block and expert."""
     counts_LE, effective_LE = counts_NLE.sum(0), evidence.effective_LE()
@@ -60,6 +60,6 @@ def decision_steps(decisions_NS3: Tensor) -> list[dict[str, float]]:
     return [dict(zip(DECISIONS, step_3, strict=True)) for step_3 in decisions_NS3.double().mean(0).tolist()]
 
 
-def scalars(columns: dict[str, Any], prefix: str) -> dict[str, float]:
+def set_scalars(columns: dict[str, Any], prefix: str) -> dict[str, float]:
     """The numbers among the columns, for a logger."""
     return {f"{prefix}/{name}": value for name, value in columns.items() if isinstance(value, float)}

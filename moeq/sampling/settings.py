@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moeq.sampling.balance import Units
 
-Mode = Literal["paper", "stochastic", "corpus"]
-Scope = Literal["sequence", "corpus"]
-Prefix = Literal["greedy", "sampled"]
+SamplingMode = Literal["paper", "stochastic", "corpus"]
+SigmaScope = Literal["sequence", "corpus"]
+PrefixKind = Literal["greedy", "sampled"]
 
 
 class NextToken(Protocol):
@@ -64,14 +64,14 @@ class EBSSSpec:
     branches: int = 4
     tau: float = 1.2
     prefix_length: int = 4
-    mode: Mode = "corpus"
+    mode: SamplingMode = "corpus"
     temperature: float = 1.0
     balance: bool = True
     seed: int = 0
     top_p: float = 1.0
     sigma_units: Units = "token_fraction"
-    sigma_scope: Scope = "sequence"
-    prefix: Prefix = "greedy"
+    sigma_scope: SigmaScope = "sequence"
+    prefix: PrefixKind = "greedy"
     starts: int = 32
     segment: int = 8
     min_tokens_per_expert: float = 0.0

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeq.disk.digest import digest, model_digest
-from moeq.sampling.effective import Evidence
+from moeq.sampling.effective import ExpertEvidence
 from moeq.sampling.settings import EBSSSpec, Sampled
 
-FORMAT_VERSION = 3
+SET_VERSION = 3
 
 
-def fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_once: int, world_size: int) -> str:
+def set_fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_once: int, world_size: int) -> str:
     """Short digest of the model's parameters, the tokenizer, the settings and the batch, whose size moves rounding.
 
     The number of ranks counts where sequences depend on those of the same rank; elsewhere it only moves rounding, and
@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_o
     """
     vocabulary = digest([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)])
     ranks = world_size if spec.sequential else 1
-    return digest([FORMAT_VERSION, model_digest(model), vocabulary, asdict(spec), sequences_at_once, ranks])
+    return digest([SET_VERSION, model_digest(model), vocabulary, asdict(spec), sequences_at_once, ranks])
 
 
 def save_sampled(path: Path, sampled: Sampled) -> None:
@@ -46,12 +46,12 @@ def load_sampled(path: Path) -> Sampled:
         raise ValueError(f"{path} is not a complete file of sampled sequences ({error}); delete it") from error
 
 
-def save_part(path: Path, sampled: Sampled, evidence: Evidence | None) -> None:
+def save_part(path: Path, sampled: Sampled, evidence: ExpertEvidence | None) -> None:
     """Write a part of a set, atomically."""
     _save(path, {**vars(sampled), **({} if evidence is None else vars(evidence))})
 
 
-def load_part(path: Path) -> tuple[Sampled, Evidence | None]:
+def load_part(path: Path) -> tuple[Sampled, ExpertEvidence | None]:
     """Read a part back, on the CPU.
 
     Raises:
@@ -61,8 +61,8 @@ def load_part(path: Path) -> tuple[Sampled, Evidence | None]:
         raise ValueError(f"there is no part {path} though its rank has written it; choose a run folder all ranks share")
     try:
         tensors = load_file(path)
-        given = {f.name: tensors.pop(f.name) for f in fields(Evidence) if f.name in tensors}
-        return Sampled(**tensors), Evidence(**given) if given else None
+        given = {f.name: tensors.pop(f.name) for f in fields(ExpertEvidence) if f.name in tensors}
+        return Sampled(**tensors), ExpertEvidence(**given) if given else None
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} is not a complete part of sampled sequences ({error}); delete it") from error
 

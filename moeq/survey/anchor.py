@@ -21,7 +21,7 @@ from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Adapter, Site
 from moeq.scoring.divergence import kl_sum_and_agreement
 from moeq.survey.cost_tables import BlockFindings, solved_costs
-from moeq.survey.sensitivity import dequantized
+from moeq.survey.sensitivity import round_trip
 from moeq.survey.settings import SurveySpec
 
 Factors = dict[tuple[str, Choice], float]
@@ -83,7 +83,7 @@ def _kl_sums(
             for site, weight_EOI in originals.items():
                 if choice in spec.choices_of(site):
                     grid, dtype = choice.grid(spec.grid), weight_EOI.dtype
-                    adapter.set_weight(site, dequantized(weight_EOI, grid, dtype, None, spec.solve))
+                    adapter.set_weight(site, round_trip(weight_EOI, grid, dtype, None, spec.solve))
             logits_BTV = adapter.model(**batch, use_cache=False).logits
         finally:
             for site, weight_EOI in originals.items():

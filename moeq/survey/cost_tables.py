@@ -27,11 +27,11 @@ from moeq.quant.hessian import HessianState
 from moeq.survey.damage import DamageState
 from moeq.survey.fisher import GradientState
 from moeq.survey.sensitivity import (
-    dequantized,
     fisher_costs,
     hessian_costs,
     mean_square_gradients,
     pmq_costs,
+    round_trip,
     row_energies,
     token_hessians,
 )
@@ -83,7 +83,7 @@ def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites
             state = found.gradients[site.name]
             gradient_EO = mean_square_gradients(state.sum_EO, state.num_tokens_E)
         for choice in spec.choices_of(site):
-            quantized_EOI = dequantized(weight_EOI, choice.grid(spec.grid), dtype, hessian_EII, spec.solve)
+            quantized_EOI = round_trip(weight_EOI, choice.grid(spec.grid), dtype, hessian_EII, spec.solve)
             delta_EOI = weight_EOI - quantized_EOI
             if weighted_EII is not None and output_EO is not None:
                 row_EO = row_energies(delta_EOI, weighted_EII)

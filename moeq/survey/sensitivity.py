@@ -28,7 +28,7 @@ from moeq.quant.spec import GridSpec, SolveSpec
 POOL_TOKENS = 32.0  # average tokens that are added to the gradients of every expert: rare experts have noisy ones
 
 
-def dequantized(
+def round_trip(
     weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype, hessian_EII: Tensor | None, solve: SolveSpec
 ) -> Tensor:
     """Weights after quantization, float32 [E, O, I]: GPTQ on the Hessians, or rounded to nearest where they are None.

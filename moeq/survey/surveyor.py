@@ -31,7 +31,7 @@ from moeq.survey.anchor import anchor_factors, anchored
 from moeq.survey.cost_tables import BlockFindings, Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage, empty_damage
 from moeq.survey.gradient_probe import GradientProbe
-from moeq.survey.sensitivity import dequantized
+from moeq.survey.sensitivity import round_trip
 from moeq.survey.settings import FISHER, MEASURED, SOLVED, SurveySpec
 from moeq.survey.similarity import SimilarityProbe
 from moeq.survey.weight_scores import alphaq_table, weight_scores
@@ -204,7 +204,7 @@ class Surveyor:
         weight_EOI = self.adapter.get_weight(site)
         spec, dtype = self.spec, weight_EOI.dtype
         return {
-            choice: dequantized(weight_EOI, choice.grid(spec.grid), dtype, None, spec.solve).to(dtype)
+            choice: round_trip(weight_EOI, choice.grid(spec.grid), dtype, None, spec.solve).to(dtype)
             for choice in spec.choices_of(site)
         }
 

@@ -15,7 +15,7 @@ _ANSWER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Sum:
     """Text to continue and the integer that should follow it."""
 
     prompt: str
@@ -30,7 +30,7 @@ def parse_line(line: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def build_problems(lines: Sequence[str], num_problems: int, num_shots: int) -> list[Problem]:
+def build_problems(lines: Sequence[str], num_problems: int, num_shots: int) -> list[Sum]:
     """Problems from lines evenly spread over the file, each after the ``num_shots`` lines before it (cyclic).
 
     A line that states the problem itself is never one of its shots.
@@ -46,7 +46,7 @@ def build_problems(lines: Sequence[str], num_problems: int, num_shots: int) -> l
         question, answer = parse_line(lines[index])
         before = (lines[(index - back) % len(lines)].strip() for back in range(1, len(lines)))
         shots = list(islice((line for line in before if parse_line(line)[0] != question), num_shots))
-        problems.append(Problem("".join(f"{line}\n" for line in reversed(shots)) + question, answer))
+        problems.append(Sum("".join(f"{line}\n" for line in reversed(shots)) + question, answer))
     return problems
 
 

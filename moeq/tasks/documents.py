@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeq.tasks.task import Row, Values
+from moeq.tasks.task import DataRow, Values
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Document:
 
     index: int
     key: str
-    row: Row
+    row: DataRow
     groups: tuple[str, ...]
     requests: tuple[Request, ...]
     num_cut: int = 0

@@ -16,7 +16,7 @@ from moeq.disk.texts import token_stream
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.prompts import shot_texts
 from moeq.tasks.rows import Rows
-from moeq.tasks.task import Generation, LastWord, MultipleChoice, Rolling, Row, Task, Windows
+from moeq.tasks.task import DataRow, Generation, LastWord, MultipleChoice, Rolling, Task, Windows
 from moeq.tasks.windows import consecutive_windows, random_windows, rolling_windows, spread
 
 Ids = tuple[int, ...]
@@ -111,7 +111,7 @@ class Encoder:
             ids.update(zip(group, map(tuple, self.tokenizer(group, **options)["input_ids"]), strict=True))
         return ids
 
-    def _windows(self, task: Windows, rows: Sequence[Row], length: int, count: int | None) -> Encoded:
+    def _windows(self, task: Windows, rows: Sequence[DataRow], length: int, count: int | None) -> Encoded:
         texts = [task.text(row) for row in rows]
         if task.random_windows is not None:
 
@@ -146,7 +146,7 @@ class Encoder:
             for text in texts
         ]
 
-    def _prompted(self, task: Task, rows: Sequence[Row], shots: Sequence[str]) -> list[list[Cut]]:
+    def _prompted(self, task: Task, rows: Sequence[DataRow], shots: Sequence[str]) -> list[list[Cut]]:
         if isinstance(task, MultipleChoice | LastWord):
             of_row = [task.pairs(row, text) for row, text in zip(rows, shots, strict=True)]
             encoded = iter(self._pairs([pair for pairs in of_row for pair in pairs]))
@@ -203,7 +203,7 @@ class Encoder:
         return encoded
 
 
-def _checked(task: Task, index: int, row: Row) -> Row:
+def _checked(task: Task, index: int, row: DataRow) -> DataRow:
     """A row that has the fields of its task, and a right answer among its choices: known before anything is run."""
     try:
         if isinstance(task, MultipleChoice):
@@ -237,13 +237,13 @@ def _fitted(context: Ids, continuation: Ids, max_length: int) -> Cut:
     return Request(whole[cut : cut + 1], whole[cut + 1 :]), cut
 
 
-def _document(task: Task, index: int, row: Row, cuts: Sequence[Cut]) -> Document:
+def _document(task: Task, index: int, row: DataRow, cuts: Sequence[Cut]) -> Document:
     requests = tuple(request for request, _ in cuts)
     num_cut = max((cut for _, cut in cuts), default=0)
     return Document(index, _key(task, row, requests), row, tuple(task.groups(row)), requests, num_cut)
 
 
-def _key(task: Task, row: Row, requests: Sequence[Request]) -> str:
+def _key(task: Task, row: DataRow, requests: Sequence[Request]) -> str:
     """SHA-256 over the task, the row, its tokens, and what a generated text is limited by."""
     limits = [list(task.stop), task.max_new_tokens] if isinstance(task, Generation) else []
     tokens = [[request.context, request.continuation, request.open_end] for request in requests]

@@ -27,10 +27,10 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from moeq.tasks.documents import Result
-from moeq.tasks.task import Kind
+from moeq.tasks.task import Aggregate
 
 # What compared models are measured by, besides the metrics of a task: nats per token, and shares.
-COMPARISONS: dict[str, Kind] = {"kl": "mean", "top1_agreement": "mean", "router_agreement": "mean"}
+COMPARISONS: dict[str, Aggregate] = {"kl": "mean", "top1_agreement": "mean", "router_agreement": "mean"}
 NUM_SUMS = 6
 
 
@@ -70,7 +70,7 @@ def merge_sums(sums_PS: Tensor) -> Tensor:
     return torch.stack((count_P.sum(), weight, total, uu_P.sum().clamp(min=0), uw_P.sum(), ww_P.sum()))
 
 
-def measurement(sums_S: Tensor, kind: Kind) -> Measurement:
+def measurement(sums_S: Tensor, kind: Aggregate) -> Measurement:
     """The metric of some documents from their sums."""
     count, weight, total, uu, _, _ = sums_S.tolist()
     if weight == 0:
@@ -110,11 +110,11 @@ class RatioMetric(Metric):
     full_state_update = False
     sums_S: Tensor
 
-    def __init__(self, kind: Kind = "mean") -> None:
+    def __init__(self, kind: Aggregate = "mean") -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise ValueError(f"the kind of a metric ({kind!r}) must be one of {', '.join(get_args(Kind))}")
-        self.kind: Kind = kind
+        if kind not in get_args(Aggregate):
+            raise ValueError(f"the kind of a metric ({kind!r}) must be one of {', '.join(get_args(Aggregate))}")
+        self.kind: Aggregate = kind
         self.add_state("sums_S", torch.zeros(NUM_SUMS, dtype=torch.float64), dist_reduce_fx=merge_sums)
 
     def update(self, total: Tensor | float, weight: Tensor | float) -> None:
@@ -146,7 +146,11 @@ class TaskMetrics(nn.Module):
     """
 
     def __init__(
-        self, task: str, metrics: Mapping[str, Kind], groups: Iterable[tuple[str, ...]] = (), level: str = "subject"
+        self,
+        task: str,
+        metrics: Mapping[str, Aggregate],
+        groups: Iterable[tuple[str, ...]] = (),
+        level: str = "subject",
     ) -> None:
         super().__init__()
         self.task, self.level = task, level

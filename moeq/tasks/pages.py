@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from moeq.tasks.task import Row
+from moeq.tasks.task import DataRow
 
 # In this order, each on what the one before it left.  The second is the harness's as it stands: nothing matches it.
 _DETOKENIZE = tuple(
@@ -27,13 +27,13 @@ def detokenized(text: str) -> str:
     return text
 
 
-def pages(rows: Sequence[Row]) -> list[Row]:
+def pages(rows: Sequence[DataRow]) -> list[DataRow]:
     """Rows ``{"page": text}`` of the articles whose lines are the rows ``{"text": line}``.
 
     An article begins with a line `` = Title = ``; lines before the first one that are not blank are a page too, and the
     last one ends with the file's final newline, as in the data set EleutherAI/wikitext_document_level.
     """
-    found: list[Row] = []
+    found: list[DataRow] = []
     lines: list[str] = []
     # A blank line of the file is " \n"; its row is "".
     for line in "".join(row["text"] or " \n" for row in rows).split("\n"):

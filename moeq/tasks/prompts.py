@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from random import Random
 
 from moeq.tasks.rows import Rows, split_part
-from moeq.tasks.task import Row, ShotSampler, Task
+from moeq.tasks.task import DataRow, ShotSampler, Task
 
 SHOT_DELIMITER = "\n\n"
 SHOT_SEED = 1234
@@ -20,12 +20,12 @@ SHOT_SEED = 1234
 class _Pool:
     """Rows that examples are drawn from, one document after another."""
 
-    def __init__(self, rows: list[Row], sampler: ShotSampler) -> None:
+    def __init__(self, rows: list[DataRow], sampler: ShotSampler) -> None:
         self.rows = rows
         self._sampler = sampler
         self._random = Random(SHOT_SEED)
 
-    def draw(self, count: int, document: Row | None) -> list[Row]:
+    def draw(self, count: int, document: DataRow | None) -> list[DataRow]:
         """``count`` rows, none of which equals ``document``; the draws are the harness's."""
         if self._sampler == "first":
             return [row for row in self.rows if document is None or row != document][:count]
@@ -37,7 +37,9 @@ class _Pool:
         return drawn
 
 
-def shot_texts(task: Task, rows: Rows, documents: Sequence[Row], positions: Sequence[int] | None = None) -> list[str]:
+def shot_texts(
+    task: Task, rows: Rows, documents: Sequence[DataRow], positions: Sequence[int] | None = None
+) -> list[str]:
     """Text in front of each document's prompt: "" without description and examples.
 
     Args:
@@ -69,7 +71,7 @@ def shot_texts(task: Task, rows: Rows, documents: Sequence[Row], positions: Sequ
     return [texts[i] for i in wanted]
 
 
-def _pool_of(task: Task, pools: dict[Hashable, _Pool], document: Row, shared_split: bool) -> _Pool:
+def _pool_of(task: Task, pools: dict[Hashable, _Pool], document: DataRow, shared_split: bool) -> _Pool:
     like = task.shots_like(document)
     available = len(pools[like].rows) - shared_split if like in pools else 0
     if available < task.num_shots:

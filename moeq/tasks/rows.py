@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeq.tasks.task import Row, Source
+from moeq.tasks.task import DataRow, Source
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _SUFFIX = re.compile(r"[.](jsonl|txt)([.]gz)?$")
 _PART = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
 
@@ -34,8 +34,8 @@ class Rows:
         shots_sha256: The same of the split of the examples; "" where the task has none.
     """
 
-    rows: list[Row]
-    shots: list[Row]
+    rows: list[DataRow]
+    shots: list[DataRow]
     split: str
     origin: str
     sha256: str
@@ -87,7 +87,7 @@ def find_file(source: Source, splits: Sequence[str], data_dir: Path) -> Path:
     folder = data_dir / source.folder
     for split in splits:
         # A split that is a file name is that file and no other of its stem.
-        for suffix in ("", ".gz") if split.endswith(SUFFIXES) else SUFFIXES:
+        for suffix in ("", ".gz") if split.endswith(ROW_SUFFIXES) else ROW_SUFFIXES:
             path = folder / f"{split}{suffix}"
             if path.is_file():
                 return path
@@ -98,7 +98,7 @@ def find_file(source: Source, splits: Sequence[str], data_dir: Path) -> Path:
         found = (
             f"which has {', '.join(present[:12])}{', ...' if len(present) > 12 else ''}" if present else "an empty one"
         )
-    named = all(split.endswith(SUFFIXES) for split in splits)
+    named = all(split.endswith(ROW_SUFFIXES) for split in splits)
     wanted = " or ".join(split if named else f"{split}.jsonl" for split in splits)
     forms = "(also .gz)" if named else "(or .txt, also .gz)"
     raise ValueError(f"no file {wanted} {forms} in folder {folder}, {found}; {_download(source, splits)}")
@@ -115,7 +115,7 @@ def _described(source: Source) -> str:
     return f"the data set {source.hub}" + (f" (configuration {source.config})" if source.config else "")
 
 
-def read_file(path: Path, whole: bool = False) -> tuple[list[Row], str]:
+def read_file(path: Path, whole: bool = False) -> tuple[list[DataRow], str]:
     """Rows of one file and the sha256 of its bytes as stored; a text file that counts as a whole is one row.
 
     Raises:
@@ -131,7 +131,7 @@ def read_file(path: Path, whole: bool = False) -> tuple[list[Row], str]:
     if lines[-1] == "":
         lines.pop()
     if is_text and whole and text.strip():
-        rows: list[Row] = [{"text": text}]
+        rows: list[DataRow] = [{"text": text}]
     else:
         rows = _text_rows(lines) if is_text else _json_rows(lines, path)
     if not rows:
@@ -139,12 +139,12 @@ def read_file(path: Path, whole: bool = False) -> tuple[list[Row], str]:
     return rows, hashlib.sha256(stored).hexdigest()
 
 
-def _text_rows(lines: Iterable[str]) -> list[Row]:
+def _text_rows(lines: Iterable[str]) -> list[DataRow]:
     return [{"text": f"{line}\n" if line.strip() else ""} for line in lines]
 
 
-def _json_rows(lines: Iterable[str], path: Path) -> list[Row]:
-    rows: list[Row] = []
+def _json_rows(lines: Iterable[str], path: Path) -> list[DataRow]:
+    rows: list[DataRow] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -158,7 +158,7 @@ def _json_rows(lines: Iterable[str], path: Path) -> list[Row]:
     return rows
 
 
-def _load_hub(source: Source, splits: Sequence[str]) -> tuple[str, list[Row], str]:
+def _load_hub(source: Source, splits: Sequence[str]) -> tuple[str, list[DataRow], str]:
     """(split, rows, sha256 of the rows) of the first of ``splits`` that the hub has."""
     if source.hub is None:
         raise ValueError(

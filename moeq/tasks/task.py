@@ -9,8 +9,8 @@ There are four kinds, by what is asked of the model:
 - ``Generation`` (and ``Code``): text that the model writes after a prompt.
 
 A row's numbers are ``Values``: a total and a weight per metric.  A metric of a task is the quotient of the summed
-totals and weights of its documents, seen through its ``Kind``; so sums over documents, batches and ranks are exact, in
-any order.  Nothing here reads files, tokenizes or runs a model.
+totals and weights of its documents, seen through its ``Aggregate``; so sums over documents, batches and ranks are
+exact, in any order.  Nothing here reads files, tokenizes or runs a model.
 """
 
 import math
@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 Values = dict[str, tuple[float, float]]
 # mean: total / weight; perplexity: exp of it (totals in nats); bits: it in bits instead of nats.
-Kind = Literal["mean", "perplexity", "bits"]
+Aggregate = Literal["mean", "perplexity", "bits"]
 ShotSampler = Literal["first", "random"]
-ROLLING_METRICS: dict[str, Kind] = {
+ROLLING_METRICS: dict[str, Aggregate] = {
     "word_perplexity": "perplexity",
     "byte_perplexity": "perplexity",
     "bits_per_byte": "bits",
@@ -81,16 +81,16 @@ class Task:
 
     name: str
     source: Source
-    metrics: Mapping[str, Kind]
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
-    groups: Callable[[Row], tuple[str, ...]] = lambda row: ()
+    metrics: Mapping[str, Aggregate]
+    prepare: Callable[[Sequence[DataRow]], Sequence[DataRow]] = lambda rows: rows
+    groups: Callable[[DataRow], tuple[str, ...]] = lambda row: ()
     documents: int | None = None
     num_shots: int = 0
     shot_sampler: ShotSampler = "first"
-    shots_like: Callable[[Row], Any] = lambda row: None
-    description: Callable[[Row], str] = lambda row: ""
+    shots_like: Callable[[DataRow], Any] = lambda row: None
+    description: Callable[[DataRow], str] = lambda row: ""
 
-    def shot(self, row: Row) -> str:
+    def shot(self, row: DataRow) -> str:
         """A row as an example; raises ValueError for kinds that have no prompts."""
         raise ValueError(f"task {self.name} ({type(self).__name__}) takes no examples; set num_shots to 0")
 
@@ -109,23 +109,23 @@ class MultipleChoice(Task):
         shot_delimiter: The same in examples; None is ``delimiter``.
     """
 
-    context: Callable[[Row], str]
-    choices: Callable[[Row], Sequence[str]]
-    answer: Callable[[Row], int]
+    context: Callable[[DataRow], str]
+    choices: Callable[[DataRow], Sequence[str]]
+    answer: Callable[[DataRow], int]
     delimiter: str = " "
     shot_delimiter: str | None = None
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: {"acc": "mean", "acc_norm": "mean"})
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: {"acc": "mean", "acc_norm": "mean"})
 
-    def pairs(self, row: Row, shots: str = "") -> list[tuple[str, str]]:
+    def pairs(self, row: DataRow, shots: str = "") -> list[tuple[str, str]]:
         """(context, continuation) of each choice; ``shots`` is the text of the examples."""
         return [(shots + self.context(row), self.delimiter + choice) for choice in self.choices(row)]
 
-    def shot(self, row: Row) -> str:
+    def shot(self, row: DataRow) -> str:
         """A row as an example: its context and its right choice."""
         delimiter = self.delimiter if self.shot_delimiter is None else self.shot_delimiter
         return self.context(row) + delimiter + self.choices(row)[self.answer(row)]
 
-    def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
+    def score(self, row: DataRow, outcomes: Sequence[Outcome]) -> Values:
         """Values of one document; of equal log-likelihoods the first counts, as in numpy's argmax."""
         likelihoods = [outcome.loglikelihood for outcome in outcomes]
         # An empty choice never wins.
@@ -144,15 +144,15 @@ class Cloze(MultipleChoice):
     ``choices`` are the filled contexts, ``ending`` is what is scored after each; ``context`` is not used.
     """
 
-    context: Callable[[Row], str] = lambda row: ""
-    ending: Callable[[Row], str]
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: {"acc": "mean"})
+    context: Callable[[DataRow], str] = lambda row: ""
+    ending: Callable[[DataRow], str]
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: {"acc": "mean"})
 
-    def pairs(self, row: Row, shots: str = "") -> list[tuple[str, str]]:
+    def pairs(self, row: DataRow, shots: str = "") -> list[tuple[str, str]]:
         """(filled context, ending) of each choice."""
         return [(shots + choice, self.delimiter + self.ending(row)) for choice in self.choices(row)]
 
-    def shot(self, row: Row) -> str:
+    def shot(self, row: DataRow) -> str:
         """A row as an example: the rightly filled sentence."""
         return self.choices(row)[self.answer(row)] + self.delimiter + self.ending(row)
 
@@ -161,19 +161,19 @@ class Cloze(MultipleChoice):
 class LastWord(Task):
     """One continuation: how likely it is, and whether greedy decoding finds it."""
 
-    context: Callable[[Row], str]
-    target: Callable[[Row], str]
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: {"perplexity": "perplexity", "acc": "mean"})
+    context: Callable[[DataRow], str]
+    target: Callable[[DataRow], str]
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: {"perplexity": "perplexity", "acc": "mean"})
 
-    def pairs(self, row: Row, shots: str = "") -> list[tuple[str, str]]:
+    def pairs(self, row: DataRow, shots: str = "") -> list[tuple[str, str]]:
         """The one (context, continuation)."""
         return [(shots + self.context(row), self.target(row))]
 
-    def shot(self, row: Row) -> str:
+    def shot(self, row: DataRow) -> str:
         """A row as an example."""
         return self.context(row) + self.target(row)
 
-    def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
+    def score(self, row: DataRow, outcomes: Sequence[Outcome]) -> Values:
         """Values of one document; its perplexity counts once however many tokens the word has, as in the harness."""
         (outcome,) = outcomes
         return {"perplexity": (-outcome.loglikelihood, 1.0), "acc": (float(outcome.is_greedy), 1.0)}
@@ -194,13 +194,13 @@ class Windows(Task):
         length: Tokens of a window; None is the window length of the run.
     """
 
-    text: Callable[[Row], str] = lambda row: str(row["text"])
+    text: Callable[[DataRow], str] = lambda row: str(row["text"])
     join: str | None = None
     special_tokens: bool = False
     random_windows: int | None = None
     seed: int = 0
     length: int | None = None
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: {"perplexity": "perplexity"})
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: {"perplexity": "perplexity"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +212,11 @@ class Rolling(Task):
         original: Text whose words and bytes are counted.
     """
 
-    text: Callable[[Row], str]
-    original: Callable[[Row], str]
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: dict(ROLLING_METRICS))
+    text: Callable[[DataRow], str]
+    original: Callable[[DataRow], str]
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: dict(ROLLING_METRICS))
 
-    def score(self, row: Row, loglikelihood: float) -> Values:
+    def score(self, row: DataRow, loglikelihood: float) -> Values:
         """Values of one document, in nats."""
         original = self.original(row)
         # Not str.split: the harness counts the empty words before a leading and after a trailing blank, too.
@@ -237,13 +237,13 @@ class Generation(Task):
         score_text: Values from the continuation.
     """
 
-    prompt: Callable[[Row], str]
-    target: Callable[[Row], str]
+    prompt: Callable[[DataRow], str]
+    target: Callable[[DataRow], str]
     stop: tuple[str, ...]
     max_new_tokens: int
-    score_text: Callable[[Row, str], Values]
+    score_text: Callable[[DataRow, str], Values]
 
-    def shot(self, row: Row) -> str:
+    def shot(self, row: DataRow) -> str:
         """A row as an example."""
         return self.prompt(row) + self.target(row)
 
@@ -256,6 +256,6 @@ class Code(Generation):
         program: Everything that is run for a continuation: it passes when it ends without an error.
     """
 
-    program: Callable[[Row, str], str]
-    score_text: Callable[[Row, str], Values] = lambda row, text: {}
-    metrics: Mapping[str, Kind] = field(default_factory=lambda: {"pass@1": "mean"})
+    program: Callable[[DataRow, str], str]
+    score_text: Callable[[DataRow, str], Values] = lambda row, text: {}
+    metrics: Mapping[str, Aggregate] = field(default_factory=lambda: {"pass@1": "mean"})

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from moeq.allocation.plan import uniform_plan
-from moeq.allocation.runtime import RUNTIMES, check_runtime, find_runtime, make_units
+from moeq.allocation.runtime import RUNTIMES, check_runtime, find_runtime, shared_width_units
 from moeq.quant.spec import GridSpec, WeightShape
 from tests.allocation.toy import toy_weights
 
@@ -12,7 +12,7 @@ GRID = GridSpec(bits=4, group_size=32)
 
 
 def units(runtime: str, weights: list[WeightShape] = WEIGHTS) -> set[frozenset[str]]:
-    return {frozenset(w.name for w in unit) for unit in make_units(weights, find_runtime(runtime))}
+    return {frozenset(w.name for w in unit) for unit in shared_width_units(weights, find_runtime(runtime))}
 
 
 def test_every_weight_is_in_exactly_one_unit_of_every_runtime() -> None:

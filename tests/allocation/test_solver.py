@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moeq.allocation.plan import Choice, plan_cost
-from moeq.allocation.problem import Budget, Floor, Problem, build_problem
+from moeq.allocation.problem import AllocationProgram, Budget, Floor, build_problem
 from moeq.allocation.runtime import find_runtime
 from moeq.allocation.solver import solve
 from moeq.quant.spec import GridSpec, WeightShape
@@ -16,13 +16,13 @@ GRID = GridSpec(bits=2, group_size=16)
 
 def problem(
     weights: list[WeightShape], budget: Budget, runtime: str = "research", seed: int = 0, **options: object
-) -> Problem:
+) -> AllocationProgram:
     costs = toy_costs(weights, seed, options.pop("choices", CHOICES))  # type: ignore[arg-type]
     choices = sorted(next(iter(costs.values())))
     return build_problem(weights, costs, choices, budget, find_runtime(runtime), GRID, **options)  # type: ignore[arg-type]
 
 
-def reference_optimum(task: Problem) -> float:
+def reference_optimum(task: AllocationProgram) -> float:
     """Least cost by trying every combination; floors are counted expert by expert."""
     best = np.inf
     for picked in itertools.product(*[np.flatnonzero(np.isfinite(row)) for row in task.cost_UC]):

@@ -14,7 +14,7 @@ from torch import Tensor
 from train import ReferenceMoE
 from transformers import AutoModelForCausalLM
 
-from moeq.tasks.arithmetic import Problem
+from moeq.tasks.arithmetic import Sum
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -65,12 +65,12 @@ def test_exact_match_accepts_the_right_integer_and_nothing_else(monkeypatch: pyt
         return [[replies[tokenizer.decode(ids)].split(*stop)[0]] for ids in prompts]
 
     monkeypatch.setattr(measure, "generate", reply)
-    problems = [Problem(*pair) for pair in [("1 + 2 =", "3"), ("30 + 41 =", "71"), ("5 + 5 =", "10"), ("7 + 1 =", "8")]]
+    problems = [Sum(*pair) for pair in [("1 + 2 =", "3"), ("30 + 41 =", "71"), ("5 + 5 =", "10"), ("7 + 1 =", "8")]]
     assert measure.exact_match(tiny_model("qwen2_moe"), tokenizer, problems, batch_size=3) == 0.5
 
 
 def test_a_random_model_answers_no_sum() -> None:
-    problems = [Problem("1 + 2 =", "3"), Problem("30 + 41 =", "71")]
+    problems = [Sum("1 + 2 =", "3"), Sum("30 + 41 =", "71")]
     assert measure.exact_match(tiny_model("qwen2_moe"), tiny_tokenizer(), problems) == 0.0
 
 

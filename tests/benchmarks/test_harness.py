@@ -18,7 +18,7 @@ from llama_like import llama_like
 from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.tasks.encode import window_of
 from moeq.tasks.registry import find_task
-from moeq.tasks.task import MultipleChoice, Outcome, Row, Values
+from moeq.tasks.task import DataRow, MultipleChoice, Outcome, Values
 from tests.tasks.catalog.examples import ARC, ROWS, SHOTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +28,7 @@ WINDOW = 160
 SUBJECTS = ("anatomy", "us_foreign_policy", "virology", "philosophy")
 
 
-def _questions(rows: list[Row], count: int) -> list[Row]:
+def _questions(rows: list[DataRow], count: int) -> list[DataRow]:
     """The same number of questions of four subjects, one of each category."""
     return [{**rows[i % len(rows)], "subject": subject, "answer": i % 4} for i in range(count) for subject in SUBJECTS]
 
@@ -39,7 +39,7 @@ ARC_CHOICES = {"choices": ARC[0]["choices"], "answerKey": "B"}
 # The best of these is another one without normalisation, by characters, and by bytes.
 ENDINGS = ["\u4e2d\u6587\u4e2d\u6587", "no", "a much longer one, at long last", "\u00e9\u00e9\u00e9\u00e9 e"]
 # Rows that are longer than the window, have no context, no text, or equal choices.
-MORE: dict[str, list[Row]] = {
+MORE: dict[str, list[DataRow]] = {
     "arc_easy": [{**ARC[0], **SAME}],
     "boolq": [
         {"question": "is it long", "passage": LONG, "title": "Ox", "answer": True, "label": 1},
@@ -110,7 +110,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def _write(path: Path, rows: list[DataRow]) -> None:
     path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf8")
 
 
@@ -157,7 +157,7 @@ def test_greedy_words_are_the_harness_s(tmp_path: Path) -> None:
 class Unnormalised(MultipleChoice):
     """Both metrics by log-likelihood."""
 
-    def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
+    def score(self, row: DataRow, outcomes: Sequence[Outcome]) -> Values:
         right = super().score(row, outcomes)["acc"]
         return {"acc": right, "acc_norm": right}
 
@@ -165,7 +165,7 @@ class Unnormalised(MultipleChoice):
 class ByBytes(MultipleChoice):
     """Normalised by bytes instead of characters."""
 
-    def score(self, row: Row, outcomes: Sequence[Outcome]) -> Values:
+    def score(self, row: DataRow, outcomes: Sequence[Outcome]) -> Values:
         sizes = [len(choice.encode()) for choice in self.choices(row)]
         by_size = [Outcome(x / size, greedy) for (x, greedy), size in zip(outcomes, sizes, strict=True)]
         return {**super().score(row, outcomes), "acc_norm": super().score(row, by_size)["acc"]}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.checkpoint.loading import check_finite, load_model, load_tokenizer
+from moeq.checkpoint.loading import check_finite_weights, load_model, load_tokenizer
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -18,10 +18,10 @@ def test_a_loaded_model_is_frozen_in_eval_mode_and_has_the_asked_dtype(tmp_path:
 
 def test_a_non_finite_weight_is_named_and_counted() -> None:
     model = tiny_model("mixtral")
-    check_finite(model)
+    check_finite_weights(model)
     model.model.layers[0].self_attn.q_proj.weight[0, :2] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight has 2 of 4096 values"):
-        check_finite(model)
+        check_finite_weights(model)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moeq.decoding.decoders import CachedDecoder, Decoding, examine
-from moeq.decoding.generate import NonFiniteLogits, Sampler, generate
+from moeq.decoding.generate import NonFiniteLogits, TokenChoice, generate
 from tests.decoding.test_decoders import WAYS, prompts
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -114,7 +114,7 @@ def test_tokens_are_drawn_from_the_nucleus_at_the_temperature() -> None:
     assert len(nucleus) == 3
     num = 10_000
     uniform = (torch.arange(num, dtype=torch.float64) + 0.5) / num
-    drawn = Sampler(0.7, 0.9).choose(logits.expand(num, -1), uniform).bincount(minlength=5) / num
+    drawn = TokenChoice(0.7, 0.9).choose(logits.expand(num, -1), uniform).bincount(minlength=5) / num
     held = sum(weights[i] for i in nucleus)
     for token in range(5):
         assert drawn[token] == pytest.approx(weights[token] / held if token in nucleus else 0.0, abs=2e-4)

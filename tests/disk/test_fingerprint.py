@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moeq.disk.fingerprint import differences, fingerprint
+from moeq.disk.fingerprint import differences, result_digest
 
 PARTS: dict[str, Any] = {
     "model": "sha256:aa",
@@ -17,7 +17,7 @@ PARTS: dict[str, Any] = {
 
 def test_the_order_of_settings_does_not_matter() -> None:
     turned = {**PARTS, "settings": dict(reversed(PARTS["settings"].items()))}
-    assert fingerprint(**turned) == fingerprint(**PARTS)
+    assert result_digest(**turned) == result_digest(**PARTS)
 
 
 @pytest.mark.parametrize(
@@ -40,20 +40,20 @@ def test_the_order_of_settings_does_not_matter() -> None:
     ],
 )
 def test_a_changed_part_changes_it_and_is_named(part: str, value: Any, said: list[str]) -> None:
-    before, now = fingerprint(**PARTS), fingerprint(**{**PARTS, part: value})
+    before, now = result_digest(**PARTS), result_digest(**{**PARTS, part: value})
     assert before != now
     assert differences(before, now) == said
 
 
 def test_equal_fingerprints_have_no_differences() -> None:
-    assert differences(fingerprint(**PARTS), fingerprint(**PARTS)) == []
+    assert differences(result_digest(**PARTS), result_digest(**PARTS)) == []
 
 
 def test_settings_that_are_no_json_are_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        fingerprint(**{**PARTS, "settings": {"temperature": float("nan")}})
+        result_digest(**{**PARTS, "settings": {"temperature": float("nan")}})
 
 
 def test_versions_of_what_computes_nothing_do_not_count() -> None:
     more = {**PARTS["versions"], "platform": "Linux-6.1", "lightning": "2.6.6"}
-    assert fingerprint(**{**PARTS, "versions": more}) == fingerprint(**PARTS)
+    assert result_digest(**{**PARTS, "versions": more}) == result_digest(**PARTS)

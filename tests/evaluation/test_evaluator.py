@@ -19,7 +19,7 @@ from moeq.tasks.documents import Document
 from moeq.tasks.encode import Encoder
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import Rows
-from moeq.tasks.task import Row, Task
+from moeq.tasks.task import DataRow, Task
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -38,7 +38,7 @@ PROGRAMS = [
 SUMS = [{"text": f"{a} + {b} = {a + b}\n"} for a in range(5) for b in range(40)]
 
 
-def documents_of(task: Task, rows: Sequence[Row], length: int = 512) -> list[Document]:
+def documents_of(task: Task, rows: Sequence[DataRow], length: int = 512) -> list[Document]:
     found = Encoder(TOKENIZER, length).documents(
         task, Rows(list(rows), [], "test", "here", ""), window_length=32, num_documents=None
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moeq.disk.fingerprint import fingerprint
+from moeq.disk.fingerprint import result_digest
 from moeq.evaluation.originals import (
     HEADER_BYTES,
     SPARE_BYTES,
@@ -32,7 +32,7 @@ WINDOW = [Request((3,), (4, 5, 6, 7), open_end=True)]
 
 
 def of(model: str = "sha256:aa") -> str:
-    return fingerprint(model=model, dtype="bfloat16", reference=None, settings={}, versions={})
+    return result_digest(model=model, dtype="bfloat16", reference=None, settings={}, versions={})
 
 
 def planned(layout: Layout = "plain") -> Plan:

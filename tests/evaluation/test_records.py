@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from moeq.disk.fingerprint import fingerprint
+from moeq.disk.fingerprint import result_digest
 from moeq.evaluation.records import Records, reuse
 from moeq.tasks.documents import Document, Result
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moeq.tasks import records
+from moeq.evaluation import records
 from tests.tasks.test_records import result
 
 log = records.Records(Path(sys.argv[1]), "piqa", sys.argv[2], 0)
@@ -39,7 +39,7 @@ log.add([result(3), result(4)])
 
 def settings(**changed: Any) -> str:
     values = {"num_shots": 0, **changed}
-    return fingerprint(model="sha256:aa", dtype="float32", reference=None, settings=values, versions={"torch": "2"})
+    return result_digest(model="sha256:aa", dtype="float32", reference=None, settings=values, versions={"torch": "2"})
 
 
 def result(index: int, **changed: Any) -> Result:

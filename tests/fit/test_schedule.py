@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from moeq.fit.schedule import GIB, Part, build_schedule, whole
+from moeq.fit.schedule import GIB, SitePart, build_schedule, whole
 from moeq.models.adapter import Adapter
 from tests.tiny import tiny_model
 
@@ -48,7 +48,7 @@ def test_labels_say_block_and_stage(sites: list[tuple]) -> None:
     assert build_schedule(sites, survey=False, sequential="stage")[1].label == "block 0 attention_mid"
 
 
-def needed(parts: tuple[Part, ...]) -> int:
+def needed(parts: tuple[SitePart, ...]) -> int:
     """Bytes by the numbers in the module's docstring."""
     total = 0
     for part in parts:
@@ -74,7 +74,7 @@ def test_chunks_hold_every_expert_once_in_order_and_stay_within_the_bound(
             first = after.parts[0]
             grown = {part.site: len(part.experts) for part in before.parts}
             grown[first.site] = grown.get(first.site, 0) + 1
-            assert needed(tuple(Part(site, range(count)) for site, count in grown.items())) > megabytes * 1e6
+            assert needed(tuple(SitePart(site, range(count)) for site, count in grown.items())) > megabytes * 1e6
 
 
 def test_weights_are_written_after_the_last_chunk_of_their_sites(sites: list[tuple]) -> None:

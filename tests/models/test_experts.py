@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moeq.models.adapter import Adapter
 from moeq.models.experts import (
-    Part,
+    ExpertSide,
     activate,
     as_stored,
     canonical,
@@ -43,7 +43,7 @@ def test_the_steps_of_one_expert_are_those_of_the_familys_own_loop(family: str) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", ["into", "down"])
-def test_the_layout_of_the_family_and_ours_are_inverse(family: str, part: Part) -> None:
+def test_the_layout_of_the_family_and_ours_are_inverse(family: str, part: ExpertSide) -> None:
     module = experts_of(family)
     weight = stacked_weight(module, part)
     assert torch.equal(canonical(module, part, as_stored(module, part, weight)), weight)

@@ -10,7 +10,7 @@ from moeq.quant.learned import (
     LearnedSpec,
     block_error,
     close_latent,
-    dequantized,
+    latent_weight,
     learn,
     level_offset,
     open_latent,
@@ -46,7 +46,7 @@ GRIDS = [GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), G
 def test_the_start_is_the_solution_it_was_opened_from(grid: GridSpec) -> None:
     given = rounded(weights(), grid)
     latent = opened(weights(), grid)
-    for expert, weight_OI in zip(given, dequantized(latent), strict=True):
+    for expert, weight_OI in zip(given, latent_weight(latent), strict=True):
         assert torch.equal(dequantize_weight(expert, torch.float32), weight_OI)
     for before, after in zip(given, close_latent(latent, given), strict=True):
         assert torch.equal(before.codes_OI, after.codes_OI)
@@ -61,7 +61,7 @@ def test_what_is_learned_is_what_is_stored(grid: GridSpec) -> None:
     generator = torch.Generator().manual_seed(1)
     latent.level_EOGS.data.add_(torch.randn(latent.level_EOGS.shape, generator=generator))
     latent.log_EOG.data.add_(0.2 * torch.randn(latent.log_EOG.shape, generator=generator))
-    for weight_OI, stored in zip(dequantized(latent), close_latent(latent, given), strict=True):
+    for weight_OI, stored in zip(latent_weight(latent), close_latent(latent, given), strict=True):
         assert torch.equal(weight_OI, dequantize_weight(stored, torch.float32))
         assert int(stored.codes_OI.max()) < 2**grid.bits
         assert stored.scale_OG.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_the_block_error_is_relative_and_leaves_padding_out() -> None:
 def test_gradients_are_those_of_the_grid_without_rounding() -> None:
     grid = GridSpec(8, 16)  # all levels inside, so nothing is clamped
     latent = opened(weights(), grid, torch.float32)
-    dequantized(latent).square().sum().backward()
+    latent_weight(latent).square().sum().backward()
     level_EOGS = latent.level_EOGS.detach().round()
     assert latent.zero_point_EOG is not None
     scale_EOG1, zero_EOG1 = latent.scale_EOG.unsqueeze(-1), latent.zero_point_EOG.unsqueeze(-1)
@@ -109,7 +109,7 @@ def learned_error(spec: LearnedSpec) -> tuple[float, float]:
     latents = [opened(w, grid) for w in (first_EOI, second_EOI)]
 
     def error(part: slice = slice(None)) -> Tensor:
-        first, second = (dequantized(latent) for latent in latents)
+        first, second = (latent_weight(latent) for latent in latents)
         return ((x_ETI[:, part] @ first.mT).relu() @ second.mT - wanted_ETO[:, part]).square().mean()
 
     before = float(error().detach())
@@ -136,7 +136,7 @@ def test_every_batch_is_seen_before_any_is_seen_again() -> None:
 
     def backward(batch: int) -> None:
         seen.append(batch)
-        dequantized(latent).sum().backward()
+        latent_weight(latent).sum().backward()
 
     learn([latent], backward, 5, LearnedSpec(num_steps=12))
     assert sorted(seen[:5]) == sorted(seen[5:10]) == [0, 1, 2, 3, 4]
@@ -145,7 +145,7 @@ def test_every_batch_is_seen_before_any_is_seen_again() -> None:
 
 def test_levels_stay_near_the_grid() -> None:
     latent = opened(weights(), GRIDS[1])
-    learn([latent], lambda _: (1e6 * dequantized(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
+    learn([latent], lambda _: (1e6 * latent_weight(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
     assert float(latent.level_EOGS.detach().min()) >= -0.5
     assert isinstance(latent, Latent)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moeq.report.task_report import TaskReport, scalars
+from moeq.report.task_report import TaskReport, task_scalars
 from moeq.report.task_tables import group_table, markdown_details, markdown_tasks, notes
 from moeq.tasks.metrics import Measurement
 from tests.reports import description, hellaswag, mmlu, share, wikitext
@@ -102,7 +102,7 @@ def test_digits_follow_the_metric_and_an_unknown_error_is_left_out() -> None:
 
 
 def test_scalars_name_task_group_and_metric() -> None:
-    found = scalars([hellaswag(), mmlu(1)])
+    found = task_scalars([hellaswag(), mmlu(1)])
     assert found["hellaswag/acc"] == 0.5714
     assert found["hellaswag/acc_stderr"] == share(0.5714).stderr
     assert set(found) >= {"mmlu/acc", "mmlu/acc_by_subject", "mmlu/stem/acc", "mmlu/subject_0/acc_stderr"}

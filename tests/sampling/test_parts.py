@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.sampling.effective import Evidence
-from moeq.sampling.parts import REDRAWS, Sampler, sample_set
+from moeq.sampling.effective import ExpertEvidence
+from moeq.sampling.parts import REDRAWS, SetWriter, sample_set
 from moeq.sampling.settings import EBSSSpec, Sampled
 from tests.sampling.tables import TableNextToken
 
@@ -38,16 +38,16 @@ def table(last_step: int = 10**9) -> Dying:
     return made
 
 
-def counted(ids_NT: Tensor) -> Evidence:
+def counted(ids_NT: Tensor) -> ExpertEvidence:
     """Every token with affinity 1, so that effective tokens are tokens."""
     counts_LE = table().count(ids_NT).sum(0).double()
-    return Evidence(counts_LE, counts_LE)
+    return ExpertEvidence(counts_LE, counts_LE)
 
 
-def sampler(folder: Path, sequences_at_once: int = 8, is_degenerate: Any = None, **settings: Any) -> Sampler:
+def sampler(folder: Path, sequences_at_once: int = 8, is_degenerate: Any = None, **settings: Any) -> SetWriter:
     harmless = is_degenerate or (lambda ids_NT: [False] * len(ids_NT))
     spec = EBSSSpec(**{**SMALL, **settings})
-    return Sampler(spec, sequences_at_once, torch.arange(40), harmless, counted, folder)
+    return SetWriter(spec, sequences_at_once, torch.arange(40), harmless, counted, folder)
 
 
 def same(first: Sampled, second: Sampled) -> bool:
@@ -115,7 +115,7 @@ def test_a_set_of_loops_only_ends_after_the_last_redraw(tmp_path: Path) -> None:
 
 
 def test_ranks_divide_every_chunk_completely(tmp_path: Path) -> None:
-    ranks = Sampler(
+    ranks = SetWriter(
         EBSSSpec(num_sequences=20, mode="stochastic"), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3
     )
     shares = [list(share) for chunk in ranks.chunks() for share in ranks.shares(chunk)]

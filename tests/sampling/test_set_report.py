@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from moeq.models.adapter import is_experts_module
-from moeq.sampling.effective import Evidence, measure_evidence
+from moeq.sampling.effective import ExpertEvidence, measure_evidence
 from moeq.sampling.next_token import score_sequences
-from moeq.sampling.set_report import decision_columns, decision_steps, distinct_ngrams, scalars, set_columns
+from moeq.sampling.set_report import decision_columns, decision_steps, distinct_ngrams, set_columns, set_scalars
 from tests.tiny import tiny_model
 
 IDS = torch.arange(96).view(4, 24) % 50 + 3
@@ -51,14 +51,14 @@ def test_columns_hold_lists_by_expert_and_their_least() -> None:
     assert columns["effective_samples_per_expert_min"] == pytest.approx(least, abs=0.06)
     assert columns["effective_samples_per_expert_min"] <= columns["tokens_per_expert_min"]
     assert {f"distinct_{n}_grams" for n in (1, 2, 3, 4)} < columns.keys()
-    logged = scalars(columns, "ebss_sampled")
+    logged = set_scalars(columns, "ebss_sampled")
     assert logged["ebss_sampled/tokens"] == 96.0
     assert all(isinstance(value, float) for value in logged.values())
 
 
 def test_an_expert_without_tokens_has_no_effective_samples() -> None:
     zero = torch.zeros(1, 2, dtype=torch.float64)
-    assert Evidence(zero, zero).effective_LE().tolist() == [[0.0, 0.0]]
+    assert ExpertEvidence(zero, zero).effective_LE().tolist() == [[0.0, 0.0]]
 
 
 def test_decisions_are_means_and_redrawn_sequences_a_sum() -> None:

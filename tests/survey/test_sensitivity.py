@@ -3,11 +3,11 @@ import torch
 
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.survey.sensitivity import (
-    dequantized,
     fisher_costs,
     hessian_costs,
     mean_square_gradients,
     pmq_costs,
+    round_trip,
     row_energies,
     token_hessians,
 )
@@ -53,8 +53,8 @@ def test_gradients_of_rare_experts_are_pulled_toward_their_layer() -> None:
 def test_gptq_errs_less_than_rounding_in_the_norm_of_its_hessian() -> None:
     weight, inputs = torch.randn(1, 16, 16), torch.randn(200, 16) @ torch.randn(16, 16)
     hessian = (inputs.T @ inputs / 200).unsqueeze(0)
-    solved = dequantized(weight, GRID, torch.float32, hessian, SolveSpec())
-    rounded = dequantized(weight, GRID, torch.float32, None, SolveSpec())
+    solved = round_trip(weight, GRID, torch.float32, hessian, SolveSpec())
+    rounded = round_trip(weight, GRID, torch.float32, None, SolveSpec())
     errors = [float(row_energies(weight - each, hessian).sum()) for each in (solved, rounded)]
     assert errors[0] < 0.9 * errors[1]
     torch.testing.assert_close(rounded, weight, rtol=0, atol=0.7)

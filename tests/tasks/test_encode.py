@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moeq.tasks.encode import Encoder, window_of
 from moeq.tasks.rows import Rows
-from moeq.tasks.task import Cloze, Generation, LastWord, MultipleChoice, Rolling, Row, Source, Task, Windows
+from moeq.tasks.task import Cloze, DataRow, Generation, LastWord, MultipleChoice, Rolling, Source, Task, Windows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SOURCE = Source("none", hub=None)
@@ -43,11 +43,11 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def rows_of(rows: Sequence[Row]) -> Rows:
+def rows_of(rows: Sequence[DataRow]) -> Rows:
     return Rows(list(rows), [], "validation", "memory", "")
 
 
-def documents(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, count: int | None = None) -> Any:
+def documents(task: Task, rows: Sequence[DataRow], tokenizer: Any, max_length: int, count: int | None = None) -> Any:
     made = Encoder(tokenizer, max_length).documents(task, rows_of(rows), window_length=8, num_documents=count)
     return made.documents
 

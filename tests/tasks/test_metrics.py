@@ -13,12 +13,12 @@ from torch import distributed, multiprocessing
 
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import COMPARISONS, Measurement, RatioMetric, TaskMetrics, mean_over_groups
-from moeq.tasks.task import Kind
+from moeq.tasks.task import Aggregate
 
 GROUPS = [("stem", "physics"), ("stem", "algebra"), ("humanities", "law")]
 
 
-def measure(pairs: Sequence[tuple[float, float]], kind: Kind = "mean") -> Measurement:
+def measure(pairs: Sequence[tuple[float, float]], kind: Aggregate = "mean") -> Measurement:
     metric = RatioMetric(kind)
     for pair in pairs:
         metric.update(*pair)
@@ -66,8 +66,8 @@ def test_of_right_and_wrong_it_is_binomial() -> None:
     assert found.stderr == pytest.approx(math.sqrt(0.7 * 0.3 / 99), rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_errors_of_functions_of_the_quotient_follow_the_delta_method(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", get_args(Aggregate))
+def test_errors_of_functions_of_the_quotient_follow_the_delta_method(kind: Aggregate) -> None:
     pairs = documents(4, 0.1)
     ratio, stderr = reference_ratio(pairs)
     through = {"mean": float, "perplexity": math.exp, "bits": lambda x: x / math.log(2)}[kind]

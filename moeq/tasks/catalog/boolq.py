@@ -4,10 +4,10 @@ As in lm-evaluation-harness.  SuperGLUE's passage starts with the title, and its
 the original data set have ``title`` and the truth value ``answer`` instead.
 """
 
-from moeq.tasks.task import MultipleChoice, Row, Source
+from moeq.tasks.task import DataRow, MultipleChoice, Source
 
 
-def _context(row: Row) -> str:
+def _context(row: DataRow) -> str:
     passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]
     return f"{passage}\nQuestion: {row['question']}?\nAnswer:"
 

@@ -3,7 +3,7 @@
 As in lm-evaluation-harness, whose choices begin with a blank of their own after the delimiter: two blanks.
 """
 
-from moeq.tasks.task import MultipleChoice, Row, Source
+from moeq.tasks.task import DataRow, MultipleChoice, Source
 
 CONNECTORS = {"cause": "because", "effect": "therefore"}
 
@@ -12,7 +12,7 @@ def _choice(text: str) -> str:
     return " " + text[0].lower() + text[1:]
 
 
-def _context(row: Row) -> str:
+def _context(row: DataRow) -> str:
     return f"{row['premise'].strip()[:-1]} {CONNECTORS[row['question']]}"
 
 

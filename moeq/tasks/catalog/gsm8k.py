@@ -5,7 +5,7 @@ As in lm-evaluation-harness: the strict answer is the number after "####", the f
 
 import re
 
-from moeq.tasks.task import Generation, Row, Source, Values
+from moeq.tasks.task import DataRow, Generation, Source, Values
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -18,7 +18,7 @@ def _normal(answer: str) -> str:
     return answer.lower()
 
 
-def _score(row: Row, text: str) -> Values:
+def _score(row: DataRow, text: str) -> Values:
     right = _normal(row["answer"])
     strict = STRICT.search(text)
     numbers = FLEXIBLE.findall(text)

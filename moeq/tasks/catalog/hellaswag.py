@@ -6,14 +6,14 @@ figures are of the size of ``acc``.
 
 import re
 
-from moeq.tasks.task import MultipleChoice, Row, Source
+from moeq.tasks.task import DataRow, MultipleChoice, Source
 
 
 def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _context(row: Row) -> str:
+def _context(row: DataRow) -> str:
     return _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
 
 

@@ -5,10 +5,10 @@
 
 from dataclasses import replace
 
-from moeq.tasks.task import Code, Row, Source
+from moeq.tasks.task import Code, DataRow, Source
 
 
-def _program(row: Row, text: str) -> str:
+def _program(row: DataRow, text: str) -> str:
     return f"{row['prompt']}{text}\n{row['test']}\ncheck({row['entry_point']})"
 
 

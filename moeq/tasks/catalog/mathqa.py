@@ -2,10 +2,10 @@
 
 import re
 
-from moeq.tasks.task import MultipleChoice, Row, Source
+from moeq.tasks.task import DataRow, MultipleChoice, Source
 
 
-def _choices(row: Row) -> list[str]:
+def _choices(row: DataRow) -> list[str]:
     """From "a ) 38 , b ) 27.5 , ... , e ) 30"."""
     return [option[4:].rstrip(" ,") for option in re.findall(r"[abcd] \) .*?, |e \) .*?$", row["options"])]
 

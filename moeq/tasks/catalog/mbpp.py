@@ -3,10 +3,10 @@
 As in lm-evaluation-harness, whose three examples are problems 2 to 4 of the ``prompt`` split.
 """
 
-from moeq.tasks.task import Code, Row, Source
+from moeq.tasks.task import Code, DataRow, Source
 
 
-def _tests(row: Row) -> str:
+def _tests(row: DataRow) -> str:
     return "\n".join(row["test_list"][:3])
 
 

@@ -8,7 +8,7 @@ blank.)
 
 from dataclasses import replace
 
-from moeq.tasks.task import MultipleChoice, Row, Source
+from moeq.tasks.task import DataRow, MultipleChoice, Source
 
 CATEGORIES = {
     "humanities": (
@@ -30,13 +30,13 @@ CATEGORIES = {
 HEAD = "The following are multiple choice questions (with answers) about "
 
 
-def _groups(row: Row) -> tuple[str, str]:
+def _groups(row: DataRow) -> tuple[str, str]:
     """Category and subject; all other subjects are "stem"."""
     category = next((name for name, subjects in CATEGORIES.items() if row["subject"] in subjects), "stem")
     return category, row["subject"]
 
 
-def _question(row: Row, text: str) -> str:
+def _question(row: DataRow, text: str) -> str:
     options = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
     return f"{text}\n{options}Answer:"
 

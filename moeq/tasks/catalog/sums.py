@@ -7,12 +7,12 @@ line with the four lines before it, none of which states the same problem.
 from collections.abc import Sequence
 
 from moeq.tasks.arithmetic import build_problems, parse_answer
-from moeq.tasks.task import Generation, Row, Source
+from moeq.tasks.task import DataRow, Generation, Source
 
 NUM_SHOTS = 4
 
 
-def _problems(rows: Sequence[Row]) -> list[Row]:
+def _problems(rows: Sequence[DataRow]) -> list[DataRow]:
     lines = [row["text"] for row in rows if row["text"]]
     problems = build_problems(lines, len(lines), NUM_SHOTS)
     return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]

@@ -3,10 +3,10 @@
 As in lm-evaluation-harness: the sentence up to the blank, filled, is the context; the rest is scored.
 """
 
-from moeq.tasks.task import Cloze, Row, Source
+from moeq.tasks.task import Cloze, DataRow, Source
 
 
-def _filled(row: Row) -> list[str]:
+def _filled(row: DataRow) -> list[str]:
     before = row["sentence"][: row["sentence"].index("_")]
     return [before + row["option1"], before + row["option2"]]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moeq.tasks.task import Row
+from moeq.tasks.task import DataRow
 
 
 def _science(question: str, texts: list[str], key: str, labels: str = "ABCD") -> dict[str, Any]:
@@ -34,7 +34,7 @@ WIKITEXT = [
     " It has pike ; the lake 's pikes ( big ) are old ! \n", " = Hill = Side = \n", " N hills : see [ 1 ] \n",
 ]  # fmt: skip
 
-ROWS: dict[str, list[Row]] = {
+ROWS: dict[str, list[DataRow]] = {
     "arc_challenge": ARC,
     "arc_easy": ARC,
     "boolq": [
@@ -112,7 +112,7 @@ ROWS: dict[str, list[Row]] = {
     ],
 }  # fmt: skip
 
-SHOTS: dict[str, list[Row]] = {
+SHOTS: dict[str, list[DataRow]] = {
     "gsm8k": [{"question": f"What is {n} + {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(9)],
     # Of the split only the second to the fourth are shown.
     "mbpp": [_function(f"f{n}", n, f"def f{n}(n):\r\n    return n + 1") for n in range(1, 6)],
