@@ -55,7 +55,7 @@ class GivenPlan(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MoEQuantModule)
-        pl_module.prepare()
+
         pl_module.run.plan = self._plan
 
 
@@ -70,7 +70,7 @@ class Bench:
         self.problems = build_problems(sums, NUM_PROBLEMS, num_shots=4)
         module = MoEQuantModule(name=model)
         module.configure_model()
-        module.prepare()
+
         self.weights = module.weight_shapes()
 
     def ids(self, seed: int) -> torch.Tensor:

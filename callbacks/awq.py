@@ -1,12 +1,14 @@
-"""Scale the input channels of each stage where that lowers the output error (AWQ), then quantize it."""
+"""Scaling of the input channels of each stage where that lowers the output error (AWQ), then quantization."""
 
+from collections.abc import Mapping
 from typing import Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from moeq.fit.channel_scaling import gather_inputs, refuse_chunks, scale_stage
-from moeq.fit.solve import Unit, quantize_sites
+from moeq.callback import SolveStep, module_of
+from moeq.fit.channel_scaling import Inputs, gather_inputs, refuse_chunks, scale_stage
+from moeq.fit.solve import Solver, Unit, quantize_sites
 from moeq.models.adapter import STAGES
 from moeq.module import MoEQuantModule
 from moeq.quant.awq import round_scaled, scale_problem
@@ -15,15 +17,17 @@ from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
 
 
-class AWQ(Callback):
-    """AWQ (AGQ-AWQ where the Hessians are affinity-weighted); needs HessianCalibration before it in the list.
+class AWQ(SolveStep):
+    """AWQ (AGQ-AWQ where the Hessians are affinity-weighted); needs HessianCalibration in the list.
 
     Args:
         rounding: "nearest" is AWQ, with clipping ranges by output error; "gptq" solves the scaled weights with GPTQ.
-        coverage: What an expert with few tokens gets, as for callbacks.GPTQ.
+        coverage: What an expert with few tokens gets, as for GPTQ.
         min_tokens: Experts with fewer tokens are reported.
-        kappa: Strength of the shrinkage, as for callbacks.GPTQ.
+        kappa: Strength of the shrinkage, as for GPTQ.
     """
+
+    needs_hessians = True
 
     def __init__(
         self,
@@ -39,29 +43,28 @@ class AWQ(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before any work a bound on memory that cuts a stage into several passes."""
-        assert isinstance(pl_module, MoEQuantModule)
-        refuse_chunks(pl_module.schedule)
+        refuse_chunks(module_of(pl_module).walk.schedule)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scale and quantize the sites of this pass, stage by stage."""
-        assert isinstance(pl_module, MoEQuantModule)
-        current, run, adapter = pl_module.current_pass, pl_module.run, pl_module.adapter
-        if current.kind != "calibrate":
-            return
-        inputs = gather_inputs(run, current.sites, self.coverage)
-        dtype = pl_module.model.dtype
-        # A later stage divides what an earlier one has quantized.
+    def solve_pass(self, module: MoEQuantModule) -> None:
+        """Scale and quantize the sites of this pass, stage by stage: a later one divides what an earlier quantized."""
+        current, run, adapter = module.current_pass, module.run, module.adapter
+        inputs = gather_inputs(run, current.parts, self.coverage)
         for stage in STAGES:
-            sites = [site for site in current.sites if site.stage == stage]
-            scales = scale_stage(adapter, run, sites, inputs) if sites else {}
+            if sites := [site for site in current.sites if site.stage == stage]:
+                scales = scale_stage(adapter, run, sites, inputs)
+                quantize_sites(adapter, run, sites, self._scaled_solver(module, inputs, scales))
 
-            def solver(unit: Unit, weight_EOI: Tensor, scales: dict[str, Tensor] = scales) -> Solution:
-                experts = list(unit.experts)
-                hessian_EII, scale_EI = inputs[unit.site.name].hessian_EII[experts], scales[unit.site.name][experts]
-                if self.rounding == "nearest":
-                    return round_scaled(weight_EOI, hessian_EII, scale_EI, unit.grid, dtype)
-                problem = scale_problem(weight_EOI, hessian_EII, scale_EI)
-                return gptq_solve(*problem, unit.grid, pl_module.solve_spec, dtype)
+    def _scaled_solver(
+        self, module: MoEQuantModule, inputs: Mapping[str, Inputs], scales: Mapping[str, Tensor]
+    ) -> Solver:
+        dtype = module.model.dtype
 
-            if sites:
-                quantize_sites(adapter, run, sites, solver)
+        def solve(unit: Unit, weight_EOI: Tensor) -> Solution:
+            experts = list(unit.experts)
+            hessian_EII, scale_EI = inputs[unit.site.name].hessian_EII[experts], scales[unit.site.name][experts]
+            if self.rounding == "nearest":
+                return round_scaled(weight_EOI, hessian_EII, scale_EI, unit.grid, dtype)
+            problem = scale_problem(weight_EOI, hessian_EII, scale_EI)
+            return gptq_solve(*problem, unit.grid, module.solve_spec, dtype)
+
+        return solve

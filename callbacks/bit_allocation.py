@@ -14,7 +14,7 @@ from moeq.allocation.problem import Budget, BudgetUnit, Floor
 from moeq.allocation.rehearsal import rehearse
 from moeq.allocation.rules import make_rule
 from moeq.allocation.runtime import RuntimeName
-from moeq.disk.atomic import write_json
+from moeq.disk.atomic import write_json, write_text
 from moeq.fit.block_files import block_path
 from moeq.module import MoEQuantModule
 
@@ -79,7 +79,7 @@ class BitAllocation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide, or make sure that a survey comes first and holds what the decision needs."""
         assert isinstance(pl_module, MoEQuantModule)
-        pl_module.prepare()
+
         weights, run = pl_module.weight_shapes(), pl_module.run
         if self.survey is not None:
             run.evidence = read_evidence(Path(self.survey), weights)
@@ -89,14 +89,14 @@ class BitAllocation(Callback):
             # A run that continues has no survey: finished blocks follow the plan that it made then.
             run.plan = plan_from_json(pl_module.run_dir / "allocation.json")
             check_plan(run.plan, weights)
-        elif run.promised is None:
+        elif run.promise is None:
             raise ValueError(
                 "BitAllocation has rules or costs that need a survey, and nothing makes one; put "
                 "callbacks.survey.Survey before callbacks.bit_allocation.BitAllocation, or give survey: PATH"
             )
         else:
-            run.survey_needed = True
-            rehearse(self.spec, weights, pl_module.grid, run.promised)
+            run.needs.evidence = True
+            rehearse(self.spec, weights, pl_module.grid, run.promise)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
@@ -113,7 +113,7 @@ class BitAllocation(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide at the end of the last pass of the survey."""
         assert isinstance(pl_module, MoEQuantModule)
-        epoch, schedule = pl_module.current_epoch, pl_module.schedule
+        epoch, schedule = pl_module.current_epoch, pl_module.walk.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
             weights = pl_module.weight_shapes()
@@ -131,4 +131,4 @@ class BitAllocation(Callback):
         )
         if trainer.is_global_zero:
             write_json(module.run_dir / "allocation.json", allocation_to_json(decision, weights))
-            (module.run_dir / "allocation.md").write_text(allocation_report(decision, weights), encoding="utf8")
+            write_text(module.run_dir / "allocation.md", allocation_report(decision, weights))

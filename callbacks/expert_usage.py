@@ -1,19 +1,19 @@
-"""Count the tokens that are routed to each expert."""
+"""Counts of the tokens that are routed to each expert."""
 
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from moeq.callback import HookedStep, module_of
 from moeq.disk.atomic import write_json
 from moeq.distributed import sum_over_ranks
 from moeq.models.observe import observe_routing
 from moeq.module import MoEQuantModule
 
 
-class ExpertUsage(Callback):
+class ExpertUsage(HookedStep):
     """Writes expert_usage.json: tokens per expert of every block, on the calibration data.
 
     Args:
@@ -24,49 +24,35 @@ class ExpertUsage(Callback):
     affects_weights = False
 
     def __init__(self, survey: bool = False) -> None:
+        super().__init__()
         self.survey = survey
-        self._stack = ExitStack()
-        self._keep: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for a survey."""
-        assert isinstance(pl_module, MoEQuantModule)
-        pl_module.survey_requested |= self.survey
+        module_of(pl_module).run.needs.survey |= self.survey
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def attach(self, module: MoEQuantModule, hooks: ExitStack) -> None:
         """Attach to the experts of the block that this pass sweeps."""
-        assert isinstance(pl_module, MoEQuantModule)
-        usage, modules = pl_module.run.usage, self._observed(pl_module)
-        for path, module in modules.items():
-            usage[path] = torch.zeros(int(module.num_experts), dtype=torch.int64, device=pl_module.device)  # type: ignore[arg-type]
+        usage, modules = module.run.usage, self._observed(module)
+        for path, experts in modules.items():
+            usage[path] = torch.zeros(int(experts.num_experts), dtype=torch.int64, device=module.device)  # type: ignore[arg-type]
 
         def count(path: str, ids_TK: Tensor, _: Tensor) -> None:
-            kept = ids_TK if self._keep is None else ids_TK[self._keep]
+            kept = ids_TK if self.mask.keep is None else ids_TK[self.mask.keep]
             usage[path] += kept.flatten().bincount(minlength=len(usage[path]))
 
-        self._stack.enter_context(observe_routing(modules, count))
+        hooks.enter_context(observe_routing(modules, count))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Padding is routed like tokens, but does not count."""
-        mask = batch.get("attention_mask")
-        self._keep = None if mask is None else mask.flatten().bool()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the hooks off and add up the ranks."""
-        assert isinstance(pl_module, MoEQuantModule)
-        self._stack.close()
-        sum_over_ranks([pl_module.run.usage[path] for path in self._observed(pl_module)])
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hooks come off whatever happens."""
-        self._stack.close()
+    def finish(self, module: MoEQuantModule) -> None:
+        """Add up the ranks."""
+        sum_over_ranks([module.run.usage[path] for path in self._observed(module)])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the counts."""
-        assert isinstance(pl_module, MoEQuantModule)
+        module = module_of(pl_module)
         if trainer.is_global_zero:
-            usage = {path: counts.tolist() for path, counts in pl_module.run.usage.items()}
-            write_json(pl_module.run_dir / "expert_usage.json", usage)
+            usage = {path: counts.tolist() for path, counts in module.run.usage.items()}
+            write_json(module.run_dir / "expert_usage.json", usage)
 
     def _observed(self, module: MoEQuantModule) -> dict[str, nn.Module]:
         """Experts modules that are counted in the current pass."""

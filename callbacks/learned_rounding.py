@@ -29,8 +29,7 @@ class LearnedRounding(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the outputs of the original blocks, and for what the solver knows of each weight."""
         assert isinstance(pl_module, MoEQuantModule)
-        pl_module.originals_requested = True
-        pl_module.run.offsets = {}
+        pl_module.run.needs.originals = pl_module.run.needs.offsets = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tune a block after its last pass."""
@@ -39,13 +38,13 @@ class LearnedRounding(Callback):
         if not current.ends_block:
             return
         names = [name for site in pl_module.adapter.sites(current.block) for name in site.weight_names()]
-        if run.offsets is None or not run.offsets.keys() >= set(names):
+        if not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
                 "put a method such as callbacks.gptq.GPTQ before callbacks.learned_rounding.LearnedRounding"
             )
         start = time.perf_counter()
-        before, after = tune_block(pl_module.adapter, run, current.block, pl_module.block_batches(), self.spec)
+        before, after = tune_block(pl_module.adapter, run, current.block, pl_module.walk.block_batches(), self.spec)
         run.offsets.clear()
         rank_zero_info(f"Block {current.block}: output error {before:.4g} -> {min(before, after):.4g}")
         pl_module.log_dict(

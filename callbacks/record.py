@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
-from moeq.disk.atomic import write_csv, write_json
+from moeq.disk.atomic import write_csv, write_json, write_text
 from moeq.disk.versions import installed_versions
 from moeq.fit.memory import MemoryRow, peak_memory_bytes, start_peak
 from moeq.module import MoEQuantModule
@@ -51,7 +51,7 @@ class Record(Callback):
             pl_module.log("fit/relative_error", sum(errors) / len(errors), rank_zero_only=True)
         peak_bytes = peak_memory_bytes(pl_module.device)
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
-        self._memory.append(pl_module.memory_row(peak_bytes - self._base_bytes))
+        self._memory.append(pl_module.walk.memory_row(pl_module.device, peak_bytes - self._base_bytes))
         pl_module.log("fit/peak_memory_gb", peak_bytes / 1e9, rank_zero_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class Record(Callback):
             "device": str(pl_module.device),
             "seed": torch.initial_seed(),
             "model": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},
-            "fingerprint": pl_module.resume.fingerprint,
+            "fingerprint": pl_module.walk.resume.fingerprint,
             "seconds_total": time.perf_counter() - self._start,
             "seconds": run.seconds,
             "peak_memory_bytes": max(self._peak_bytes, peak_memory_bytes(pl_module.device)),
@@ -75,7 +75,7 @@ class Record(Callback):
         write_csv(folder / "memory.csv", [dict(row) for row in self._memory])
         write_json(folder / "fallbacks.json", [vars(fallback) for fallback in run.fallbacks])
         summary = summary_table(pl_module)
-        (folder / "summary.md").write_text(summary, encoding="utf8")
+        write_text(folder / "summary.md", summary)
         rank_zero_info(summary)
 
 

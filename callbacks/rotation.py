@@ -27,7 +27,7 @@ class Rotation(Callback):
         """Before anything is sampled, surveyed or calibrated; a resumed run rotates its model again, alike."""
         assert isinstance(pl_module, MoEQuantModule)
         start = time.perf_counter()
-        pl_module.prepare()
+
         model = pl_module.model.to(pl_module.device)
         vocabulary = model.config.get_text_config().vocab_size
         probe = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))

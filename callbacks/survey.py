@@ -54,7 +54,7 @@ class Survey(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the passes of a survey, and say what it will hold."""
         assert isinstance(pl_module, MoEQuantModule)
-        pl_module.prepare()
+
         grid = pl_module.grid
         self._spec = SurveySpec(
             choices=parse_choices(self.choices, grid.group_size), grid=grid, solve=pl_module.solve_spec,
@@ -63,16 +63,16 @@ class Survey(Callback):
         for choice in self._spec.choices:
             choice.grid(grid)  # raises for widths that no grid has
         Surveyor(pl_module.adapter, self._spec)  # raises where no choice fits a weight
-        pl_module.survey_requested = True
+        pl_module.run.needs.survey = True
         spec = self._spec
-        pl_module.run.promised = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
+        pl_module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run makes no survey: it reads the one of its first part."""
         assert isinstance(pl_module, MoEQuantModule)
         run, path = pl_module.run, pl_module.run_dir / "survey.json"
-        if any(each.kind == "survey" for each in pl_module.schedule):
-            if not run.survey_needed and trainer.is_global_zero:
+        if any(each.kind == "survey" for each in pl_module.walk.schedule):
+            if not run.needs.evidence and trainer.is_global_zero:
                 logging.getLogger(__name__).warning(
                     f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
                 )

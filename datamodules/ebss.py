@@ -1,6 +1,5 @@
 """Calibration on sequences that the model writes itself, balanced over its experts (Expert-Balanced Self-Sampling)."""
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
+from moeq.disk.atomic import copy_file
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import Units, is_degenerate
 from moeq.sampling.settings import EBSSSpec, NextToken, PrefixKind, Sampled, SamplingMode, SigmaScope
@@ -92,7 +92,7 @@ class EBSSDataModule(CalibrationDataModule):
         path = module.run_dir / "calibration" / f"ebss-{key}.safetensors"
         shared = path if self.cache_dir is None else Path(self.cache_dir) / path.name
         if trainer.is_global_zero and not path.is_file() and shared.is_file():
-            _copy(shared, path)
+            copy_file(shared, path)
         trainer.strategy.barrier("moeq_ebss_cache")
         if not path.is_file():
             # Ends with a barrier, so no rank looks for the file after the first one has written it.
@@ -101,7 +101,7 @@ class EBSSDataModule(CalibrationDataModule):
                 save_sampled(path, sampled)
         if trainer.is_global_zero:
             if not shared.is_file():
-                _copy(path, shared)
+                copy_file(path, shared)
             self._report(path)
         trainer.strategy.barrier("moeq_ebss")
         if trainer.is_global_zero:
@@ -180,14 +180,6 @@ class EBSSDataModule(CalibrationDataModule):
         module = self._module()
         evidence = measure_evidence(module.model, ids_NL.to(module.model.device))
         return set_columns(ids_NL, counts_NLE, nll_N, evidence, module.tokenizer.batch_decode(ids_NL))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears complete or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
 
 
 def first_token_candidates(model: Any, tokenizer: Any) -> Tensor:

@@ -1,6 +1,7 @@
-"""The LightningModule: loads a model, turns a run into passes, runs one block on one batch per training step."""
+"""The LightningModule: forwards the hooks of Lightning to the walk of a fit, or to the validation of a model."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer
+from moeq.disk.digest import tensor_digest
 from moeq.evaluation.start import ReferenceMode, start_validation
 from moeq.evaluation.task_evaluation import TaskEvaluation
-from moeq.fit.activations import ActivationStore, BlockBatch
-from moeq.fit.memory import MemoryRow, memory_row
+from moeq.fit.fingerprint import batches_digest, run_fingerprint
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
-from moeq.fit.schedule import Pass, Sequential, build_schedule
+from moeq.fit.schedule import Pass, Sequential
+from moeq.fit.walk import Walk, WalkSpec
 from moeq.models.adapter import Adapter
-from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.models.shapes import weight_shapes
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
 from moeq.report.task_report import task_scalars
@@ -82,17 +83,12 @@ class MoEQuantModule(L.LightningModule):
         self.automatic_optimization = False
         self.grid = GridSpec(bits, group_size, symmetric, clip_search)
         self.solve_spec = SolveSpec(damping, act_order)
+        self.walk_spec = WalkSpec(sequential, routing, hessian_gib)
         if affinity_power < 0:
             raise ValueError(f"affinity_power ({affinity_power}) must not be negative; 1 is AGQ, 0 is plain GPTQ")
         self.run = Run()
-        self.survey_requested = False
-        self.originals_requested = False
-        self.routers_requested = False
-        self.schedule: tuple[Pass, ...] = ()
+        self.walk: Walk
         self._models: dict[str, Any] = {}
-        self._activations, self._originals = ActivationStore(), ActivationStore()
-        self._calls: dict[int, tuple[BlockCall, Tensor]] = {}
-        self._pass_start = 0.0
 
     # -- the model
 
@@ -114,15 +110,31 @@ class MoEQuantModule(L.LightningModule):
         return self._models["model"]
 
     @property
+    def config(self) -> Any:
+        """Its configuration, which validate has before the model."""
+        return self._models["config"]
+
+    @property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
         return self._models["tokenizer"]
 
     @property
     def adapter(self) -> Adapter:
-        """Where the weights of the model are (made in fit)."""
+        """Where its weights are; callbacks may ask from ``on_fit_start`` on."""
+        if "adapter" not in self._models:
+            self._models["adapter"] = Adapter(self.model)
         adapter: Adapter = self._models["adapter"]
         return adapter
+
+    def weight_shapes(self) -> list[WeightShape]:
+        """Every quantizable weight with its shape, its place and the share of tokens that use it."""
+        return weight_shapes(self.adapter)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its options as given, by name."""
+        return {key: value for key, value in self.hparams.items() if not key.startswith("_")}
 
     @property
     def run_dir(self) -> Path:
@@ -137,102 +149,49 @@ class MoEQuantModule(L.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Runs after the callbacks' hooks of the same name: the plan exists, a survey may have been asked for."""
+        """Runs after the callbacks' hooks of the same name: the plan exists, and the run knows what it needs."""
         # An evaluation inside fit would measure a half-quantized model; validate is its own command.
         self.trainer.limit_val_batches = 0
-        self.prepare()
         self.run.fallbacks += self.adapter.kept()
         self.model.to(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
         sites = [self.adapter.sites(block) for block in range(len(self.adapter.blocks))]
+        resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), sites)
+        if self.hparams["restart"] and self.global_rank == 0:
+            resume.forget()
+        self.trainer.strategy.barrier("moeq_restart")
+        self.walk = Walk(self.adapter, self.run, sites, resume, self.walk_spec, rank_zero_info)
+        self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Of the configuration, the model and the data, which may have to be sampled first."""
+        trainer: Any = self.trainer
         start = time.perf_counter()
-        self.resume = Resume(self, sites)  # asks for the calibration data, which may have to be sampled first
+        # A datamodule of the user's own may have no fixed set of ids; then what its loader gives is read once more.
+        ids = getattr(trainer.datamodule, "calibration_ids", None)
+        data = batches_digest(trainer.datamodule.train_dataloader()) if ids is None else tensor_digest(ids())
         self.run.seconds["calibration data"] = time.perf_counter() - start
-        first_block = self.resume.load()
-        if first_block:
-            rank_zero_info(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {self.run_dir}")
-        if not self.originals_requested:
-            self.resume.commit()
-        self.schedule = build_schedule(
-            sites, survey=self.survey_requested and first_block == 0,
-            sequential=self.hparams["sequential"], first_block=first_block, hessian_gib=self.hparams["hessian_gib"],
-            originals=self.originals_requested, routers=self.routers_requested, routing=self.hparams["routing"],
-        )  # fmt: skip
-        self.trainer.fit_loop.max_epochs = len(self.schedule)
-
-    def prepare(self) -> None:
-        """Find the weights of the model; callbacks that need them in ``on_fit_start`` call it first."""
-        if "adapter" not in self._models:
-            self._models["adapter"] = Adapter(self.model)
-
-    def weight_shapes(self) -> list[WeightShape]:
-        """Every quantizable weight with its shape, its place and the share of tokens that use it."""
-        return weight_shapes(self.adapter)
+        batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
+        steps = [step for step in trainer.callbacks if not type(step).__module__.startswith("lightning.")]
+        return run_fingerprint({**self.settings, "batches": batches}, steps, self.model, data)
 
     @property
     def current_pass(self) -> Pass:
         """What the current epoch sweeps."""
-        return self.schedule[self.current_epoch]
+        return self.walk.current_pass
 
     @override
-    def on_train_epoch_start(self) -> None:
-        self._pass_start = time.perf_counter()
-        if self.current_epoch and self.schedule[self.current_epoch - 1].kind == "survey" != self.current_pass.kind:
-            self._activations.clear()
-
-    @override
-    @torch.no_grad()
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
-        calls = capture_calls(self.model, self.adapter.blocks, batch)
-        current, blocks = self.current_pass, self.adapter.blocks
-        if current.kind == "original":
-            self._originals.advance(batch_idx, current.block + 1, calls, blocks)
-            return None
-        hidden = self._activations.advance(batch_idx, current.block, calls, blocks)
-        if self.originals_requested:
-            self._calls[batch_idx] = calls[current.block], _keep_BT(batch)
-        entered, finished = self.adapter.observed_modules(current.observed)
-        if current.kind == "router":
-            entered = list(self.adapter.routers(current.block).values())
-        # A pass ends with the last module it is for; a survey, which has none, runs the whole block.
-        with until_reached(entered, finished):
-            run_block(blocks[current.block], hidden, calls[current.block])
+        self.walk.step(batch, batch_idx)
         return None
-
-    def block_batches(self) -> list[BlockBatch]:
-        """The current block's inputs and the original's outputs, where a step asked for them before the first pass."""
-        return [
-            BlockBatch(self._activations.latest(batch), self._originals.latest(batch), call, keep_BT)
-            for batch, (call, keep_BT) in sorted(self._calls.items())
-        ]
 
     @override
     def on_train_epoch_end(self) -> None:
         """Runs after the callbacks' hooks: the sites of this pass are quantized."""
-        self.run.hessians.clear()
-        for part in self.current_pass.parts:
-            if part.is_last:
-                self.run.pools.pop(part.site.name, None)
-        seconds = time.perf_counter() - self._pass_start
-        self.run.seconds[self.current_pass.label] = seconds
-        self.log("fit/seconds_per_pass", seconds, rank_zero_only=True)
-        if self.current_pass.ends_block:
-            self.resume.save(self.current_pass.block)
-        elif self.current_pass.kind == "original" and self.current_pass.block == self.resume.first_block - 1:
-            self.resume.commit()  # the original blocks that come before were needed until now
-
-    def memory_row(self, measured: int) -> MemoryRow:
-        """Expected and measured memory of the current pass, in bytes."""
-        waiting = sum(store.num_bytes(self.device) for store in (self._activations, self._originals))
-        return memory_row(self.current_pass, self.model, waiting, measured)
+        self.log("fit/seconds_per_pass", self.walk.end_pass(), rank_zero_only=True)
 
     # -- validate
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the model, which validate has before the model."""
-        return self._models["config"]
 
     @property
     def evaluations(self) -> list[TaskEvaluation]:
@@ -259,9 +218,3 @@ class MoEQuantModule(L.LightningModule):
         self.validation.finish()
         for name, value in task_scalars(self.validation.reports).items():
             self.log(name, value, sync_dist=False)
-
-
-def _keep_BT(batch: dict[str, Tensor]) -> Tensor:
-    """bool: which tokens of a batch are no padding."""
-    mask_BT = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()

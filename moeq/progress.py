@@ -61,7 +61,7 @@ class PassProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         assert isinstance(pl_module, MoEQuantModule)
-        position = f"({trainer.current_epoch + 1}/{len(pl_module.schedule)})"
+        position = f"({trainer.current_epoch + 1}/{len(pl_module.walk.schedule)})"
         self.train_progress_bar.set_description(f"{pl_module.current_pass.label} {position}")
 
     @override

@@ -56,7 +56,7 @@ class MixedBits(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MoEQuantModule)
-        pl_module.prepare()
+
         plan = uniform_plan(pl_module.weight_shapes(), pl_module.grid)
         pl_module.run.plan = {
             name: replace(grid, bits=WIDTHS[index % len(WIDTHS)]) for index, (name, grid) in enumerate(plan.items())

@@ -1,30 +1,26 @@
 """Large tensors on disk that come back as they were, or an error names the file.
 
-A file appears whole or not at all: it is written under a temporary name, forced to the disk and renamed.  When it is
-read, a CRC-32 of every tensor (some GB/s, far less than what is computed from it) tells damage that safetensors, which
-checks the places of its tensors only, does not see.  Tensors that were read are mapped into memory: nothing is copied.
+When a file is read, a CRC-32 of every tensor (some GB/s, far less than what is computed from it) tells damage that
+safetensors, which checks the places of its tensors only, does not see.  Tensors that were read are mapped into memory:
+nothing is copied.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from moeq.disk.atomic import write_tensors
 
 SUMS = "crc32"
 
 
 def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata, atomically.
-
-    What a killed process leaves is written over when the same file comes again, so two processes must not write the
-    same file at once.
+    """Write tensors and metadata, whole or not at all; two processes must not write the same file at once.
 
     Raises:
         ValueError: The disk is full, or does not take it for another reason.
@@ -32,17 +28,7 @@ def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sums = {name: _crc32(tensor) for name, tensor in content.items()}
     sums |= {name: zlib.crc32(text.encode()) for name, text in metadata.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(content, temporary, metadata={**metadata, SUMS: json.dumps(sums)})
-        # Without it, a power cut after the renaming leaves a whole name on an empty file.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise ValueError(f"{path} could not be written ({error}); make room on its disk and start again") from error
+    write_tensors(path, content, {**metadata, SUMS: json.dumps(sums)})
 
 
 def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:

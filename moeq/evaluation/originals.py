@@ -15,14 +15,13 @@ tokens that an experts module saw, K experts per token.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Literal, cast
-from uuid import uuid4
 
 import torch
 
+from moeq.disk.atomic import write_json
 from moeq.disk.checked import read_checked, smallest, write_checked
 from moeq.disk.digest import digest
 from moeq.disk.fingerprint import differences
@@ -122,7 +121,7 @@ class StoredOriginal:
         elif folder.exists() and any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} holds safetensors files but no {LOGITS_MANIFEST}; give a folder of its own")
         else:
-            _write_manifest(manifest, fingerprint)
+            write_json(manifest, {"fingerprint": fingerprint}, shared=True)  # every rank writes the same
 
     def has(self, plan: Plan) -> bool:
         """Whether the batch is stored."""
@@ -193,11 +192,3 @@ class StoredOriginal:
 
 
 AnyOriginal = LiveOriginal | StoredOriginal
-
-
-def _write_manifest(path: Path, fingerprint: str) -> None:
-    """Every rank writes the same; under a name of its own until it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf8")
-    os.replace(temporary, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from moeq.disk.atomic import sync
 from moeq.disk.digest import digest
 from moeq.disk.fingerprint import differences
 from moeq.tasks.documents import Document, Result
@@ -135,7 +136,7 @@ class Records:
             os.replace(before, self.path)
         if not self.path.is_file():
             _append(self.path, json.dumps({"task": self.task, "fingerprint": self.fingerprint}) + "\n")
-            _sync_folder(self.folder)
+            sync(self.folder)
         self._opened = True
 
     def _path(self, rank: int, fingerprint: str | None = None) -> Path:
@@ -179,12 +180,3 @@ def _append(path: Path, text: str) -> None:
     with path.open("ab", buffering=0) as file:
         file.write(text.encode("ascii"))
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name in a folder is on disk only when the folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

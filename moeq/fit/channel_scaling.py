@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from moeq.fit.activations import ActivationStore
+from moeq.fit.hessians import hessians_of
 from moeq.fit.run import Run
-from moeq.fit.schedule import GIB, Pass, whole
+from moeq.fit.schedule import GIB, Pass, SitePart, whole
 from moeq.fit.solve import change_parameters, commit, make_units, unit_rows
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import HANDED_ON, BlockCall, capture_calls, run_block
@@ -37,7 +38,7 @@ from moeq.models.norms import (
 )
 from moeq.models.producers import Producer, find_producer
 from moeq.quant.awq import Reader, divide_rows, search_scale
-from moeq.quant.coverage import CoverageSpec, regularize
+from moeq.quant.coverage import CoverageSpec
 from moeq.quant.spec import Fallback
 
 NOT_SCALED = "channels not scaled"
@@ -53,24 +54,18 @@ class Inputs:
     weight_E: Tensor
 
 
-def gather_inputs(run: Run, sites: Sequence[Site], coverage: CoverageSpec) -> dict[str, Inputs]:
+def gather_inputs(run: Run, parts: Sequence[SitePart], coverage: CoverageSpec) -> dict[str, Inputs]:
     """Inputs of whole sites by name; experts with few tokens are treated and recorded as for GPTQ.
 
     Raises:
-        ValueError: Nothing gathered the Hessians, or see ``moeq.quant.coverage.find_uncovered``.
+        ValueError: See ``moeq.quant.coverage.find_uncovered``.
     """
-    inputs = {}
-    for site in sites:
-        if site.name not in run.hessians:
-            raise ValueError("AWQ found no Hessian; put callbacks.HessianCalibration before callbacks.AWQ")
-        names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
-        state = run.hessians[site.name]
-        hessian_EII, use_rtn_E, fallbacks = regularize(state, coverage, names)
-        run.fallbacks += fallbacks
-        # With an identity the error of the output is that of the weight.
-        hessian_EII[use_rtn_E] = torch.eye(site.in_features, device=hessian_EII.device)
-        inputs[site.name] = Inputs(hessian_EII, state.weight_sum_E)
-    return inputs
+    hessians, fallbacks = hessians_of(run.hessians, parts, coverage)
+    run.fallbacks += fallbacks
+    return {
+        part.site.name: Inputs(hessians(part.site, part.experts), run.hessians[part.site].weight_sum_E)
+        for part in parts
+    }
 
 
 def refuse_chunks(schedule: Sequence[Pass]) -> None:
@@ -83,7 +78,7 @@ def refuse_chunks(schedule: Sequence[Pass]) -> None:
         need = math.ceil(100 * max(by_stage.values()) / GIB) / 100
         raise ValueError(
             f"AWQ needs the Hessians of all experts of a block in one pass, {need:g} GiB; "
-            f"set --model.hessian_gib {need:g} or more, or use callbacks.GPTQ"
+            f"set --model.hessian_gib {need:g} or more, or use GPTQ"
         )
 
 

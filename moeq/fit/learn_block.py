@@ -111,7 +111,6 @@ class _Forward:
 
 
 def _open(adapter: Adapter, run: Run, sites: Sequence[Site], device: torch.device) -> Iterator[_Stack]:
-    assert run.offsets is not None
     for unit in make_units([whole(site) for site in sites], run.plan, max(site.num_experts for site in sites)):
         ends = torch.tensor(unit.site.rows).cumsum(0).tolist()
         for index in unit.leaves:

@@ -1,84 +1,89 @@
-"""A killed ``fit`` continues after its last finished block.
+"""Resuming a killed fit after its last finished block.
 
 Each finished block is one file in the run folder, with a fingerprint of what it depends on: the configuration, the
 model and the calibration data.  A restarted run with the same fingerprint loads those blocks and starts behind them.
 """
 
 import shutil
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from moeq.disk.digest import digest, model_digest, tensor_digest
-from moeq.fit.block_files import block_path, load_block, save_block
+from moeq.distributed import gather_lists, rank_and_world
+from moeq.fit.block_files import BlockFile, block_path, check_fingerprint, read_block, save_block, take_block
+from moeq.fit.run import Run
 from moeq.fit.solve import change_parameters, commit
-from moeq.models.adapter import Site
+from moeq.models.adapter import Adapter, Site
+from moeq.quant.spec import Fallback
 
-if TYPE_CHECKING:
-    from moeq.module import MoEQuantModule
-
-# Settings that do not change what a block becomes.
-NEUTRAL_SETTINGS = frozenset({"reference", "reference_mode", "restart", "label", "hessian_gib"})
+DAMAGED = "finished block was damaged"
 
 
 class Resume:
-    """Writes finished blocks of a run and finds them again.
+    """Finished blocks of a run: writes them and finds them again.
 
     Args:
-        module: The module whose run it is; its model, trainer and datamodule exist.
+        adapter: The model.
+        run: Its state; finished blocks are entered into it.
+        folder: Of the run.
+        fingerprint: Digests of what the blocks depend on, by subject.
         sites: Sites of every block.
     """
 
-    def __init__(self, module: "MoEQuantModule", sites: Sequence[tuple[Site, ...]]) -> None:
-        self.module, self.sites = module, sites
-        self.fingerprint = run_fingerprint(module)
+    def __init__(
+        self,
+        adapter: Adapter,
+        run: Run,
+        folder: Path,
+        fingerprint: Mapping[str, str],
+        sites: Sequence[tuple[Site, ...]],
+    ) -> None:
+        self.adapter, self.run, self.folder, self.sites = adapter, run, folder, sites
+        self.fingerprint = dict(fingerprint)
         self.first_block = 0
 
-    def load(self) -> int:
-        """Read the finished blocks into the run; returns the first block that is not finished."""
-        folder, blocks = self.module.run_dir, self.module.run_dir / "blocks"
-        if self.module.hparams["restart"] and blocks.exists() and self.module.global_rank == 0:
-            shutil.rmtree(blocks)
-        self.module.trainer.strategy.barrier("moeq_restart")
-        while self.first_block < len(self.sites) and block_path(folder, self.first_block).exists():
-            load_block(folder, self.first_block, self.module.run, self.fingerprint)
-            self.first_block += 1
+    def forget(self) -> None:
+        """Delete the finished blocks; one rank does it, before any of them reads."""
+        shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+
+    def load(self, announce: Callable[[str], None]) -> int:
+        """Read the finished blocks into the run; returns the first block that is not finished.
+
+        A file that is truncated or damaged ends them: that block and those after it are quantized again.
+
+        Args:
+            announce: Tells the user something, once for all ranks.
+
+        Raises:
+            ValueError: A block belongs to another run.
+        """
+        files: list[BlockFile] = []
+        damage = ""
+        while not damage and len(files) < len(self.sites) and block_path(self.folder, len(files)).exists():
+            try:
+                files.append(read_block(self.folder, len(files)))
+            except ValueError as error:
+                damage = str(error)
+        for file in files:
+            check_fingerprint(file, self.fingerprint)
+        # A disk may show one rank what it does not show another: all begin where the first of them has to.
+        self.first_block = min(gather_lists([len(files)]))
+        for file in files[: self.first_block]:
+            take_block(file, self.run)
+        if damage := next((found for found in gather_lists([damage]) if found), ""):
+            announce(f"{damage}; so are those after it")
+            self.run.fallbacks.append(Fallback(self.sites[self.first_block][0].weight_names()[0], DAMAGED, damage))
         return self.first_block
 
     def commit(self) -> None:
         """Write the weights of the finished blocks into the model."""
-        adapter, run = self.module.adapter, self.module.run
         for sites in self.sites[: self.first_block]:
-            commit(adapter, sites, run.quantized)
-        change_parameters(adapter, run, dict(run.changed))
+            commit(self.adapter, sites, self.run.quantized)
+        change_parameters(self.adapter, self.run, dict(self.run.changed))
 
     def save(self, block: int) -> None:
         """Write a finished block (by the first rank), where its weights were quantized at all."""
         names = [name for site in self.sites[block] for name in site.weight_names()]
-        if self.module.global_rank == 0 and all(name in self.module.run.quantized for name in names):
-            prefix = f"{self.module.adapter.block_prefix}.{block}."
-            changed = [name for name in self.module.run.changed if name.startswith(prefix)]
-            save_block(self.module.run_dir, block, self.module.run, names, changed, self.fingerprint)
-
-
-def run_fingerprint(module: "MoEQuantModule") -> dict[str, str]:
-    """Digests of the configuration, the model and the calibration data of a run.
-
-    The configuration is that of the module, of what is fed to it, and of every callback that does not declare
-    ``affects_weights = False``.
-    """
-    given = {key: value for key, value in module.hparams.items() if not key.startswith("_")}
-    settings: dict[str, Any] = {key: value for key, value in given.items() if key not in NEUTRAL_SETTINGS}
-    trainer: Any = module.trainer
-    settings["batches"] = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
-    for callback in trainer.callbacks:
-        kind = type(callback)
-        if not kind.__module__.startswith("lightning.") and getattr(kind, "affects_weights", True):
-            settings[kind.__name__] = {k: v for k, v in vars(callback).items() if not k.startswith("_")}
-    return {"configuration": digest(settings), "model": model_digest(module.model), "data": _data_digest(module)}
-
-
-def _data_digest(module: "MoEQuantModule") -> str:
-    datamodule = module.trainer.datamodule  # type: ignore[attr-defined]
-    # A datamodule of the user's own may have no fixed set of ids; its configuration then stands for its data.
-    ids = getattr(datamodule, "calibration_ids", None)
-    return digest(type(datamodule).__name__) if ids is None else tensor_digest(ids())
+        if rank_and_world()[0] == 0 and all(name in self.run.quantized for name in names):
+            prefix = f"{self.adapter.block_prefix}.{block}."
+            changed = [name for name in self.run.changed if name.startswith(prefix)]
+            save_block(self.folder, block, self.run, names, changed, self.fingerprint)

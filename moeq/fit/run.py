@@ -1,8 +1,4 @@
-"""What the steps of a run share: one dataclass, and the files of the run folder.
-
-Callbacks never read each other; they read and write a ``Run``.  Every file is written under a temporary name and
-renamed, so that a killed run leaves no half-written file.
-"""
+"""State that the steps of a fit share.  Callbacks never read each other; they read and write a ``Run``."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +6,27 @@ from typing import Any
 from torch import Tensor
 
 from moeq.allocation.evidence import Evidence, Promise
-from moeq.quant.hessian import HessianState
+from moeq.fit.hessians import Hessians
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
+
+
+@dataclass
+class Needs:
+    """What the steps of a run ask for before its first pass; each step sets what it needs, none takes anything back.
+
+    Attributes:
+        survey: A sweep of every block of the original model before anything is quantized.
+        evidence: What a survey finds: a step decides from it.
+        originals: What the original blocks return on the original hidden states.
+        routers: A pass for the router of every block, before its experts.
+        offsets: Where the weights of a block lie in the cells of their codes, until its last step.
+    """
+
+    survey: bool = False
+    evidence: bool = False
+    originals: bool = False
+    routers: bool = False
+    offsets: bool = False
 
 
 @dataclass
@@ -19,31 +34,29 @@ class Run:
     """State of one quantization run.
 
     Attributes:
+        needs: What the steps ask for.
+        promise: What a survey of the original model will find; None where no step makes one.
+        evidence: What it found; None before its end.
         plan: Grid of every weight, by canonical name.
-        hessians: Hessian statistics of the current pass, by site name: of the experts of the pass's part of the site.
-        pools: Their sums over all experts of the site (E = 1), for sites with several; kept until its last chunk.
+        hessians: Hessians of the current pass.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights so far, on the CPU, by canonical name.
-        offsets: Where the weights of the current block lie in the cells of their codes; None where no step asked.
+        offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
-        promised: What a survey of the original model will find; None where no step makes one.
-        survey_needed: Whether a step of this run decides from it.
-        evidence: What it found; None before its end.
     """
 
+    needs: Needs = field(default_factory=Needs)
+    promise: Promise | None = None
+    evidence: Evidence | None = None
     plan: dict[str, GridSpec] = field(default_factory=dict)
-    hessians: dict[str, HessianState] = field(default_factory=dict)
-    pools: dict[str, HessianState] = field(default_factory=dict)
+    hessians: Hessians = field(default_factory=Hessians)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
-    offsets: dict[str, Tensor] | None = None
+    offsets: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    promised: Promise | None = None
-    survey_needed: bool = False
-    evidence: Evidence | None = None

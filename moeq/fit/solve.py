@@ -66,16 +66,14 @@ def quantize_sites(
     rank, world = rank_and_world()
     largest = max((len(part.experts) for part in parts), default=1)
     units = make_units(parts, run.plan, max_experts=-(-largest // world))
-    solved = [
-        weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.offsets is not None)
-    ]
+    solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.needs.offsets)]
     by_name = {weight.name: weight for weight in gather_lists(solved)}
     for site, experts in ((part.site, part.experts) for part in parts):
         for expert in experts:
             for leaf in site.leaves:
                 weight = by_name[site.weight_name(expert, leaf)]
                 run.quantized[weight.name] = weight.weight
-                if run.offsets is not None and weight.offset_OI is not None:
+                if weight.offset_OI is not None:
                     run.offsets[weight.name] = weight.offset_OI
                 run.fallbacks += weight.fallbacks
                 run.errors.append(

@@ -36,7 +36,11 @@ class TokenMask:
 
 @contextmanager
 def observe(
-    adapter: Adapter, sites: tuple[Site, ...], on_rows: OnRows, routing: Routing = "routed"
+    adapter: Adapter,
+    sites: tuple[Site, ...],
+    on_rows: OnRows,
+    routing: Routing = "routed",
+    mask: TokenMask | None = None,
 ) -> Iterator[TokenMask]:
     """Call ``on_rows(site, expert, x_TI, affinity_T)`` for every input of the sites; hooks come off at the end.
 
@@ -44,9 +48,9 @@ def observe(
     expert 0.
 
     Yields:
-        The mask to set before each forward pass.
+        The mask to set before each forward pass: the given one, where there is one.
     """
-    mask = TokenMask()
+    mask = TokenMask() if mask is None else mask
     with ExitStack() as stack:
         for site in sites:
             if site.kind != "routed":

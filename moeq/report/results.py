@@ -7,14 +7,13 @@ metric of every task and group with its standard error, the data, the settings a
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moeq.disk.atomic import write_json
+from moeq.disk.atomic import write_json, write_text
 from moeq.report.tables import markdown, number
 from moeq.report.task_report import TaskReport
 from moeq.report.task_tables import markdown_details, markdown_tasks
@@ -121,9 +120,7 @@ def write_results(
     tasks = [report.as_json() for report in reports]
     data = {"format": FORMAT, "rows": [asdict(row) for row in rows], "tasks": tasks, **(setting or {})}
     write_json(folder / RESULTS_JSON, data)
-    temporary = folder / f".{RESULTS_MARKDOWN}.tmp"
-    temporary.write_text(markdown_results(rows, reports, setting), encoding="utf8")
-    os.replace(temporary, folder / RESULTS_MARKDOWN)
+    write_text(folder / RESULTS_MARKDOWN, markdown_results(rows, reports, setting))
 
 
 def read_results(path: Path) -> list[ResultRow]:

@@ -2,19 +2,18 @@
 
 While a set is being written, each part of it is a file of the same kind (``moeq.sampling.parts``).  The file name
 holds a fingerprint of everything the sequences depend on (weights, tokenizer, settings), so a stale file is never read.
-Files appear complete or not at all (written under a temporary name, then renamed).
 """
 
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moeq.disk.atomic import write_tensors
 from moeq.disk.digest import digest, model_digest
 from moeq.sampling.effective import ExpertEvidence
 from moeq.sampling.settings import EBSSSpec, Sampled
@@ -84,11 +83,6 @@ def check_cache(folder: Path) -> None:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id, because several runs may share a folder.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Cloned, because the format refuses tensors that share memory.
-    save_file(
-        {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary
-    )
-    os.replace(temporary, path)
+    # Cloned, because the format refuses tensors that share memory; several runs may share a folder.
+    own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_tensors(path, own, shared=True)

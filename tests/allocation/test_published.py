@@ -88,7 +88,7 @@ def shapes() -> dict[str, list[WeightShape]]:
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**overrides))
         module = MoEQuantModule()
         module._models["model"] = model
-        module.prepare()
+
         found[name] = module.weight_shapes()
     return found
 

@@ -141,7 +141,7 @@ def test_another_allocation_in_the_same_folder_is_refused(model: Path, tmp_path:
 def test_a_survey_of_an_earlier_run_needs_none_in_this_one(model: Path, tmp_path: Path) -> None:
     module = MoEQuantModule(name=str(model))
     module.configure_model()
-    module.prepare()
+
     write_json(tmp_path / "survey.json", evidence(module).to_json())
     surveyed = BitAllocation(**ALLOCATE, survey=str(tmp_path / "survey.json"))
     later = fit(model, tmp_path / "later", surveyed, RTN())
@@ -198,7 +198,7 @@ def test_what_the_survey_was_not_asked_for_is_an_error_before_the_first_pass(
 def test_a_survey_of_another_model_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
     module = MoEQuantModule(name=str(model))
     module.configure_model()
-    module.prepare()
+
     data = evidence(module).to_json()
     del data["costs"]["fisher"]["model.layers.1.self_attn.o_proj"]
     write_json(tmp_path / "survey.json", data)

@@ -1,0 +1,101 @@
+"""Fingerprint of a fit: digests of everything that decides what a block becomes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.disk.digest import digest, model_digest, tensor_digest
+from moeq.distributed import gather_lists
+
+# Settings that do not change what a block becomes.
+NEUTRAL_SETTINGS = frozenset({"reference", "reference_mode", "restart", "label", "hessian_gib"})
+
+
+def run_fingerprint(
+    settings: Mapping[str, Any], steps: Sequence[object], model: nn.Module, data: str
+) -> dict[str, str]:
+    """Digests of the configuration, the model and the calibration data of a run.
+
+    Args:
+        settings: Options of the run; those of ``NEUTRAL_SETTINGS`` are left out.
+        steps: What acts on the model, in its order.  An object whose class says ``affects_weights = False`` is left
+            out; one with ``constructor_arguments`` is told by them, any other by its public attributes.
+        model: Before anything is changed, or after a deterministic change.
+        data: Digest of the calibration data.
+    """
+    given = {key: describe(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
+    listed = [describe_step(step) for step in steps if getattr(type(step), "affects_weights", True)]
+    configuration = digest({"settings": given, "steps": listed})
+    return {"configuration": configuration, "model": model_digest(model), "data": data}
+
+
+def describe_step(step: object) -> list[Any]:
+    """Module path and constructor arguments of a step, as JSON-like data."""
+    known = getattr(step, "constructor_arguments", None)
+    arguments = _public(step) if known is None else known
+    return [_path_of(type(step)), describe(arguments)]
+
+
+def describe(value: Any) -> Any:
+    """JSON-like data that is equal for equal values in any process: no address, no order of a set.
+
+    Tensors are told by their content, functions and classes by their place, other objects by the place of their class
+    and their public attributes.
+    """
+    return _describe(value, ())
+
+
+def _describe(value: Any, inside: tuple[int, ...]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if id(value) in inside:
+        return "(itself)"
+    inside = (*inside, id(value))
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item, inside) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
+    if isinstance(value, list | tuple):
+        return [_describe(item, inside) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_describe(item, inside) for item in value), key=str)
+    if isinstance(value, Tensor):
+        return tensor_digest(value)
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, Enum):
+        return [_path_of(type(value)), value.name]
+    if hasattr(value, "__qualname__"):
+        return _path_of(value)
+    return [_path_of(type(value)), _describe(_public(value), inside)]
+
+
+def _public(value: object) -> dict[str, Any]:
+    names = [field.name for field in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
+    return {name: getattr(value, name) for name in names if not name.startswith("_")}
+
+
+def _path_of(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def batches_digest(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Digest of what a loader gives, over all ranks: of the tensors of every row, in any order of rows and ranks.
+
+    Raises:
+        ValueError: A batch is no mapping with ``input_ids``.
+    """
+    rows: list[str] = []
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise ValueError(
+                f"a calibration batch is a {type(batch).__name__} without a tensor input_ids; the datamodule must give "
+                'batches {"input_ids": int64 [B, L]}, with "attention_mask" where there is padding'
+            )
+        tensors = {name: value for name, value in sorted(batch.items()) if isinstance(value, Tensor)}
+        for row in range(len(batch["input_ids"])):
+            rows.append(digest([[name, tensor_digest(value[row].cpu())] for name, value in tensors.items()]))
+    return digest(sorted(gather_lists(rows)))

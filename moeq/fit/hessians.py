@@ -1,0 +1,130 @@
+"""Hessians of a pass: summed while batches run, over ranks when they are first read, and as a solver takes them.
+
+The sums reduce themselves, so that no order of steps can read the partial sums of one rank.  Every rank must read
+them, or end the pass, at the same point of the run, as it is a collective operation.
+
+Shapes: E experts, I in features, T tokens of one expert.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moeq.distributed import sum_over_ranks
+from moeq.fit.schedule import SitePart
+from moeq.models.adapter import Site
+from moeq.quant.coverage import CoverageSpec, find_uncovered, hessians_to_solve, shared_by
+from moeq.quant.hessian import HessianState, accumulate, empty_state
+from moeq.quant.spec import Fallback
+
+# Mean Hessians, float32 [E, I, I], of some experts of a site.
+HessiansOf = Callable[[Site, Sequence[int]], Tensor]
+
+
+class Hessians:
+    """Sums of the parts of the current pass, and those over all experts of their sites (pools), kept between chunks."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, SitePart] = {}
+        self._sums: dict[str, HessianState] = {}
+        self._pools: dict[str, HessianState] = {}
+        self._reduced = False
+
+    def open(self, parts: Sequence[SitePart], device: torch.device | str) -> None:
+        """Start a pass: sums over no token for its parts, and for the pool of each site that is new."""
+        self._parts, self._reduced = {part.site.name: part for part in parts}, False
+        for name, part in self._parts.items():
+            self._sums[name] = empty_state(part.num_sums, part.site.in_features, device)
+            if part.opens_pool:
+                self._pools[name] = empty_state(1, part.site.in_features, device)
+
+    def add(self, site: Site, expert: int, x_TI: Tensor, affinity_T: Tensor | None, power: float) -> None:
+        """Add the inputs of one expert; those of experts of no part count for the pool alone.
+
+        Raises:
+            ValueError: The sums have been read already: what comes later would be missing in what was solved.
+        """
+        if self._reduced:
+            raise ValueError(f"the Hessian of {site.name} was read before its pass was over; read it at its end")
+        part, sums = self._parts[site.name], self._sums[site.name]
+        pool = self._pools[site.name] if part.opens_pool else None
+        if part.shared:
+            accumulate(sums, 0, x_TI, affinity_T, power)
+        elif expert in part.experts:
+            accumulate(sums, expert - part.experts.start, x_TI, affinity_T, power, pool)
+        elif pool is not None:
+            accumulate(pool, 0, x_TI, affinity_T, power)
+
+    def close(self) -> None:
+        """End a pass: its sums are dropped, pools after the last part of their site."""
+        if any(part.opens_pool and not part.is_last for part in self._parts.values()):
+            self._reduce()  # a later pass reads the pool
+        for name, part in self._parts.items():
+            if part.is_last:
+                self._pools.pop(name, None)
+        self._parts.clear()
+        self._sums.clear()
+
+    def __contains__(self, site: Site) -> bool:
+        """Whether the current pass gathers Hessians of a site."""
+        return site.name in self._sums
+
+    def __getitem__(self, site: Site) -> HessianState:
+        """Sums over all tokens of all ranks, of the experts of the pass's part of a site."""
+        self._reduce()
+        return self._sums[site.name]
+
+    def pool(self, site: Site) -> HessianState | None:
+        """Sums over all experts of a site (E = 1); None where it has no more than one, or all share a Hessian."""
+        self._reduce()
+        return self._pools.get(site.name)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums and pools as they are now, for measuring memory."""
+        return [tensor for state in (*self._sums.values(), *self._pools.values()) for tensor in state.tensors()]
+
+    def _reduce(self) -> None:
+        """Add up the ranks, site by site in the order of the pass."""
+        if self._reduced:
+            return
+        self._reduced = True
+        for name, part in self._parts.items():
+            sum_over_ranks(self._sums[name].tensors())
+            if part.opens_pool:
+                sum_over_ranks(self._pools[name].tensors())
+            if part.shared:
+                self._sums[name] = shared_by(self._sums[name], len(part.experts))
+
+
+def hessians_of(
+    hessians: Hessians, parts: Sequence[SitePart], coverage: CoverageSpec
+) -> tuple[HessiansOf, list[Fallback]]:
+    """Hessians as a solver takes them, and a record of every expert that the data hardly reached.
+
+    Args:
+        hessians: Of the current pass; read here, so all ranks must call it.
+        parts: Which of them.
+        coverage: What an expert with few tokens gets; one that is to be rounded to nearest gets the identity, with
+            which GPTQ is rounding to nearest and the error of an output that of the weight.
+
+    Raises:
+        ValueError: See ``moeq.quant.coverage.find_uncovered``.
+    """
+    uncovered: dict[str, Tensor] = {}
+    fallbacks: list[Fallback] = []
+    for part in parts:
+        site = part.site
+        # Stacked linears share a Hessian: the first stands for all of them in the report.
+        names = [site.weight_name(expert, site.leaves[0]) for expert in part.experts]
+        uncovered[site.name], found = find_uncovered(hessians[site], coverage, names, hessians.pool(site))
+        fallbacks += found
+    first = {part.site.name: part.experts.start for part in parts}
+
+    def of(site: Site, experts: Sequence[int]) -> Tensor:
+        positions = [expert - first[site.name] for expert in experts]
+        hessian_EII = hessians_to_solve(hessians[site], coverage, positions, hessians.pool(site))
+        hessian_EII[uncovered[site.name][positions]] = torch.eye(site.in_features, device=hessian_EII.device)
+        return hessian_EII
+
+    return of, fallbacks
