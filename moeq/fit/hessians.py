@@ -80,10 +80,6 @@ class Hessians:
         self._reduce()
         return self._pools.get(site.name)
 
-    def tensors(self) -> list[Tensor]:
-        """All sums and pools as they are now, for measuring memory."""
-        return [tensor for state in (*self._sums.values(), *self._pools.values()) for tensor in state.tensors()]
-
     def _reduce(self) -> None:
         """Add up the ranks, site by site in the order of the pass."""
         if self._reduced:

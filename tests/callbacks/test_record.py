@@ -33,7 +33,8 @@ class CountingGPTQ(GPTQ):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MoEQuantModule)
-        states = [*pl_module.run.hessians.values(), *pl_module.run.pools.values()]
+        hessians, sites = pl_module.run.hessians, [part.site for part in pl_module.current_pass.parts]
+        states = [state for site in sites for state in (hessians[site], hessians.pool(site)) if state is not None]
         # Storages, so that one Hessian that all experts share counts once.
         self.sums.append(sum(state.sum_EII.untyped_storage().nbytes() for state in states))
         self.copies.append(0)

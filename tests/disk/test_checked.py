@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_no_file(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moeq.disk.checked.save_file", full)
+    monkeypatch.setattr("moeq.disk.atomic.save_file", full)
     with pytest.raises(ValueError, match=r"could not be written \(.*No space left.*make room on its disk"):
         write_checked(tmp_path / "file", {"a": torch.zeros(1)}, {})
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 import torch
 
-from moeq.disk.digest import model_digest, tensor_digest
+from moeq.disk.digest import digest, model_digest, tensor_digest
 from tests.tiny import tiny_model
 
 
@@ -28,3 +28,8 @@ def test_tensor_digest_tells_values_dtype_and_shape_apart() -> None:
     variants = [x, x + 1, x.int(), x.reshape(3, 2)]
     assert len({tensor_digest(variant) for variant in variants}) == 4
     assert tensor_digest(x) == tensor_digest(x.clone())
+
+
+def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert len({digest(x) for x in ({"a": 1}, {"a": "1"}, {"a": 2}, {"b": 1}, [1])}) == 5

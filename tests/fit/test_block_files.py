@@ -1,13 +1,11 @@
-import json
-import os
+"""The file of a finished block holds what was put into it, and says so where it does not."""
+
 from pathlib import Path
 
 import pytest
 import torch
 
-from moeq.disk.atomic import write_csv, write_json
-from moeq.disk.digest import digest
-from moeq.fit.block_files import block_path, load_block, save_block
+from moeq.fit.block_files import block_path, check_fingerprint, read_block, save_block, take_block
 from moeq.fit.run import Run
 from moeq.quant.spec import Fallback, QuantizedWeight
 
@@ -30,7 +28,7 @@ def finished_run() -> Run:
 def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
     run, again = finished_run(), Run()
     save_block(tmp_path, 0, run, ["layers.0.a", "layers.0.b"], ["layers.0.norm.weight"], FINGERPRINT)
-    assert load_block(tmp_path, 0, again, FINGERPRINT) == ["layers.0.a", "layers.0.b"]
+    assert take_block(read_block(tmp_path, 0), again) == ["layers.0.a", "layers.0.b"]
     for name, weight in again.quantized.items():
         expected = run.quantized[name]
         assert torch.equal(weight.codes_OI, expected.codes_OI)
@@ -49,34 +47,30 @@ def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
 def test_a_block_of_another_run_is_refused_by_what_changed(key: str, tmp_path: Path) -> None:
     save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT)
     with pytest.raises(ValueError, match=f"with another {key}; set --trainer.default_root_dir"):
-        load_block(tmp_path, 0, Run(), {**FINGERPRINT, key: "changed"})
+        check_fingerprint(read_block(tmp_path, 0), {**FINGERPRINT, key: "changed"})
+    check_fingerprint(read_block(tmp_path, 0), FINGERPRINT)
 
 
-def test_files_appear_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def power_cut(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", power_cut)
-    for write in (
-        lambda: write_json(tmp_path / "a.json", {"a": 1}),
-        lambda: write_csv(tmp_path / "a.csv", [{"a": 1}]),
-        lambda: save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT),
-    ):
-        with pytest.raises(KeyboardInterrupt):
-            write()
-    assert not any((tmp_path / name).exists() for name in ("a.json", "a.csv"))
-    assert not block_path(tmp_path, 0).exists()
+def damage(path: Path, position: int) -> None:
+    """Flip one bit."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
 
 
-def test_json_and_csv_hold_what_was_given(tmp_path: Path) -> None:
-    write_json(tmp_path / "deep/a.json", {"a": [1, None]})
-    assert json.loads((tmp_path / "deep/a.json").read_text()) == {"a": [1, None]}
-    write_csv(tmp_path / "a.csv", [{"x": 1, "y": "b"}, {"x": 2, "y": "c"}])
-    assert (tmp_path / "a.csv").read_text().split() == ["x,y", "1,b", "2,c"]
-    write_csv(tmp_path / "none.csv", [])
-    assert not (tmp_path / "none.csv").exists()
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_one_flipped_bit_anywhere_is_seen(share: float, tmp_path: Path) -> None:
+    save_block(tmp_path, 0, finished_run(), ["layers.0.a", "layers.0.b"], [], FINGERPRINT)
+    path = block_path(tmp_path, 0)
+    damage(path, int(share * (path.stat().st_size - 1)))
+    with pytest.raises(ValueError, match=r"block_000.safetensors is (truncated or )?damaged.*quantized again"):
+        read_block(tmp_path, 0)
 
 
-def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
-    assert len({digest(x) for x in ({"a": 1}, {"a": "1"}, {"a": 2}, {"b": 1}, [1])}) == 5
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.99])
+def test_a_truncated_file_is_a_value_error(share: float, tmp_path: Path) -> None:
+    save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT)
+    path = block_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"block_000.safetensors is truncated or damaged"):
+        read_block(tmp_path, 0)

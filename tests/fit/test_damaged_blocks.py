@@ -1,0 +1,103 @@
+"""A fit that continues: on a damaged block, on a datamodule of the user's own, with other callbacks."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from moeq.fit.block_files import block_path
+from tests.tiny import save_tiny
+
+
+class Own(L.LightningDataModule):
+    """A datamodule that knows nothing of moeq.
+
+    Args:
+        seed: Of the ids.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        ids_NL = torch.randint(0, 264, (4, 24), generator=generator)
+        return DataLoader([{"input_ids": ids_L} for ids_L in ids_NL], batch_size=2)  # type: ignore[arg-type]
+
+
+STEPS = ["hessian_calibration.HessianCalibration", "gptq.GPTQ", "record.Record"]
+
+
+def write_config(path: Path, *before: Any, datamodule: str = "Own") -> Path:
+    content = yaml.safe_load(Path("configs/gptq_text_w3.yaml").read_text())
+    content["trainer"]["callbacks"] = [*before, *({"class_path": f"callbacks.{step}"} for step in STEPS)]
+    content["data"] = {"class_path": f"tests.fit.test_damaged_blocks.{datamodule}"}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2_moe", tmp_path_factory.mktemp("damaged") / "model", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config") / "own.yaml")
+
+
+def run_fit(config: Path, model: Path, folder: Path, *options: str) -> dict[str, bytes]:
+    """Fit, and what its finished blocks hold."""
+    from main import main
+
+    names = [f"--model.name={model}", "--model.group_size=16", f"--trainer.default_root_dir={folder}"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    main(["fit", "--config", str(config), *names, *quiet, *options])
+    return {path.name: path.read_bytes() for path in sorted((folder / "blocks").iterdir())}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_a_damaged_block_is_one_line_and_done_again(
+    damage: str, config: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_fit(config, model, tmp_path)
+    path = block_path(tmp_path, 1)
+    content = bytearray(whole[path.name])
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "empty": b""}[damage])
+    with caplog.at_level(logging.INFO):
+        again = run_fit(config, model, tmp_path)
+    lines = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(lines) == 1
+    assert "block_001.safetensors is" in lines[0]
+    assert "the block is quantized again; so are those after it" in lines[0]
+    assert "Resuming: blocks 0 to 0 of 3 are finished" in caplog.text
+    assert again["block_000.safetensors"] == whole["block_000.safetensors"]
+    assert again["block_002.safetensors"] == whole["block_002.safetensors"]
+    reasons = [fallback["reason"] for fallback in json.loads((tmp_path / "fallbacks.json").read_text())]
+    assert reasons.count("finished block was damaged") == 1
+
+
+def test_blocks_of_other_data_of_a_datamodule_of_ones_own_are_refused(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
+    run_fit(config, model, tmp_path)
+    block_path(tmp_path, 2).unlink()
+    with pytest.raises(SystemExit, match="blocks of a run with another data"):
+        run_fit(config, model, tmp_path, "--data.seed=1")
+    assert len(run_fit(config, model, tmp_path)) == 3
+
+
+def test_blocks_of_another_order_of_callbacks_are_refused(config: Path, model: Path, tmp_path: Path) -> None:
+    rotations = [{"class_path": "callbacks.rotation.Rotation", "init_args": {"seed": seed}} for seed in (1, 2)]
+    run_fit(write_config(tmp_path / "two.yaml", *rotations), model, tmp_path / "run")
+    block_path(tmp_path / "run", 2).unlink()
+    with pytest.raises(SystemExit, match="blocks of a run with another configuration"):
+        run_fit(write_config(tmp_path / "turned.yaml", *rotations[::-1]), model, tmp_path / "run")
