@@ -1,24 +1,38 @@
-"""Imports go one way, and ``--help`` does not wait for libraries it does not need."""
+"""Imports go one way: one table of rooms, and who may import whom."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NUMERICAL_CORE = ("quant", "calibration", "allocation", "tasks", "scoring", "generation", "programs", "export")
-WITHOUT_TRANSFORMERS = ("quant", "allocation", "tasks", "scoring", "generation", "programs")
+# Each room, a folder of plain torch, and the rooms below it that it may import.  Two wings (fit, survey, sampling,
+# allocation, export; evaluation, scoring, tasks, programs, report) stand on one cellar and do not see each other,
+# except that a survey measures what a width does to the predictions of the model (survey -> scoring).
+MAY_IMPORT: dict[str, set[str]] = {
+    "disk": set(),
+    "kernels": set(),
+    "programs": set(),
+    "decoding": set(),
+    "quant": {"kernels"},
+    "models": {"quant"},
+    "checkpoint": {"models", "quant", "disk"},
+    "allocation": {"quant"},
+    "sampling": {"decoding", "models", "disk"},
+    "fit": {"allocation", "models", "quant", "disk"},
+    "survey": {"allocation", "scoring", "fit", "models", "quant"},
+    "export": {"checkpoint", "allocation", "models", "quant", "disk"},
+    "tasks": {"disk"},
+    "report": {"tasks", "disk"},
+    "scoring": {"tasks", "decoding", "models", "kernels"},
+    "evaluation": {"scoring", "tasks", "decoding", "programs", "report", "checkpoint", "disk"},
+}
+# The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
+OPEN_TO_ALL = "distributed"
+SHELL = {"callback", "cli", "module", "progress", "strategy"}
+WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
-MAY_IMPORT_LIGHTNING = {
-    "moeq/cli.py",
-    "moeq/module.py",
-    "moeq/progress.py",
-    "moeq/strategy.py",
-    "moeq/evaluation/start.py",
-}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -38,40 +52,53 @@ def roots_of(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports_of(path)}
 
 
+def rooms_of(path: Path) -> set[str]:
+    """Rooms and loose files of moeq that a file imports."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("moeq.")}
+
+
 def python_files(folder: str) -> list[Path]:
     """Every Python file below ``folder``."""
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def test_every_package_of_the_tree_is_installed() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf8")
-    for folder in ("moeq", "callbacks", "datamodules"):
-        for init in (ROOT / folder).rglob("__init__.py"):
-            package = ".".join(init.parent.relative_to(ROOT).parts)
-            assert f'"{package}",' in text, f"{package} is missing from [tool.setuptools] packages"
+def test_the_table_names_every_room_and_every_loose_file() -> None:
+    folders = {path.name for path in (ROOT / "moeq").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == MAY_IMPORT.keys()
+    loose = {path.stem for path in (ROOT / "moeq").glob("*.py")} - {"__init__"}
+    assert loose == SHELL | {OPEN_TO_ALL}
 
 
-@pytest.mark.parametrize("folder", [f"moeq/{name}" for name in NUMERICAL_CORE])
-def test_the_numerical_core_imports_no_lightning_callback_or_datamodule(folder: str) -> None:
-    for path in python_files(folder):
-        assert not roots_of(path) & (LIGHTNING | {"callbacks", "datamodules", "main"}), path
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_rooms_below_it_and_no_lightning(room: str) -> None:
+    allowed = MAY_IMPORT[room] | {room, OPEN_TO_ALL}
+    for path in python_files(f"moeq/{room}"):
+        assert rooms_of(path) <= allowed, f"{path}: {sorted(rooms_of(path) - allowed)}"
+        assert not roots_of(path) & (LIGHTNING | {"callbacks", "datamodules", "main", "tests", "benchmarks"}), path
 
 
-@pytest.mark.parametrize("folder", [f"moeq/{name}" for name in WITHOUT_TRANSFORMERS])
-def test_quantizers_allocators_and_tasks_import_no_transformers(folder: str) -> None:
-    for path in python_files(folder):
-        assert "transformers" not in roots_of(path), path
+def test_the_table_has_no_circle() -> None:
+    settled: set[str] = set()
+    while ready := {room for room, below in MAY_IMPORT.items() if room not in settled and below <= settled}:
+        settled |= ready
+    assert settled == MAY_IMPORT.keys(), f"rooms in a circle: {sorted(MAY_IMPORT.keys() - settled)}"
 
 
-def test_only_the_lightning_files_of_the_library_import_lightning() -> None:
-    for path in python_files("moeq"):
-        if path.relative_to(ROOT).as_posix() not in MAY_IMPORT_LIGHTNING:
-            assert not roots_of(path) & LIGHTNING, path
+def test_the_table_allows_nothing_that_no_file_does() -> None:
+    for room, allowed in MAY_IMPORT.items():
+        used = set().union(*(rooms_of(path) for path in python_files(f"moeq/{room}")))
+        assert allowed <= used, f"{room} no longer imports {sorted(allowed - used)}: take it out of the table"
 
 
-def test_the_library_imports_nothing_from_above() -> None:
-    for path in python_files("moeq"):
-        assert not roots_of(path) & {"callbacks", "datamodules", "main", "tests", "benchmarks"}, path
+def test_what_all_rooms_may_import_imports_none() -> None:
+    path = ROOT / f"moeq/{OPEN_TO_ALL}.py"
+    assert not rooms_of(path)
+    assert not roots_of(path) & (LIGHTNING | HEAVY)
+
+
+def test_the_shell_imports_nothing_from_above() -> None:
+    for name in SHELL:
+        assert not roots_of(ROOT / f"moeq/{name}.py") & {"main", "tests", "benchmarks"}, name
 
 
 def test_callbacks_never_import_each_other_and_datamodules_import_no_callback() -> None:
@@ -102,19 +129,8 @@ def _top_level_imports(path: Path) -> list[ast.alias]:
     return modules + [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
 
 
-def test_help_imports_no_heavy_library() -> None:
-    # Only the first page: `fit --help` needs Lightning, whose torchmetrics imports transformers and matplotlib.
-    script = """
-import runpy, sys
-sys.argv = ["main.py", "--help"]
-try:
-    runpy.run_path("main.py", run_name="__main__")
-except SystemExit as stop:
-    assert not stop.code, stop.code
-heavy = {"transformers", "datasets", "matplotlib", "torch"} & set(sys.modules)
-assert not heavy, f"imported: {sorted(heavy)}"
-"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "fit" in run.stdout
-    assert "validate" in run.stdout
+def test_rooms_without_models_import_no_transformers_not_even_through_a_neighbour() -> None:
+    for room in WITHOUT_TRANSFORMERS:
+        assert MAY_IMPORT[room] <= WITHOUT_TRANSFORMERS, room
+        for path in python_files(f"moeq/{room}"):
+            assert "transformers" not in roots_of(path), path

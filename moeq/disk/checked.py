@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moeq.disk.atomic import write_tensors
 
-SUMS = "crc32"
+# One key, as safetensors writes several in an order that changes from process to process.
+HEADER = "checked"
 
 
 def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -28,7 +29,7 @@ def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sums = {name: _crc32(tensor) for name, tensor in content.items()}
     sums |= {name: zlib.crc32(text.encode()) for name, text in metadata.items()}
-    write_tensors(path, content, {**metadata, SUMS: json.dumps(sums)})
+    write_tensors(path, content, {HEADER: json.dumps({"metadata": dict(metadata), "crc32": sums}, sort_keys=True)})
 
 
 def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -43,9 +44,10 @@ def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Ten
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata())
+            header = json.loads(file.metadata()[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        expected = json.loads(metadata.pop(SUMS))
+        metadata: dict[str, str] = header["metadata"]
+        expected = header["crc32"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); {remedy}") from error
     sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
