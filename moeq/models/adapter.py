@@ -26,6 +26,7 @@ from moeq.models.experts import (
     num_experts,
     parameter_name,
     projections,
+    stacked_shape,
     stacked_weight,
     write_stacked,
 )
@@ -41,7 +42,10 @@ from moeq.models.families import (
 )
 from moeq.quant.spec import Fallback, WeightKind
 
-__all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module"]
+__all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module", "own_parameter"]
+
+# A matrix of these is no matrix product with a whole input.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Site:
         return [self.weight_name(e, leaf) for e in range(self.num_experts) for leaf in self.leaves]
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module itself has under a name; None where it has none, or None in its place."""
+    return dict(module.named_parameters(recurse=False)).get(name)
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder blocks; raises ValueError where the model has none."""
     for name, module in model.named_modules():
@@ -90,7 +99,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class Adapter:
-    """Answers where things are in one model.
+    """Answers where things are in one model, whose modules stay the ones it was made with.
+
+    Where its parameters are, on the meta device for example, matters only to what reads or writes weights.
 
     Args:
         model: A causal LM of transformers v5.
@@ -103,7 +114,8 @@ class Adapter:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.block_prefix, self.blocks = find_blocks(model)
-        experts = self.expert_modules()
+        self._sites: dict[int, tuple[Site, ...]] = {}
+        self._experts = experts = expert_modules(model)
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not experts:
             raise ValueError(
@@ -119,13 +131,15 @@ class Adapter:
 
     def expert_modules(self) -> dict[str, nn.Module]:
         """Every experts module by path, in block order."""
-        return expert_modules(self.model)
+        return dict(self._experts)
 
     def sites(self, block: int) -> tuple[Site, ...]:
         """Sites of one block in the order of its data flow (stages, then position in the module tree)."""
-        prefix = f"{self.block_prefix}.{block}"
-        found = [*self._linear_sites(prefix, block), *self._routed_sites(prefix, block)]
-        return tuple(sorted(found, key=lambda site: STAGES.index(site.stage)))
+        if block not in self._sites:
+            prefix = f"{self.block_prefix}.{block}"
+            found = [*self._linear_sites(prefix, block), *self._routed_sites(prefix, block)]
+            self._sites[block] = tuple(sorted(found, key=lambda site: STAGES.index(site.stage)))
+        return self._sites[block]
 
     def all_sites(self) -> tuple[Site, ...]:
         """Sites of every block."""
@@ -138,7 +152,7 @@ class Adapter:
             if isinstance(module, nn.Linear):
                 if not is_router(name, module) and (reason := kept_reason(name, module)):
                     kept.append(Fallback(name, "kept in full precision", reason))
-            elif not is_experts_module(module) and not isinstance(module, nn.modules.conv._ConvNd):
+            elif not is_experts_module(module) and not isinstance(module, CONVOLUTIONS):
                 matrices = [leaf for leaf, p in module.named_parameters(recurse=False) if p.ndim > 1]
                 kept += [
                     Fallback(
@@ -149,17 +163,38 @@ class Adapter:
                 ]
         return tuple(kept)
 
-    def get_weight(self, site: Site) -> Tensor:
-        """Weights of a site, [E, O, I], in the model's dtype (a copy)."""
+    def parameter_of(self, site: Site) -> Tensor:
+        """A parameter that holds weights of a site, in the family's own layout: for its dtype and its device."""
         if site.kind == "routed":
-            return stacked_weight(*self._routed(site)).detach().clone(memory_format=torch.contiguous_format)
+            module, part = self._routed(site)
+            return module.get_parameter(parameter_name(module, part))
+        return self._linear(site.modules[0]).weight
+
+    def get_weight(self, site: Site, experts: Sequence[int] | None = None) -> Tensor:
+        """Weights of a site, [E, O, I], in the model's dtype (a copy).
+
+        Args:
+            site: Of any block.
+            experts: Indices of the routed experts to read, in this order; None reads all.
+        """
+        if site.kind == "routed":
+            weight_EOI = stacked_weight(*self._routed(site), experts).detach()
+            if experts is None:
+                return weight_EOI.clone(memory_format=torch.contiguous_format)
+            return weight_EOI.contiguous()  # a copy already
         return torch.cat([self._linear(path).weight.detach() for path in site.modules]).unsqueeze(0)
 
     @torch.no_grad()
-    def set_weight(self, site: Site, weight_EOI: Tensor) -> None:
-        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device."""
+    def set_weight(self, site: Site, weight_EOI: Tensor, experts: Sequence[int] | None = None) -> None:
+        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device.
+
+        Args:
+            site: Of any block.
+            weight_EOI: As ``get_weight`` gives them.
+            experts: Indices of the routed experts to write; None writes all.
+        """
         if site.kind == "routed":
-            write_stacked(*self._routed(site), weight_EOI)
+            write_stacked(*self._routed(site), weight_EOI, experts)
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
             self._linear(path).weight.copy_(rows)
@@ -218,7 +253,7 @@ class Adapter:
 
     def _linear_sites(self, prefix: str, block: int) -> Iterator[Site]:
         grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
-        sparse = {path.rpartition(".")[0] for path in self.expert_modules()}
+        sparse = {path.rpartition(".")[0] for path in self._experts}
         for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
             if not isinstance(module, nn.Linear) or is_router(name, module) or kept_reason(name, module):
                 continue
@@ -242,7 +277,7 @@ class Adapter:
             )  # fmt: skip
 
     def _routed_sites(self, prefix: str, block: int) -> Iterator[Site]:
-        for path, module in self.expert_modules().items():
+        for path, module in self._experts.items():
             if not path.startswith(f"{prefix}."):
                 continue
             common: dict[str, Any] = {
@@ -253,7 +288,7 @@ class Adapter:
                 ("into", "mlp_in", tuple(into)), ("down", "mlp_down", (down,)),
             )  # fmt: skip
             for part, stage, leaves in parts:
-                _, rows, in_features = stacked_weight(module, part).shape
+                _, rows, in_features = stacked_shape(module, part)
                 yield Site(
                     name=f"{path}.{'+'.join(leaves)}", stage=stage, leaves=leaves,
                     rows=(rows // len(leaves),) * len(leaves), in_features=in_features, **common,
