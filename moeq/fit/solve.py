@@ -157,7 +157,7 @@ def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
     """Write the dequantized weights of the sites into the model, in the model's dtype."""
     for site in sites:
-        dtype = adapter.parameter_of(site).dtype
+        dtype = adapter.dtype_of(site)
         for expert in range(site.num_experts):
             names = [site.weight_name(expert, leaf) for leaf in site.leaves]
             weight_OI = torch.cat([dequantize_weight(quantized[name], dtype) for name in names])
