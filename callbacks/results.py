@@ -12,11 +12,11 @@ from moeq.disk.digest import model_digest
 from moeq.disk.folder import MANIFEST
 from moeq.disk.versions import installed_versions
 from moeq.module import MoEQuantModule
-from moeq.report.figures_evaluation import group_bars, table_image, task_bars
-from moeq.report.gallery import show_figure
+from moeq.report.figures_evaluation import group_bars, task_bars
+from moeq.report.gallery import show_figure, show_table
 from moeq.report.results import markdown_table, result_row, write_results
 from moeq.report.task_report import TaskReport
-from moeq.report.task_tables import TASK_HEADER, TASK_LEFT, markdown_tasks, task_rows
+from moeq.report.task_tables import markdown_tasks
 
 BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16": 16.0}
 
@@ -43,8 +43,8 @@ class Results(Callback):
 
 def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:
     """Bars and table of all tasks, and bars of the groups of each task that has any."""
-    figures = {"tasks": task_bars(reports), "task_table": table_image(TASK_HEADER, task_rows(reports), TASK_LEFT)}
-    figures |= {f"{report.name}_groups": group_bars(report) for report in reports}
+    show_table("tasks", markdown_tasks(reports), trainer.loggers, trainer.global_step)
+    figures = {"tasks": task_bars(reports)} | {f"{report.name}_groups": group_bars(report) for report in reports}
     for name, figure in figures.items():
         if figure is not None:
             show_figure(name, figure, folder, trainer.loggers, trainer.global_step)

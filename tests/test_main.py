@@ -132,7 +132,7 @@ def test_eval_config_writes_every_metric_with_its_error(config: Path, reader: Pa
     table = (tmp_path / "results.md").read_text()
     assert all(f"| {name} " in table for name in names)
     groups = {f"{name}_groups" for name in names if "mmlu" in name}
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"tasks", "task_table", *groups}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"tasks", *groups}
     assert (tmp_path / "config_validate.yaml").is_file()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests.families import FAMILIES, REFUSED
 
@@ -32,6 +32,12 @@ _COMMON: dict[str, Any] = {
 MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 
 
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of ``tiny_model``."""
+    values = REFUSED[family][0] if family in REFUSED else FAMILIES.get(family, {})
+    return CONFIG_MAPPING[family](**{**_COMMON, **values, **overrides})
+
+
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     """A random model of ``family`` in eval mode, its parameters frozen.
 
@@ -41,8 +47,7 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         dtype: Dtype of the parameters.
         **overrides: Values of the configuration, for example ``num_hidden_layers=3``.
     """
-    values = REFUSED[family][0] if family in REFUSED else FAMILIES.get(family, {})
-    config = CONFIG_MAPPING[family](**{**_COMMON, **values, **overrides})
+    config = tiny_config(family, **overrides)
     # Not ``model.to(dtype)``, which would round the rotary frequencies too; ``from_pretrained`` does not.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

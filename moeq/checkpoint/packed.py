@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeq.checkpoint.packing import num_words, pack, unpack
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
+from moeq.quant.grid import dequantize_weight
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -30,16 +31,8 @@ class PackedFormat:
 
 
 def dequantize_codes(weight: QuantizedWeight) -> Tensor:
-    """Real weights of codes: (code - zero_point) * scale in float32, in the dtype of the scales, [O, I]."""
-    rows, columns = weight.codes_OI.shape
-    groups = weight.scale_OG.shape[1]
-    codes_OGg = weight.codes_OI.view(rows, groups, columns // groups).to(torch.float32)
-    if weight.zero_point_OG is None:
-        centred = codes_OGg - float(2 ** (weight.bits - 1))
-    else:
-        centred = codes_OGg - weight.zero_point_OG.to(torch.float32)[..., None]
-    real = centred * weight.scale_OG.to(torch.float32)[..., None]
-    return real.view(rows, columns).to(weight.scale_OG.dtype)
+    """Real weights of codes, [O, I], in the dtype of the scales: by the formula with which the fit wrote them."""
+    return dequantize_weight(weight, weight.scale_OG.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -112,7 +112,7 @@ def unit_rows(unit: Unit) -> list[slice]:
 @torch.no_grad()
 def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = False) -> list[SolvedWeight]:
     """Quantize the weights of one unit; results are on the CPU, with ``level_offset`` where it is asked for."""
-    weight_EOI = adapter.get_weight(unit.site)[list(unit.experts)]
+    weight_EOI = adapter.get_weight(unit.site, unit.experts)
     stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
     solution = solver(unit, stacked)
     solved, end = [], 0
@@ -155,9 +155,8 @@ def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
     """Write the dequantized weights of the sites into the model, in the model's dtype."""
     for site in sites:
-        current = adapter.get_weight(site)
-        experts = [
-            torch.cat([dequantize_weight(quantized[site.weight_name(e, leaf)], current.dtype) for leaf in site.leaves])
-            for e in range(site.num_experts)
-        ]
-        adapter.set_weight(site, torch.stack(experts).to(current.device))
+        dtype = adapter.dtype_of(site)
+        for expert in range(site.num_experts):
+            names = [site.weight_name(expert, leaf) for leaf in site.leaves]
+            weight_OI = torch.cat([dequantize_weight(quantized[name], dtype) for name in names])
+            adapter.set_weight(site, weight_OI.unsqueeze(0), (expert,))

@@ -1,7 +1,12 @@
-"""Linears of many rows on a CPU, in float32, by oneDNN.
+"""Products and linears of many rows on a CPU, in float32, by oneDNN.
 
-MKL, which ``torch.nn.functional.linear`` calls otherwise, is half as fast on processors of other makers than Intel (see
-``moeq.kernels.products``).  The results differ in rounding alone.
+On a CPU ``torch.mm`` and ``torch.nn.functional.linear`` call MKL, which keeps to AVX2 on processors of other makers
+than Intel; oneDNN uses what the processor has, at twice the rate where that is AVX-512.  The public way to it in
+float32 is ``F.linear`` of a tensor in oneDNN's layout, which copies both operands and the result: worth it from a few
+hundred rows on.  Which way a product goes depends on its shape alone, so that an expert's result does not depend on its
+company.  Results differ from MKL's in rounding alone.
+
+Shapes: E experts, M rows, K inner, N columns.
 """
 
 from collections.abc import Iterator
@@ -11,10 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.kernels.products import ONEDNN_ROWS
-
-# Of fewer outputs, the copy of the input costs more than the product gains.
+ONEDNN_ROWS = 256  # below, the copies cost more than the product gains
+# Of fewer outputs, the copy of the input costs more than the product of a linear gains.
 _MIN_OUTPUTS = 64
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> None:
+    """``total += sign * left @ right`` in float32 or float64, with a leading dimension of experts or without.
+
+    On other devices than a CPU this is one batched product.
+
+    Args:
+        total: [M, N] or [E, M, N], any strides; written.
+        left: [M, K] or [E, M, K].
+        right: [K, N] or [E, K, N].
+        sign: 1 or -1.
+    """
+    if total.dim() == 3:
+        if total.device.type == "cpu":  # one after another: the same bits for an expert alone and among others
+            for parts in zip(total.unbind(), left.unbind(), right.unbind(), strict=True):
+                add_product_(*parts, sign)
+        else:
+            total.baddbmm_(left, right, alpha=sign)
+    elif by_onednn(total, left):
+        product_MN = torch.nn.functional.linear(left.to_mkldnn(), right.mT.contiguous()).to_dense()
+        total.add_(product_MN, alpha=sign)
+    else:
+        total.addmm_(left, right, alpha=sign)
+
+
+def by_onednn(total: Tensor, left: Tensor) -> bool:
+    """Whether a product is large enough for oneDNN, and of a kind that it knows."""
+    large = min(*total.shape, left.shape[1]) >= ONEDNN_ROWS
+    return (
+        large and total.dtype == torch.float32 and total.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    )
 
 
 @contextmanager
@@ -32,7 +68,8 @@ def linears_by_onednn(model: nn.Module) -> Iterator[None]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    # A sharded weight is no plain parameter.
+    # A sharded weight is no plain parameter.  Which hooks a module has cannot be asked for in public; the two
+    # dictionaries are read as torch 2.13 has them, and a hook before ours would see oneDNN's layout.
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter

@@ -9,10 +9,7 @@ name of the family; how they are stored is known to ``experts.py`` alone.  What 
 linears stands in ``families.py``.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,62 +20,23 @@ from moeq.models.experts import (
     expert_modules,
     is_experts_module,
     layout_problem,
-    num_experts,
     parameter_name,
-    projections,
     stacked_weight,
     write_stacked,
 )
-from moeq.models.families import (
-    SHARED,
-    STAGES,
-    is_router,
-    is_router_part,
-    kept_reason,
-    linear_stage,
-    refusal,
-    shared_gate,
-)
+from moeq.models.families import STAGES, is_router, is_router_part, kept_reason, refusal, shared_gate
+from moeq.models.sites import Site, linear_sites, routed_sites
 from moeq.quant.spec import Fallback, WeightKind
 
-__all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module"]
+__all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module", "own_parameter"]
+
+# A matrix of these is no matrix product with a whole input.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-@dataclass(frozen=True)
-class Site:
-    """One input of a block and the weights it feeds.
-
-    Attributes:
-        name: Unique name: the path of the first weight, the experts module standing for all its experts.
-        block: Index of the block.
-        kind: Which structure of the block it belongs to.
-        stage: One of ``STAGES``: where in the block's data flow its input arises.
-        modules: Paths of the linears that receive the input, or of the one experts module.
-        leaves: Names of the stacked linears in stacking order, e.g. ("gate_proj", "up_proj").
-        rows: Out-features of each leaf.
-        in_features: Width of the input.
-        num_experts: E; 1 for a site that is not routed.
-    """
-
-    name: str
-    block: int
-    kind: WeightKind
-    stage: str
-    modules: tuple[str, ...]
-    leaves: tuple[str, ...]
-    rows: tuple[int, ...]
-    in_features: int
-    num_experts: int
-
-    def weight_name(self, expert: int, leaf: str) -> str:
-        """Canonical name of one weight: module path, the expert index inserted for routed experts."""
-        if self.kind == "routed":
-            return f"{self.modules[0]}.{expert}.{leaf}"
-        return self.modules[self.leaves.index(leaf)]
-
-    def weight_names(self) -> list[str]:
-        """Canonical names of all weights of the site, expert by expert."""
-        return [self.weight_name(e, leaf) for e in range(self.num_experts) for leaf in self.leaves]
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module itself has under a name; None where it has none, or None in its place."""
+    return dict(module.named_parameters(recurse=False)).get(name)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -90,7 +48,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class Adapter:
-    """Answers where things are in one model.
+    """Answers where things are in one model, whose modules stay the ones it was made with.
+
+    Where its parameters are, on the meta device for example, matters only to what reads or writes weights.
 
     Args:
         model: A causal LM of transformers v5.
@@ -103,7 +63,8 @@ class Adapter:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.block_prefix, self.blocks = find_blocks(model)
-        experts = self.expert_modules()
+        self._sites: dict[int, tuple[Site, ...]] = {}
+        self._experts = experts = expert_modules(model)
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not experts:
             raise ValueError(
@@ -119,13 +80,18 @@ class Adapter:
 
     def expert_modules(self) -> dict[str, nn.Module]:
         """Every experts module by path, in block order."""
-        return expert_modules(self.model)
+        return dict(self._experts)
 
     def sites(self, block: int) -> tuple[Site, ...]:
         """Sites of one block in the order of its data flow (stages, then position in the module tree)."""
-        prefix = f"{self.block_prefix}.{block}"
-        found = [*self._linear_sites(prefix, block), *self._routed_sites(prefix, block)]
-        return tuple(sorted(found, key=lambda site: STAGES.index(site.stage)))
+        if block not in self._sites:
+            prefix = f"{self.block_prefix}.{block}"
+            found = [
+                *linear_sites(self.model, prefix, block, self._experts),
+                *routed_sites(prefix, block, self._experts),
+            ]
+            self._sites[block] = tuple(sorted(found, key=lambda site: STAGES.index(site.stage)))
+        return self._sites[block]
 
     def all_sites(self) -> tuple[Site, ...]:
         """Sites of every block."""
@@ -138,7 +104,7 @@ class Adapter:
             if isinstance(module, nn.Linear):
                 if not is_router(name, module) and (reason := kept_reason(name, module)):
                     kept.append(Fallback(name, "kept in full precision", reason))
-            elif not is_experts_module(module) and not isinstance(module, nn.modules.conv._ConvNd):
+            elif not is_experts_module(module) and not isinstance(module, CONVOLUTIONS):
                 matrices = [leaf for leaf, p in module.named_parameters(recurse=False) if p.ndim > 1]
                 kept += [
                     Fallback(
@@ -149,17 +115,38 @@ class Adapter:
                 ]
         return tuple(kept)
 
-    def get_weight(self, site: Site) -> Tensor:
-        """Weights of a site, [E, O, I], in the model's dtype (a copy)."""
+    def dtype_of(self, site: Site) -> torch.dtype:
+        """The dtype in which the model holds the weights of a site."""
         if site.kind == "routed":
-            return stacked_weight(*self._routed(site)).detach().clone(memory_format=torch.contiguous_format)
+            module, part = self._routed(site)
+            return module.get_parameter(parameter_name(module, part)).dtype
+        return self._linear(site.modules[0]).weight.dtype
+
+    def get_weight(self, site: Site, experts: Sequence[int] | None = None) -> Tensor:
+        """Weights of a site, [E, O, I], in the model's dtype (a copy).
+
+        Args:
+            site: Of any block.
+            experts: Indices of the routed experts to read, in this order; None reads all.
+        """
+        if site.kind == "routed":
+            weight_EOI = stacked_weight(*self._routed(site), experts).detach()
+            if experts is None:
+                return weight_EOI.clone(memory_format=torch.contiguous_format)
+            return weight_EOI.contiguous()  # a copy already
         return torch.cat([self._linear(path).weight.detach() for path in site.modules]).unsqueeze(0)
 
     @torch.no_grad()
-    def set_weight(self, site: Site, weight_EOI: Tensor) -> None:
-        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device."""
+    def set_weight(self, site: Site, weight_EOI: Tensor, experts: Sequence[int] | None = None) -> None:
+        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device.
+
+        Args:
+            site: Of any block.
+            weight_EOI: As ``get_weight`` gives them.
+            experts: Indices of the routed experts to write; None writes all.
+        """
         if site.kind == "routed":
-            write_stacked(*self._routed(site), weight_EOI)
+            write_stacked(*self._routed(site), weight_EOI, experts)
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
             self._linear(path).weight.copy_(rows)
@@ -215,46 +202,3 @@ class Adapter:
 
     def _routed(self, site: Site) -> tuple[nn.Module, ExpertSide]:
         return self.model.get_submodule(site.modules[0]), "down" if site.stage == "mlp_down" else "into"
-
-    def _linear_sites(self, prefix: str, block: int) -> Iterator[Site]:
-        grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
-        sparse = {path.rpartition(".")[0] for path in self.expert_modules()}
-        for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
-            if not isinstance(module, nn.Linear) or is_router(name, module) or kept_reason(name, module):
-                continue
-            stage = linear_stage(name)
-            assert stage is not None
-            # Projections from the inner dimension each have an input of their own.
-            own = name.rpartition(".")[0] if stage.endswith("_in") else name
-            grouped[own, stage].append(name)
-        for (_, stage), names in grouped.items():
-            linears = [self._linear(name) for name in names]
-            parent = names[0].rpartition(".")[0]
-            kind: WeightKind = "attention" if stage.startswith("attention") else "dense"
-            inside = stage in ("mlp_in", "mlp_down")
-            if inside and (parent.rpartition(".")[0] in sparse or not SHARED.isdisjoint(parent.split("."))):
-                kind = "shared"
-            yield Site(
-                name=names[0], block=block, kind=kind, stage=stage, modules=tuple(names),
-                leaves=tuple(name.rpartition(".")[2] for name in names),
-                rows=tuple(linear.out_features for linear in linears),
-                in_features=linears[0].in_features, num_experts=1,
-            )  # fmt: skip
-
-    def _routed_sites(self, prefix: str, block: int) -> Iterator[Site]:
-        for path, module in self.expert_modules().items():
-            if not path.startswith(f"{prefix}."):
-                continue
-            common: dict[str, Any] = {
-                "block": block, "kind": "routed", "modules": (path,), "num_experts": num_experts(module),
-            }  # fmt: skip
-            *into, down = projections(module)
-            parts: tuple[tuple[ExpertSide, str, tuple[str, ...]], ...] = (
-                ("into", "mlp_in", tuple(into)), ("down", "mlp_down", (down,)),
-            )  # fmt: skip
-            for part, stage, leaves in parts:
-                _, rows, in_features = stacked_weight(module, part).shape
-                yield Site(
-                    name=f"{path}.{'+'.join(leaves)}", stage=stage, leaves=leaves,
-                    rows=(rows // len(leaves),) * len(leaves), in_features=in_features, **common,
-                )  # fmt: skip

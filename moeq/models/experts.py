@@ -9,6 +9,7 @@ other, with biases, without a gate.  The decorator of the experts interface tell
 Legend: E experts, O out, I in, N tokens, F expert width; "into" is W_in.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,15 +71,28 @@ def as_stored(module: nn.Module, part: ExpertSide, weight: Tensor) -> Tensor:
     return (weight.mT if module.is_transposed else weight).contiguous()
 
 
-def stacked_weight(module: nn.Module, part: ExpertSide) -> Tensor:
-    """Weights of all experts, [E, O, I] (a view or a copy)."""
-    return canonical(module, part, _parameter(module, part))
+def stacked_shape(module: nn.Module, part: ExpertSide) -> tuple[int, int, int]:
+    """(E, O, I) of ``stacked_weight``, from the shape of the parameter alone."""
+    experts, rows, columns = _parameter(module, part).shape
+    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+
+
+def stacked_weight(module: nn.Module, part: ExpertSide, experts: Sequence[int] | None = None) -> Tensor:
+    """Weights of all experts, [E, O, I] (a view or a copy), or of some by index, in this order (a copy)."""
+    stored = _parameter(module, part)
+    return canonical(module, part, stored if experts is None else stored[list(experts)])
 
 
 @torch.no_grad()
-def write_stacked(module: nn.Module, part: ExpertSide, weight_EOI: Tensor) -> None:
-    """Write the weights of all experts."""
-    _parameter(module, part).copy_(as_stored(module, part, weight_EOI))
+def write_stacked(
+    module: nn.Module, part: ExpertSide, weight_EOI: Tensor, experts: Sequence[int] | None = None
+) -> None:
+    """Write the weights of all experts, or of some by index."""
+    if experts is None:
+        _parameter(module, part).copy_(as_stored(module, part, weight_EOI))
+        return
+    for expert, weight_OI in zip(experts, weight_EOI, strict=True):
+        _parameter(module, part)[expert].copy_(as_stored(module, part, weight_OI))
 
 
 def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
@@ -108,6 +122,7 @@ def activate(module: Any, z_NO: Tensor) -> Tensor:
         return inner
     if _in_turn(module):
         z_NO = torch.stack(z_NO.chunk(2, -1), -1).flatten(-2)
+    # The hook by which families replace the gate function; transformers 5.23 has no public one.
     gated: Tensor = module._apply_gate(z_NO)
     return gated
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moeq.models.adapter import Adapter
+from moeq.models.adapter import Adapter, own_parameter
 from moeq.models.families import VALUE_LEAVES
 from moeq.models.steps import Steps
 from moeq.quant.hadamard import Basis
@@ -58,6 +58,6 @@ def turn_values(model: nn.Module, heads: ValueHeads, basis: Basis, steps: Steps)
     """Rotate the values of every head, and turn them back where they are read."""
     columns = model.get_parameter(f"{heads.output}.weight").shape[1]
     steps.turn_heads(f"{heads.value}.weight", -2, heads.num_heads, heads.size, basis)
-    if model.get_submodule(heads.value)._parameters.get("bias") is not None:
+    if own_parameter(model.get_submodule(heads.value), "bias") is not None:
         steps.turn_heads(f"{heads.value}.bias", -1, heads.num_heads, heads.size, basis)
     steps.turn_heads(f"{heads.output}.weight", -1, columns // heads.size, heads.size, basis)

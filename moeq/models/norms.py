@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map  # no public one in torch 2.13
 
-from moeq.models.adapter import Adapter, is_experts_module
+from moeq.models.adapter import Adapter, is_experts_module, own_parameter
 from moeq.models.blocks import BlockCall, run_block
 
 _TOLERANCE = 1e-3  # between forms that differ by one, or by a mean; the epsilon inside a norm is far below
@@ -52,7 +52,7 @@ class NormReaders:
 @torch.no_grad()
 def norm_form(module: nn.Module) -> NormForm | None:
     """The form of a norm with a weight, or None for a module that is not one; found by running it."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if weight is None or weight.ndim != 1 or len(weight) < 2 or not weight.is_floating_point():
         return None
     sign = torch.ones(len(weight), device=weight.device)
@@ -153,8 +153,7 @@ def fold_into_norm(adapter: Adapter, readers: NormReaders, scale_D: Tensor) -> d
     norm = adapter.model.get_submodule(readers.norm)
     scale_D = scale_D.double()
     values = {f"{readers.norm}.weight": set_norm_weight_value(norm, norm_weight(norm) / scale_D)}
-    if norm._parameters.get("bias") is not None:
-        bias = _parameter(norm, "bias")
+    if (bias := own_parameter(norm, "bias")) is not None:
         values[f"{readers.norm}.bias"] = (bias.double() / scale_D).to(bias.dtype)
     for path in readers.readers:
         for name, axis in reader_weights(adapter.model, path).items():
@@ -196,8 +195,8 @@ def _input_axes(module: nn.Module) -> dict[str, int]:
     """Own parameters of a module that multiply its input, with the axis of the in-features."""
     if is_experts_module(module):
         name = "gate_up_proj" if module.has_gate else "up_proj"
-        return {name: -2 if module.is_transposed else -1} if name in module._parameters else {}
-    weight = module._parameters.get("weight")
+        return {name: -2 if module.is_transposed else -1} if own_parameter(module, name) is not None else {}
+    weight = own_parameter(module, "weight")
     if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
         return {}
     return {"weight": -1}
@@ -225,6 +224,6 @@ def _form(module: nn.Module) -> NormForm:
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    parameter = module._parameters[name]
+    parameter = own_parameter(module, name)
     assert parameter is not None
     return parameter

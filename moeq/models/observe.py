@@ -153,7 +153,7 @@ def experts_run_by(implementation: str, module: Any) -> Iterator[None]:
     """Give one experts module, and no other, an implementation that is registered with transformers."""
     config = module.config
     module.config = copy.copy(config)
-    module.config._experts_implementation = implementation
+    module.config._experts_implementation = implementation  # transformers 5.23: in public only for a whole model
     try:
         yield
     finally:

@@ -126,6 +126,7 @@ def _gate_is_linear_in_up(adapter: Adapter, producer: Producer, consumer: Site, 
     factor_J = _powers_of_two(width)
     divided_TR = gate_up_TR.clone()
     divided_TR[:, width:] /= factor_J
+    # Without the reordering of ``experts.activate``: this is asked of the gate alone.
     return _same(module._apply_gate(gate_up_TR), module._apply_gate(divided_TR) * factor_J)
 
 

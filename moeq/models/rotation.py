@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeq.models.adapter import Adapter, is_experts_module
+from moeq.models.adapter import Adapter, is_experts_module, own_parameter
 from moeq.models.blocks import BlockCall, capture_calls
 from moeq.models.heads import ValueHeads, find_value_heads, turn_values
 from moeq.models.norms import (
@@ -201,7 +201,7 @@ def _turn_writers(adapter: Adapter, block: int, basis: Basis, steps: Steps) -> N
         if adapter.model.get_parameter(f"{path}.{weight}").shape[axis] != width:
             continue  # writes into a narrower space, from which another linear writes
         steps.turn(f"{path}.{weight}", axis, basis)
-        if module._parameters.get(bias) is not None:
+        if own_parameter(module, bias) is not None:
             steps.turn(f"{path}.{bias}", -1, basis)
 
 

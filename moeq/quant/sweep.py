@@ -23,7 +23,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moeq.kernels.products import add_product_
+from moeq.kernels.onednn import add_product_
 from moeq.quant.factor import Feedback
 from moeq.quant.grid import choose_qparams, lowest_level
 from moeq.quant.spec import GridSpec

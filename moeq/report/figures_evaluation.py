@@ -1,7 +1,7 @@
-"""Figures of an evaluation: bars with standard errors by task and by group, and tables as images.
+"""Figures of an evaluation: bars with standard errors by task and by group.
 
 Pure functions from plain data to a matplotlib figure; nothing is shown or written here, and matplotlib is imported
-where it is used (see ``moeq.report.results.figures_fit``).
+where it is used (see ``moeq.report.figures_fit``).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # Heights of a bar, of the gap between two lines of bars, and of what surrounds the bars of a panel.
 BAR_INCHES, GAP_INCHES, FRAME_INCHES = 0.19, 0.1, 0.75
 COLUMN_INCHES = 9.0  # panels that are higher together stand in two columns
-CHARACTER_INCHES, LINE_INCHES = 0.083, 0.24  # of the monospaced font of tables, 9 points
 
 
 @dataclass(frozen=True)
@@ -79,29 +78,6 @@ def group_bars(report: TaskReport) -> "Figure | None":
     chance = report.description.get("chance")
     chances = {bar.line: 100 * chance for bar in bars} if chance else {}
     return _bars_figure([Panel(f"{_line(report)}: {metric}, %", tuple(bars), chances)] if bars else [])
-
-
-def table_image(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> "Figure":
-    """A table of cells as an image; columns in ``left`` are aligned to the left, the others are numbers."""
-    from matplotlib.figure import Figure
-
-    lines = [header, *rows]
-    widths = [2 + max(len(line[column]) for line in lines) for column in range(len(header))]
-    size = (CHARACTER_INCHES * sum(widths), LINE_INCHES * len(lines))
-    figure = Figure(figsize=size, dpi=120)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set(xlim=(0, sum(widths)), ylim=(len(lines), 0))
-    axes.axis("off")
-    for index, line in enumerate(lines):
-        if index % 2 == 0:
-            axes.axhspan(index, index + 1, color="0.85" if index == 0 else "0.96", linewidth=0)
-        start = 0
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
-            x, side = (start + 1, "left") if column in left else (start + width - 1, "right")
-            weight = "bold" if index == 0 else "normal"
-            axes.text(x, index + 0.5, cell, ha=side, va="center", family="monospace", fontsize=9, weight=weight)
-            start += width
-    return figure
 
 
 def _panel(reports: Sequence[TaskReport], title: str, shown: Callable[[TaskReport, str], bool]) -> Panel:

@@ -1,4 +1,4 @@
-"""Where figures go: the run folder, and every logger that takes images (TensorBoard)."""
+"""Where figures and tables go: the run folder, and every logger that takes images and texts (TensorBoard)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,3 +17,11 @@ def show_figure(name: str, figure: "Figure", folder: Path, loggers: Iterable[Any
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_figure"):
             experiment.add_figure(f"figures/{name}", figure, global_step=step)
+
+
+def show_table(name: str, table: str, loggers: Iterable[Any], step: int) -> None:
+    """Hand a Markdown table to the loggers that take texts; TensorBoard renders it."""
+    for logger in loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_text"):
+            experiment.add_text(f"tables/{name}", table, global_step=step)

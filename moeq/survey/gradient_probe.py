@@ -1,5 +1,7 @@
 """The backward passes of a survey: squared gradients at every linear, and gradients at the outputs of the blocks."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,9 @@ class GradientProbe:
         if batch >= self.spec.num_gradient_batches:
             return
         if self.states:
-            # A seed of its own for every batch, whichever rank has it; the 0 keeps the tokens of recorded measurements.
-            seed = hash((self.spec.seed, batch, 0)) % 2**63
+            generator = torch.Generator().manual_seed(batch_seed(self.spec.seed, batch))
             with observe_gradients(self.adapter, self._sites, add_squares(self.states), keep_N):
-                backward(self.adapter.model, inputs, torch.Generator().manual_seed(seed))
+                backward(self.adapter.model, inputs, generator)
         if "gemq" in self.spec.costs:
 
             def store(block: int, gradient_ND: Tensor) -> None:
@@ -58,3 +59,11 @@ class GradientProbe:
         """Gradient [N, D] of the data's log-likelihood at a block's output; it is kept no longer."""
         gradient_ND = self._outputs.pop((batch, block), None)
         return None if gradient_ND is None else gradient_ND.to(device)
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """Seed of the tokens that are sampled in a batch, a number below 2^63: one for every batch, whichever rank has it.
+
+    The first 8 bytes, big-endian, of the SHA-256 of the ASCII text "<seed>,<batch>", without the highest bit.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed},{batch}".encode()).digest()[:8], "big") % 2**63

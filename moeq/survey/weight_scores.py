@@ -42,7 +42,7 @@ def alphaq_table(adapter: Adapter, spec: SurveySpec, sites: Sequence[Site]) -> d
 def site_weights(adapter: Adapter, site: Site) -> list[tuple[str, Tensor]]:
     """Name and weight [O, I] of every weight of a site, expert by expert."""
     pairs = []
-    for expert, weight_OI in enumerate(adapter.get_weight(site)):
-        parts = weight_OI.split(site.rows)
+    for expert in range(site.num_experts):
+        parts = adapter.get_weight(site, (expert,))[0].split(site.rows)
         pairs += [(site.weight_name(expert, leaf), part) for leaf, part in zip(site.leaves, parts, strict=True)]
     return pairs

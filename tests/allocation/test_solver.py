@@ -1,9 +1,11 @@
 import itertools
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from moeq.allocation.lagrangian import _floor_bound
 from moeq.allocation.plan import Choice, plan_cost
 from moeq.allocation.problem import AllocationProgram, Budget, Floor, build_problem
 from moeq.allocation.runtime import find_runtime
@@ -22,20 +24,21 @@ def problem(
     return build_problem(weights, costs, choices, budget, find_runtime(runtime), GRID, **options)  # type: ignore[arg-type]
 
 
-def reference_optimum(task: AllocationProgram) -> float:
-    """Least cost by trying every combination; floors are counted expert by expert."""
-    best = np.inf
+def plans_with_floors(task: AllocationProgram) -> Iterator[tuple[float, int]]:
+    """Cost and size of every combination of choices that keeps the floors, which are counted expert by expert."""
+    rows = np.arange(len(task.units))
     for picked in itertools.product(*[np.flatnonzero(np.isfinite(row)) for row in task.cost_UC]):
-        rows = np.arange(len(picked))
-        if task.size_UC[rows, picked].sum() > task.capacity:
-            continue
         wide = [
             sum(all(group.allowed_C[picked[unit]] for unit in expert) for expert in group.experts) >= group.num_experts
             for group in task.floors
         ]
         if all(wide):
-            best = min(best, task.cost_UC[rows, picked].sum())
-    return float(best)
+            yield float(task.cost_UC[rows, picked].sum()), int(task.size_UC[rows, picked].sum())
+
+
+def reference_optimum(task: AllocationProgram) -> float:
+    """Least cost by trying every combination."""
+    return min(cost for cost, size in plans_with_floors(task) if size <= task.capacity)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -60,6 +63,29 @@ def test_exact_solver_finds_the_optimum_of_all_combinations(seed: int, floors: t
             assert sum(wide) >= group.num_experts
 
 
+@pytest.mark.parametrize(
+    ("floors", "bits"), [((Floor(4, 1),), 3.0), ((Floor(8, 2), Floor(4, 1)), 4.4), ((Floor(4, 0),), 3.0)]
+)
+@pytest.mark.parametrize("runtime", ["research", "gptqmodel", "vllm", "uniform_experts"])
+def test_the_bound_of_the_lagrangian_counts_floors_and_stays_below_every_plan(
+    runtime: str, floors: tuple[Floor, ...], bits: float
+) -> None:
+    # Where experts share a width, floors share units inside a block, or over all blocks.
+    num_blocks = 2 if runtime in ("vllm", "uniform_experts") else 1
+    weights, choices = toy_weights(num_blocks=num_blocks, num_experts=2), [Choice(b, 32) for b in (2, 4, 8)]
+    kinds = ("routed",) if runtime == "research" else ("routed", "shared")
+    fixed = {w.name: GridSpec(2, 16) for w in weights if w.kind not in kinds}
+    for seed in range(4):
+        task = problem(weights, Budget(bits), runtime, seed, choices=choices, fixed=fixed, floors=floors)
+        plans = list(plans_with_floors(task))
+        optimum = min(cost for cost, size in plans if size <= task.capacity)
+        free = solve(problem(weights, Budget(bits), runtime, seed, choices=choices, fixed=fixed), "lagrangian")
+        assert free.bound * (1 - 1e-9) <= solve(task, "lagrangian").bound <= optimum * (1 + 1e-9)
+        for price in np.geomspace(1e-3, 1e3, 7) * optimum / task.capacity:
+            least = min(cost + price * (size - task.capacity) for cost, size in plans)
+            assert _floor_bound(task, price) <= least + 1e-9 * optimum
+
+
 @pytest.mark.parametrize("unit_and_value", [("code_bits", 2.5), ("average_bits", 3.5), ("active_bytes", 60_000)])
 @pytest.mark.parametrize("floors", [(), (Floor(4, 2),)])
 def test_lagrangian_path_is_within_a_thousandth_of_the_exact_optimum(
@@ -73,14 +99,16 @@ def test_lagrangian_path_is_within_a_thousandth_of_the_exact_optimum(
         assert exact.gap <= 2e-5
         assert exact.cost <= relaxed.cost <= 1.001 * exact.cost
         assert relaxed.bound <= exact.cost * (1 + 1e-9)
+        assert relaxed.gap <= 2e-3
         assert relaxed.size <= task.capacity
 
 
 def test_auto_takes_the_lagrangian_path_for_very_many_variables_and_comes_close_to_the_bound() -> None:
     weights = toy_weights(num_blocks=12, num_experts=256)
-    found = solve(problem(weights, Budget(2.5, "code_bits")))
-    assert found.solver == "lagrangian"
-    assert found.gap < 1e-4
+    for floors in ((), (Floor(4, 32),)):
+        found = solve(problem(weights, Budget(2.5, "code_bits"), floors=floors))
+        assert found.solver == "lagrangian"
+        assert found.gap < 1e-4
     assert solve(problem(toy_weights(), Budget(2.5, "code_bits"))).solver == "exact"
 
 

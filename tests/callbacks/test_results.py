@@ -12,6 +12,7 @@ from callbacks.results import Results
 from moeq.module import MoEQuantModule
 from moeq.report.results import read_results
 from moeq.report.task_report import Description, task_report
+from moeq.report.task_tables import markdown_tasks
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import TaskMetrics
 from moeq.tasks.task import MultipleChoice, Source
@@ -79,15 +80,18 @@ def test_files_hold_what_was_measured_where_and_with_what(tmp_path: Path, monkey
     assert "| mmlu / stem" in printed[0]
 
 
-def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
+def test_tensorboard_has_the_figures_and_the_table(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger, _ = validated(tmp_path)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {"figures/tasks", "figures/task_table", "figures/mmlu_groups"}
-    assert sorted(path.stem for path in tmp_path.glob("figures/*.png")) == ["mmlu_groups", "task_table", "tasks"]
+    assert set(tags["images"]) == {"figures/tasks", "figures/mmlu_groups"}
+    assert sorted(path.stem for path in tmp_path.glob("figures/*.png")) == ["mmlu_groups", "tasks"]
+    (event,) = events.Tensors("tables/tasks/text_summary")
+    (table,) = event.tensor_proto.string_val
+    assert table.decode() == markdown_tasks([task_report(Evaluation())])
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from moeq.fit.run import Run
 from moeq.fit.schedule import whole
-from moeq.fit.solve import Unit, make_units, quantize_sites
+from moeq.fit.solve import Unit, commit, make_units, quantize_sites, solve_unit
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec
+from tests.tensors_made import TensorsMade
 from tests.tiny import tiny_model
 
 GRID = GridSpec(bits=4, group_size=16, symmetric=False, clip_search=False)
@@ -108,3 +109,18 @@ def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapt
     assert [f.detail for f in run.fallbacks] == [
         "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_solving_some_experts_and_writing_the_solved_ones_copies_no_whole_stack(family: str) -> None:
+    adapter = Adapter(tiny_model(family))
+    site = next(site for site in adapter.sites(1) if site.kind == "routed" and site.stage == "mlp_in")
+    size = adapter.get_weight(site)[0].numel()
+    with TensorsMade() as made:
+        solve_unit(adapter, Unit(site, (6, 1), (0, 1), GRID), rtn)
+    assert made.largest == 2 * size
+    run = Run(plan=uniform((site,)))
+    quantize_sites(adapter, run, (site,), rtn)
+    with TensorsMade() as made:
+        commit(adapter, (site,), run.quantized)
+    assert made.largest == size

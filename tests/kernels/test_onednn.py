@@ -1,11 +1,26 @@
-"""oneDNN's linears compute what torch's do, and nothing of them stays."""
+"""oneDNN's products and linears compute what torch's do, and nothing of them stays."""
 
 import pytest
 import torch
 from torch import nn
 
-from moeq.kernels.onednn import linears_by_onednn
-from moeq.kernels.products import ONEDNN_ROWS
+from moeq.kernels.onednn import ONEDNN_ROWS, add_product_, by_onednn, linears_by_onednn
+
+
+@pytest.mark.parametrize("size", [ONEDNN_ROWS - 1, ONEDNN_ROWS])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_product_is_that_of_float64_and_an_experts_own_whatever_its_company(
+    size: int, sign: int, generator: torch.Generator
+) -> None:
+    total, left, right = torch.randn(3, 3, size, size + 5, generator=generator)
+    left, right = left[..., :size], right.contiguous()
+    expected = total.double() + sign * left.double() @ right.double()
+    together, alone = total.clone(), total[1].clone()
+    add_product_(together, left, right, sign)
+    add_product_(alone, left[1], right[1], sign)
+    torch.testing.assert_close(together.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(together[1], alone)
+    assert by_onednn(alone, left[1]) == (size >= ONEDNN_ROWS and torch.backends.mkldnn.is_available())
 
 
 @pytest.mark.parametrize("num_tokens", [1, ONEDNN_ROWS - 1, ONEDNN_ROWS, ONEDNN_ROWS + 37])

@@ -1,9 +1,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from moeq.models.adapter import STAGES, Adapter, find_blocks
-from tests.tiny import tiny_model
+from moeq.models.adapter import STAGES, Adapter, find_blocks, own_parameter
+from moeq.models.shapes import weight_shapes
+from tests.families import SUPPORTED
+from tests.tensors_made import TensorsMade
+from tests.tiny import tiny_config, tiny_model
 
 PLAIN_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
 
@@ -51,6 +55,51 @@ def test_written_weights_are_read_back_and_touch_nothing_else(family: str) -> No
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name], atol=1e-5, rtol=0)
         assert torch.equal(parameter, before[name]) or "layers.1." in name
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_sites_and_shapes_need_no_weights(family: str) -> None:
+    with torch.device("meta"):
+        abstract = Adapter(AutoModelForCausalLM.from_config(tiny_config(family)))
+    assert all(parameter.is_meta for parameter in abstract.model.parameters())
+    adapter = Adapter(tiny_model(family))
+    assert abstract.all_sites() == adapter.all_sites()
+    assert weight_shapes(abstract) == weight_shapes(adapter)
+    for site in adapter.all_sites():
+        assert adapter.get_weight(site).shape == (site.num_experts, sum(site.rows), site.in_features)
+
+
+# Gate above up, gate and up in turn and transposed, transposed, without a gate.
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "aria_text", "nemotron_h"])
+def test_some_experts_are_read_and_written_without_a_copy_of_the_others(family: str) -> None:
+    model = tiny_model(family)
+    with TensorsMade() as made:
+        adapter = Adapter(model)
+        sites = [site for site in adapter.all_sites() if site.kind == "routed"]
+    assert sites
+    assert made.largest == 0
+    for site in sites:
+        whole_EOI = adapter.get_weight(site)
+        with TensorsMade() as made:
+            some_EOI = adapter.get_weight(site, (5, 2))
+        assert 2 * whole_EOI[0].numel() == some_EOI.numel() == made.largest
+        assert torch.equal(some_EOI, whole_EOI[[5, 2]])
+        assert some_EOI.is_contiguous()
+        some_EOI += 1
+        assert torch.equal(adapter.get_weight(site), whole_EOI), "not a copy"
+        with TensorsMade() as made:
+            adapter.set_weight(site, some_EOI, (5, 2))
+        assert made.largest <= whole_EOI[0].numel()
+        whole_EOI[[5, 2]] = some_EOI
+        assert torch.equal(adapter.get_weight(site), whole_EOI)
+        assert adapter.dtype_of(site) == whole_EOI.dtype
+
+
+def test_own_parameters_are_those_of_the_module_itself() -> None:
+    linear = nn.Linear(4, 4, bias=False)
+    assert own_parameter(linear, "weight") is linear.weight
+    assert own_parameter(linear, "bias") is None
+    assert own_parameter(nn.Sequential(linear), "0.weight") is None
 
 
 def test_sites_come_in_the_order_of_the_data_flow() -> None:

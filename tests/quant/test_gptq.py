@@ -2,69 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from moeq.quant import factor, gptq
+from moeq.quant import factor
 from moeq.quant.gptq import gptq_solve
-from moeq.quant.grid import choose_qparams, dequantize
+from moeq.quant.grid import choose_qparams
 from moeq.quant.rtn import round_to_nearest
-from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec, SolveSpec
-
-GRIDS = [GridSpec(3, None, True, False), GridSpec(4, 16, False, True), GridSpec(2, 24, False, False)]
-SOLVES = [SolveSpec(0.01, True, 40), SolveSpec(0.01, False, 40)]
-
-
-def problem(seed: int, experts: int = 1, shape: tuple[int, int] = (10, 96)) -> tuple[Tensor, Tensor]:
-    """Weights and Hessians of correlated inputs, both float32."""
-    generator = torch.Generator().manual_seed(seed)
-    out_features, in_features = shape
-    mixing_II = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
-    inputs_ETI = torch.randn(experts, 2 * in_features, in_features, generator=generator) @ mixing_II
-    weight_EOI = torch.randn(experts, out_features, in_features, generator=generator) * 0.05
-    return weight_EOI, inputs_ETI.mT @ inputs_ETI / (2 * in_features)
-
-
-def rounded(solution: Solution, bits: int) -> Tensor:
-    return dequantize(solution.codes_EOI, solution.scale_EOG, solution.zero_point_EOG, bits)
-
-
-def output_error(weight_EOI: Tensor, rounded_EOI: Tensor, hessian_EII: Tensor) -> Tensor:
-    """tr(dW H dW^T) / tr(W H W^T) in float64."""
-    weight, delta, hessian = weight_EOI.double(), (weight_EOI - rounded_EOI).double(), hessian_EII.double()
-    return ((delta @ hessian) * delta).sum((1, 2)) / ((weight @ hessian) * weight).sum((1, 2))
-
-
-def reference_obq(weight_OI: Tensor, hessian_II: Tensor, grid: GridSpec, solve: SolveSpec) -> Tensor:
-    """Optimal brain quantization in a fixed order: one column at a time, the inverse Hessian updated explicitly."""
-    weight_OI, hessian_II = weight_OI.double().clone(), hessian_II.double()
-    original_OI, size = weight_OI.clone(), len(hessian_II)
-    inverse_II = torch.linalg.inv(hessian_II + solve.damping * hessian_II.diagonal().mean() * torch.eye(size).double())
-    order = list(range(size))
-    if solve.act_order:
-        order.sort(key=lambda column: -float(hessian_II[column, column]))
-    group_size = grid.group_size or size
-    per_group = GridSpec(grid.bits, None, grid.symmetric, grid.clip_search)
-    source_OI = original_OI if solve.act_order or grid.group_size is None else weight_OI
-    parameters = {}
-    result_OI = torch.empty_like(weight_OI)
-    for column in order:
-        group = column // group_size
-        if group not in parameters:
-            part_OS = source_OI[:, group * group_size : (group + 1) * group_size]
-            qparams = choose_qparams(part_OS.float().unsqueeze(0), per_group, torch.bfloat16)
-            zero = qparams.zero_point_EOG
-            zero_O = torch.tensor(2.0 ** (grid.bits - 1)) if zero is None else zero[0, :, 0].double()
-            parameters[group] = (qparams.scale_EOG[0, :, 0].double(), zero_O)
-        scale_O, zero_O = parameters[group]
-        code_O = (torch.round(weight_OI[:, column] / scale_O) + zero_O).clamp(0, 2**grid.bits - 1)
-        result_OI[:, column] = (code_O - zero_O) * scale_O
-        error_O = (weight_OI[:, column] - result_OI[:, column]) / inverse_II[column, column]
-        weight_OI -= torch.outer(error_O, inverse_II[column])
-        inverse_II = inverse_II - torch.outer(inverse_II[:, column], inverse_II[column]) / inverse_II[column, column]
-        inverse_II[column, :] = inverse_II[:, column] = 0.0
-        inverse_II[column, column] = 1.0  # out of the way: no longer coupled to any column
-    return result_OI
+from tests.quant.obq import GRIDS, SOLVES, output_error, problem, reference_obq, rounded
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
@@ -107,14 +51,17 @@ def test_experts_together_equal_experts_one_by_one(grid: GridSpec, solve: SolveS
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
 @pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
-def test_the_batched_sweep_of_a_gpu_gives_the_same_solution(grid: GridSpec, solve: SolveSpec) -> None:
+def test_every_expert_of_a_stack_agrees_with_obq_on_its_own_hessian(grid: GridSpec, solve: SolveSpec) -> None:
     weight_EOI, hessian_EII = problem(2, experts=3)
-    energy_E = torch.ones(3, dtype=torch.float64)
-    batched = gptq._solve_together(weight_EOI, hessian_EII, energy_E, grid, solve, torch.bfloat16, None)
-    expected = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16, energy_E)
-    errors = [output_error(weight_EOI, rounded(s, grid.bits), hessian_EII) for s in (batched, expected)]
-    torch.testing.assert_close(*errors, rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(batched.relative_error_E, expected.relative_error_E, rtol=1e-5, atol=0.0)
+    weight_EOI[1] *= 7.0  # scales of its own
+    hessian_EII[2] = hessian_EII[2].flip(0, 1)  # and an order of its own
+    solution = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16)
+    pairs = zip(weight_EOI, hessian_EII, strict=True)
+    expected_EOI = torch.stack([reference_obq(*pair, grid, solve) for pair in pairs]).float()
+    expected_E = output_error(weight_EOI, expected_EOI, hessian_EII)
+    found_E = output_error(weight_EOI, rounded(solution, grid.bits), hessian_EII)
+    torch.testing.assert_close(found_E, expected_E, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(solution.relative_error_E, expected_E, rtol=1e-4, atol=0.0)
 
 
 def test_mean_error_is_below_round_to_nearest_in_the_norm_of_the_hessian() -> None:
@@ -142,28 +89,6 @@ def test_the_scale_of_the_hessian_does_not_matter() -> None:
     expected = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16)
     found = gptq_solve(weight_EOI, hessian_EII * 2.0**20, grid, solve, torch.bfloat16)
     assert torch.equal(found.codes_EOI, expected.codes_EOI)
-
-
-@pytest.mark.parametrize("column_block", [1, 7, 16, 96, 200])
-def test_the_block_width_does_not_matter(column_block: int) -> None:
-    weight_EOI, hessian_EII = problem(5)
-    for grid in GRIDS:
-        for act_order in (True, False):
-            solves = [SolveSpec(0.01, act_order, width) for width in (column_block, 128)]
-            found = [gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16) for solve in solves]
-            errors = [output_error(weight_EOI, rounded(solution, grid.bits), hessian_EII) for solution in found]
-            torch.testing.assert_close(*errors, rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.parametrize("size", [40, 128, 300])
-def test_the_reversed_factor_reproduces_the_damped_hessian(size: int) -> None:
-    _, hessian_EII = problem(6, shape=(1, size))
-    feedback = factor.factorise(hessian_EII[0], 0.01, act_order=True)
-    factor_II = feedback.feedback_II.tril().double() * feedback.gain_I.double().unsqueeze(1)
-    visited_II = hessian_EII[0][feedback.order_I][:, feedback.order_I].double()
-    expected_II = visited_II + feedback.shift_I.double().diag()
-    torch.testing.assert_close(factor_II.mT @ factor_II, expected_II, rtol=1e-4, atol=1e-5)
-    assert not feedback.failed
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])

@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-from itertools import pairwise
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from moeq.report.figures_evaluation import group_bars, table_image, task_bars
+from moeq.report.figures_evaluation import group_bars, task_bars
 from moeq.report.task_report import TaskReport
-from moeq.report.task_tables import TASK_HEADER, TASK_LEFT, group_table, task_rows
 from moeq.tasks.metrics import Measurement
 from tests.reports import description, hellaswag, mmlu, wikitext
 
@@ -90,20 +88,3 @@ def test_57_subjects_have_a_bar_each_coloured_by_category() -> None:
 def test_a_task_without_groups_or_accuracy_has_no_bars_of_groups() -> None:
     assert group_bars(hellaswag()) is None
     assert group_bars(wikitext()) is None
-
-
-def test_every_cell_of_a_table_is_inside_its_image() -> None:
-    for header, rows, left in (
-        (TASK_HEADER, task_rows([hellaswag(partial="num_documents"), wikitext(), mmlu(5)]), TASK_LEFT),
-        (*group_table(mmlu(20)), (0, 1)),
-    ):
-        figure = table_image(header, rows, left)
-        axes = figure.axes[0]
-        texts = [text.get_text() for text in axes.texts]
-        assert texts == [cell for line in (header, *rows) for cell in line]
-        FigureCanvasAgg(figure).draw()
-        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
-        assert min(box.x0 for box in boxes) >= 0
-        assert max(box.x1 for box in boxes) <= figure.bbox.width
-        cells = sorted((round(box.y0), box.x0, box.x1) for box in boxes)
-        assert all(right <= left for (y, _, right), (other, left, _) in pairwise(cells) if y == other)
