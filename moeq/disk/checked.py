@@ -1,4 +1,4 @@
-"""Large tensors on disk that come back as they were, or an error names the file.
+"""Checked files of large tensors: they come back as they were, or an error names the file.
 
 A file appears whole or not at all: it is written under a temporary name, forced to the disk and renamed.  When it is
 read, a CRC-32 of every tensor (some GB/s, far less than what is computed from it) tells damage that safetensors, which

@@ -1,4 +1,4 @@
-"""Which norm feeds whom, found by running a block, and moving a scale from a norm into what reads it.
+"""Norms and the linears that read them, found by running a block; scales moved from a norm into its readers.
 
 With a norm ``y = m * x / rms(x)`` (m its multiplier) and readers ``W y``, for any positive s per channel,
 
