@@ -95,7 +95,7 @@ def find_norm_readers(adapter: Adapter, block: int, hidden: Tensor, call: BlockC
         adapter: The model.
         block: Index of the block.
         hidden: A small input of the block, [B, T, D].
-        call: What else the block is called with (see ``moeq.fit.activations.capture_calls``).
+        call: What else the block is called with (see ``moeq.models.blocks.capture_calls``).
     """
     module = adapter.blocks[block]
     found = find_readers(module, lambda: run_block(module, hidden, call), f"{adapter.block_prefix}.{block}.")

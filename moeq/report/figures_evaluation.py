@@ -1,7 +1,7 @@
 """Figures of an evaluation: bars with standard errors by task and by group, and tables as images.
 
 Pure functions from plain data to a matplotlib figure; nothing is shown or written here, and matplotlib is imported
-where it is used (see ``moeq.report.results.figures_fit``).
+where it is used (see ``moeq.report.figures_fit``).
 """
 
 from collections.abc import Callable, Sequence
