@@ -1,4 +1,4 @@
-"""Destinations of figures: the run folder, and every logger that takes images (TensorBoard)."""
+"""Where figures go: the run folder, and every logger that takes images (TensorBoard)."""
 
 from collections.abc import Iterable
 from pathlib import Path

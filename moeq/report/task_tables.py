@@ -1,7 +1,7 @@
 """Tables of an evaluation: tasks, the data they were measured on, and their groups.
 
 Shares of documents or tokens are in percent; every value stands with its standard error.  Pure functions from reports
-to cells, which become Markdown (here) or an image (``moeq.report.figures_evaluation``).
+to cells, which become Markdown (here) or an image (``moeq.figures_evaluation``).
 """
 
 from collections.abc import Iterable, Sequence
