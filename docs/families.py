@@ -22,16 +22,17 @@ from tests.tiny import tiny_model  # noqa: E402
 
 HEAD = """# Families
 
-Written by `docs/families.py` from what `tests/test_families.py` runs. For each family below, a tiny random model goes
+Which model families work, what is quantized in each, what differs between them, and which are refused and why.
+Written by `docs/families.py` from what `tests/test_families.py` runs: for each family below, a tiny random model goes
 through observation, GPTQ with 2, 3, 4 and 8 bits among the experts of one block, the packed and the dense export, and a
 reload in a fresh process with equal logits. The names are `model_type`s of transformers 5.23; multimodal families whose
 text model is named here (`qwen3_5_moe`, `gemma4`, ...) work as far as `AutoModelForCausalLM` opens them.
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
-says what `callbacks.rotation.Rotation` does; `tests/models/test_rotation.py` holds the output unchanged.
+says what `Rotation` does; `tests/models/test_rotation.py` holds the output unchanged.
 
-A survey (`callbacks.survey.Survey`) is refused for `deepseek_v4`, `hy_v4` and `qwen4_exp_text`, and its costs `gemq`,
+A survey (`Survey`) is refused for `deepseek_v4`, `hy_v4` and `qwen4_exp_text`, and its costs `gemq`,
 `pmq` and `block_output` for `nemotron_h` with latent experts. Those three costs take what the experts give for what is
 added to the residual stream; a constant factor or norm that a block applies after its experts (`laguna`, `beam`,
 `gemma4_text`, `minimax_m3_vl_text`, ...) is not in them.

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"decoding", "models", "disk"},
     "fit": {"allocation", "models", "quant", "disk"},
     "survey": {"allocation", "scoring", "fit", "models", "quant"},
-    "export": {"checkpoint", "allocation", "models", "quant", "disk"},
+    "export": {"checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},
     "scoring": {"tasks", "decoding", "models", "kernels"},

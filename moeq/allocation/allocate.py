@@ -1,4 +1,4 @@
-"""From predicted damage to a plan under a budget, and what each runtime constraint costs.
+"""The allocator: from predicted damage to a plan under a budget, and what each runtime constraint costs.
 
 ``allocate`` builds and solves the program of ``problem.py``; ``runtime_prices`` solves it for every runtime, so that
 the damage one accepts for being readable by more systems is a number.

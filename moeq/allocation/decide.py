@@ -1,4 +1,4 @@
-"""What a run asks for (structures, rules, an allocator or a given plan) turned into a checked plan.
+"""Decision on a run's plan: structures, rules, an allocator or a given plan, turned into checked bits of each weight.
 
 given plan                     read, checked against the model, the runtime and the budget
 method "rules"                 base width by structure, then every rule raises what it selects

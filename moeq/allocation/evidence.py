@@ -1,4 +1,4 @@
-"""What a survey of the original model found: who is used, what changes the tokens, and what each choice would cost.
+"""Findings of a survey of the original model: expert usage, similarities, scores, and the cost of each choice of bits.
 
 Rules and allocators decide from this alone; they see neither the model nor the data.  It is written as ``survey.json``
 into the run folder, so that plans can be made later, without another survey.

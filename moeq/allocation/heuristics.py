@@ -1,4 +1,4 @@
-"""Which weights each heuristic of QuantMoE-Bench selects, and the controls beside each.
+"""Heuristics of QuantMoE-Bench as selections of weights, and the controls beside each.
 
 Source: arXiv 2406.08155, section 3: attention, shared experts, dense blocks, most-used experts, first blocks, kind of
 linear, outlier-aware linear scorer, block importance predictor.  Each is a function from the weights of a model (and,

@@ -1,4 +1,4 @@
-"""What a runtime that serves the model can read: which weights must share a width, and which widths there are.
+"""Runtime constraints: which weights must share a width, and which widths the runtime that serves the model reads.
 
 ``research``         every weight has its own width; moeq's own packed checkpoint reads any.
 ``gptqmodel``        one width per routed expert; GPTQModel loads experts of different widths.

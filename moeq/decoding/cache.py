@@ -1,4 +1,4 @@
-"""A key-value cache that grows in place and, when branches are reordered, copies only what they do not share.
+"""A key-value (KV) cache that grows in place and, when branches are reordered, copies only what they do not share.
 
 The cache of transformers concatenates all keys and values at every step, and copies all of them again when rows are
 reordered: 4 passes over R H T D numbers per tensor and step, to add R H D of them.  Here a step writes its own

@@ -1,4 +1,4 @@
-"""Text that a model writes after prompts: batched, greedy or sampled, each continuation stopping by itself.
+"""Text generation after prompts: batched, greedy or sampled, each continuation stopping by itself.
 
 Sampling draws from softmax(logits / temperature) restricted to the smallest set of likeliest tokens that holds
 ``top_p`` of it (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).  Every continuation has random numbers of

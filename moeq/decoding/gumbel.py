@@ -1,4 +1,4 @@
-"""Children of the branches of a stochastic beam search: drawn without replacement, each with its perturbed score G.
+"""Gumbel sampling for stochastic beam search: children drawn without replacement, each with its perturbed score G.
 
 A branch has log-probability ``phi`` and a perturbed one ``G`` (a Gumbel variable with location ``phi``).  Its children
 have G_v with location phi + log P(v), and their maximum is G (Kool, van Hoof and Welling 2019, section 4.1).  Only the

@@ -1,4 +1,4 @@
-"""Where a continuation ends: at an end-of-text token, or before the first stop string in its text.
+"""Stop rules of generation: an end-of-text token, or the first stop string in the text.
 
 The text is what lm-evaluation-harness 0.4.13 makes of the same tokens: decoded without special tokens, then cut before
 the first occurrence of each stop string, one string after the other, the end-of-text token's own text last.  A stop

@@ -1,4 +1,4 @@
-"""Large tensors on disk that come back as they were, or an error names the file.
+"""Checked files of large tensors: they come back as they were, or an error names the file.
 
 When a file is read, a CRC-32 of every tensor (some GB/s, far less than what is computed from it) tells damage that
 safetensors, which checks the places of its tensors only, does not see.  Tensors that were read are mapped into memory:

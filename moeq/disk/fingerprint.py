@@ -1,4 +1,4 @@
-"""Everything that decides a result besides its document, as one comparable text that can say what differs."""
+"""Fingerprint of an evaluation: all that decides a result besides its document, as text that can say what differs."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which model a name stands for, told from its files without loading them.
+"""Identity of a model that a name stands for, told from its files without loading them.
 
 A folder is identified by what is in it, not by its path or times, so a copy is the same model.  Small files count
 whole.  Of a large weight file the size, the safetensors header (names, dtypes, shapes, places) and blocks of 4 KiB

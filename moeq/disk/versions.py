@@ -1,4 +1,4 @@
-"""Versions of what computed a result."""
+"""Versions of the packages and the Python that computed a result."""
 
 import importlib.metadata
 import platform

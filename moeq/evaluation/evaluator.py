@@ -1,4 +1,4 @@
-"""A batch of documents through the model and, where there is one, the original: a ``Result`` for each document.
+"""Evaluator of a batch of documents by the model and, where there is one, the original: a ``Result`` for each.
 
 Likelihood tasks are scored in one plan of forward passes; what is compared with the original are the same positions of
 the same plan.  Generation tasks write text, which is judged as text or, for programs, by running them; they are

@@ -1,4 +1,4 @@
-"""Where the original's answers come from: it runs on every batch too, or it has run before and they are on disk.
+"""Logits and routing of the original: it runs on every batch too, or it has run before and they are on disk.
 
 The disk is for when the two models do not both fit.  The original runs first, over all batches, and is then released;
 its logits (in its own dtype, bit for bit) and the experts that it chose (in the smallest integer dtype) wait in one

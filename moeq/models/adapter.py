@@ -1,4 +1,4 @@
-"""Where the quantizable weights of a Mixture-of-Experts model are, and which inputs feed them.
+"""The adapter of a Mixture-of-Experts model: where its quantizable weights are, and which inputs feed them.
 
 The algorithms see a model as a sequence of blocks, and a block as a tuple of *sites*.  A site is one input that feeds
 one or more linears: they share a Hessian and are solved stacked along the out-features.  The weights of every site

@@ -1,4 +1,4 @@
-"""One module of routed experts, whatever its layout in transformers: every projection as [O, I] or [E, O, I].
+"""Weights of a module of routed experts as [O, I] or [E, O, I], whatever its layout in transformers.
 
     z = W_in x + b_in,    inner = activate(z),    y = W_down inner + b_down,    W_in = gate above up, or up alone
 

@@ -1,4 +1,4 @@
-"""What differs from family to family, as tables of names: routers and gates, the stage of each linear, what is kept.
+"""Tables of names by model family: routers and gates, the stage of each linear, what is kept in full precision.
 
 Routers of transformers v5 are mostly their own classes with a bare ``weight``; the ones below are ``nn.Linear`` or
 subclasses of it, and would be quantized by mistake by anything that targets linears.  A linear is quantized only where

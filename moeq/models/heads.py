@@ -1,4 +1,4 @@
-"""The pair of projections between which an attention only averages: values and output.
+"""Value and output projections of attention heads, between which a rotation of each head's values cancels.
 
 With p the attention probabilities, a head's output is ``sum_t p_t W_v x_t``, and the head enters the block through
 its columns of W_o; so for any orthogonal R, ``W_v <- R^T W_v`` and ``W_o <- W_o R`` cancel.  Whether a family does

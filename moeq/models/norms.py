@@ -1,4 +1,4 @@
-"""Which norm feeds whom, found by running a block, and moving a scale from a norm into what reads it.
+"""Norms and the linears that read them, found by running a block; scales moved from a norm into its readers.
 
 With a norm ``y = m * x / rms(x)`` (m its multiplier) and readers ``W y``, for any positive s per channel,
 
@@ -95,7 +95,7 @@ def find_norm_readers(adapter: Adapter, block: int, hidden: Tensor, call: BlockC
         adapter: The model.
         block: Index of the block.
         hidden: A small input of the block, [B, T, D].
-        call: What else the block is called with (see ``moeq.fit.activations.capture_calls``).
+        call: What else the block is called with (see ``moeq.models.blocks.capture_calls``).
     """
     module = adapter.blocks[block]
     found = find_readers(module, lambda: run_block(module, hidden, call), f"{adapter.block_prefix}.{block}.")

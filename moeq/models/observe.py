@@ -1,4 +1,4 @@
-"""Hooks that hand over the input rows of sites, with the affinity of every row.
+"""Observers: forward hooks that hand over the input rows of sites, with the affinity of every row.
 
 The affinity is exactly the number that multiplies an expert's output: ``top_k_weights`` for routed experts, the sigmoid
 of the shared expert's own gate where the family has one, and 1 (None) elsewhere.  Inputs and affinities are gathered

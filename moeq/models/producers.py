@@ -1,4 +1,4 @@
-"""Which rows of which linear make the input of an output projection, so that a scale can move there.
+"""Producers of an output projection's input: the rows of v and up into which a channel scale can move.
 
     down(act(gate x) * up x):   channel j of the input is proportional to row j of up
     o(attention(q, k, v)):      channel (query head h, d) is proportional to row (key/value head of h, d) of v

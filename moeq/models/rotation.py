@@ -1,4 +1,4 @@
-"""Rotating a model without changing what it computes, so that its weights have no outliers to waste a grid on.
+"""Rotation of the residual stream: the model computes the same, with no outliers in its weights to waste a grid on.
 
 With the residual stream x replaced by x Q (Q orthogonal) and norms without weights, rms(x Q) = rms(x), so
 

@@ -1,4 +1,4 @@
-"""Linear maps along one axis of a parameter, gathered first and applied at once in float64.
+"""Linear changes of parameters (scales, rotations along one axis), gathered first and applied at once in float64.
 
 A parameter may be scaled, rotated and rotated per head; the product is rounded once.
 

@@ -1,4 +1,4 @@
-"""What becomes of experts that the calibration data hardly reached: no expert is zeroed, skipped or left random.
+"""Coverage policies for experts with few calibration tokens: no expert is zeroed, skipped or left random.
 
 ``shrink`` (default) pulls every expert's Hessian toward the pool of its block,
 

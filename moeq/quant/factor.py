@@ -1,4 +1,4 @@
-"""From a Hessian to the feedback matrix of the GPTQ sweep: order of the columns, damping, one Cholesky factorisation.
+"""Feedback matrix of the GPTQ sweep, from a Hessian: order of the columns, damping, one Cholesky factorisation.
 
 With P the order in which columns are visited and H' = P^T (H + shift) P = R R^T, R upper triangular with positive
 diagonal, the sweep needs R_kj / R_jj: a Cholesky factorisation that starts at the last column, and no inverse.

@@ -1,4 +1,4 @@
-"""What a solver returns, and the error by which solvers are compared.
+"""Solution of a solver, and the error by which solvers are compared.
 
     relative error of an expert = tr(dW H dW^T) / tr(W H W^T),   dW = W - dequantized W
 

@@ -1,4 +1,4 @@
-"""Frozen descriptions that the numerical core takes and returns.
+"""Frozen dataclasses that the numerical core takes and returns: grids, quantized weights, fallbacks and others.
 
 A quantized weight is ``real = scale * (code - zero_point)`` with integer codes in ``[0, 2^bits)``, computed in float32.
 Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored.  Scales are held in the dtype in which

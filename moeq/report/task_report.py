@@ -1,4 +1,4 @@
-"""What is known of one task after an evaluation, as plain data: measurements, and what they were measured on."""
+"""Report of one task after an evaluation, as plain data: measurements, and what they were measured on."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How evenly a set of token sequences uses the experts of a model, and whether its text is worth calibrating on.
+"""Expert imbalance of a set of token sequences, their likelihood, and signs of degenerate text.
 
 Expert imbalance (MoEQuant, arXiv 2505.03804, equations 3 and 4), shared experts left out because they are always on:
 

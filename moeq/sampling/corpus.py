@@ -1,4 +1,4 @@
-"""Corpus mode: sequences that the model is likely to write, steered so that the *set* of them feeds every expert.
+"""Corpus mode of EBSS: likely sequences, resampled (sequential Monte Carlo) so that the *set* feeds every expert.
 
 In the stochastic beam search branches part early and never exchange, so that balance only picks one of w finished
 samples.  Here it acts all along, in two places, both scored by what the whole set is short of (finished sequences, and

@@ -1,4 +1,4 @@
-"""Effective samples of an expert: how many equally weighted tokens its weighted ones are worth.
+"""Effective sample size of an expert: how many equally weighted tokens its weighted ones are worth.
 
     n_eff = (sum_t c_t)^2 / sum_t c_t^2         c_t = affinity of token t to the expert (0 where it was not chosen)
 

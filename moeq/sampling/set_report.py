@@ -1,4 +1,4 @@
-"""The honest columns of a calibration set, the same for sampled sequences and for any text of equal size.
+"""Quality report of a calibration set, with the same columns for sampled sequences and for any text of equal size.
 
 Beside balance and likelihood (``moeq.sampling.balance``): effective samples per expert, and distinct n-grams, the
 number of different n-grams of tokens over the number of n-grams (n-grams do not cross sequences), which falls where a

@@ -1,4 +1,4 @@
-"""Which experts a calibration set is still short of, and which candidates would help most.
+"""Shortage of a calibration set: which experts it still lacks, and which candidates would help most.
 
 The use of a set that gives n_l^e tokens to expert e of block l is taken to be sum_l sum_e log(n_l^e + s_l): the first
 tokens of an expert are worth much, further ones ever less.  Its derivative, in units of an evenly used expert's, is the

@@ -1,4 +1,4 @@
-"""How far a model's next-token distribution is from the reference's: KL divergence and top-1 agreement.
+"""KL divergence and top-1 agreement of a model's next-token distribution with the reference's.
 
 KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) in nats, with P the reference (the original model) and Q the model under
 evaluation, summed over positions.  Every position of a window counts, the last one too: no target is needed.  Zero

@@ -1,4 +1,4 @@
-"""How many tokens the layouts of a batch compute, from a few sizes of each of its documents.
+"""Number of tokens that the layouts of a batch compute, from a few sizes of each of its documents.
 
 A request is seen by the model as the row ``context + continuation[:-1]``.  Rows that are equal, or begin another, are
 that row.  With R rows of at most M tokens that all begin with C tokens, D documents whose rows begin with at most S

@@ -1,4 +1,4 @@
-"""Which module first gave a NaN or an infinity, so that an evaluation that must stop says where to look.
+"""Search for the module that first gave a NaN or an infinity, so that an evaluation that must stop says where to look.
 
 The pass that gave non-finite logits is run once more with a hook on every module.  Modules finish from the inside out
 and in the order of the data, so the first one whose output is not finite is where it began: the norm, the attention's

@@ -1,4 +1,4 @@
-"""How the requests of a batch become forward passes that compute no token twice, as far as two passes can.
+"""Plan of the forward passes of a batch of requests, which compute no token twice as far as two passes can.
 
 A request is seen by the model as the row ``context + continuation[:-1]``.  Rows that are equal, or begin another, are
 that row (the choices of a question whose answers are single tokens are one row with several targets).  The rest is laid

@@ -1,4 +1,4 @@
-"""Does a quantized model send its tokens to the experts that the original chose?
+"""Router agreement: does a quantized model send its tokens to the experts that the original chose?
 
 Router agreement is the share of (token, block) pairs whose set of k chosen experts is unchanged; the order inside the
 top-k does not matter.  The choice is read where it arrives, at the input of the experts module, which every family

@@ -1,4 +1,4 @@
-"""Predicted damage, scaled to what was measured where measuring is cheap: whole structures of a block.
+"""Cost table fisher_kl: predicted damage, scaled to the KL that is measured with whole structures of a block rounded.
 
     fisher_kl(w, choice) = fisher(w, choice) * KL(S at choice) / sum over w' in S of fisher(w', choice)
 

@@ -1,4 +1,4 @@
-"""From what was gathered of one block to its part of every cost table.
+"""Cost tables of one block, made of what a survey gathered of it: Hessians, gradients, measured changes.
 
 Equations and units of ``fisher``, ``hessian`` and ``pmq`` are in ``moeq.survey.sensitivity``.  From measured
 changes, dz the change of the block's output when one weight or expert alone is rounded:

@@ -1,4 +1,4 @@
-"""Squared gradients of the log-likelihood at the output of every linear, by one backward pass per batch.
+"""Fisher information: squared gradients of the log-likelihood at the output of every linear, one backward per batch.
 
     G_o = mean over tokens of (d/dz_o sum_t log p(y_t | x_<=t))^2,     y_t drawn from p(. | x_<=t)
 

@@ -1,4 +1,4 @@
-"""How much an FFN changes its tokens: measured, and by the paper's predictor (QuantMoE-Bench, arXiv 2406.08155).
+"""Block importance predictor (QuantMoE-Bench, arXiv 2406.08155): how much an FFN changes its tokens, and a model of it.
 
     similarity = mean over tokens of cos(x, y),     x and y the token before and after the FFN
 

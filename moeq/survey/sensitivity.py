@@ -1,4 +1,4 @@
-"""What quantizing a weight costs: from its error D = W - dequantized W to numbers that an allocator may add up.
+"""Sensitivity of a weight: from its error D = W - dequantized W to numbers that an allocator may add up.
 
 With x the inputs of the linear, H = mean of x x^T over the tokens of its expert, and n / N the share of tokens that
 the expert sees:

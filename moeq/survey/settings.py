@@ -1,4 +1,4 @@
-"""What a survey is asked for."""
+"""Settings of a survey: cost tables, scores, choices of bits and the data they take."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,4 +1,4 @@
-"""How much each block's FFN changes its tokens, gathered while the blocks run.
+"""Cosine similarity of tokens before and after each block's FFN, gathered while the blocks run.
 
 "residual" compares the residual stream before the FFN with that behind it (behind minus the FFN's output, and behind),
 "block" the FFN's own input, after the norm, with its own output.  The FFN of a block is the parent of its

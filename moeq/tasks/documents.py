@@ -1,4 +1,4 @@
-"""A row of a task as token ids, and what came out of it: the units that are batched, shared by ranks and kept."""
+"""Documents (rows of a task as token ids) and their results: the units that are batched, shared by ranks and kept."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an evaluation task is: a declarative description, from which everything else follows.
+"""Evaluation tasks as declarative descriptions, from which everything else follows.
 
 A task names its data (``Source``), how a row becomes text, and how what the model did with that text becomes numbers.
 There are four kinds, by what is asked of the model:
