@@ -49,7 +49,7 @@ class AWQ(Callback):
         if current.kind != "calibrate":
             return
         inputs = gather_inputs(run, current.sites, self.coverage)
-        dtype = pl_module.model.dtype
+        dtype = pl_module.adapter.storage_dtype
         # A later stage divides what an earlier one has quantized.
         for stage in STAGES:
             sites = [site for site in current.sites if site.stage == stage]

@@ -25,8 +25,8 @@ class HQQ(Callback):
         assert isinstance(pl_module, MoEQuantModule)
 
         def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
-            qparams = half_quadratic(weight_EOI, unit.grid, pl_module.model.dtype, self.norm)
-            return round_to_nearest(weight_EOI, unit.grid, pl_module.model.dtype, qparams=qparams)
+            qparams = half_quadratic(weight_EOI, unit.grid, pl_module.adapter.storage_dtype, self.norm)
+            return round_to_nearest(weight_EOI, unit.grid, pl_module.adapter.storage_dtype, qparams=qparams)
 
         if pl_module.current_pass.kind == "calibrate":
             quantize_sites(pl_module.adapter, pl_module.run, pl_module.current_pass.sites, solver)

@@ -17,7 +17,7 @@ class RTN(Callback):
         assert isinstance(pl_module, MoEQuantModule)
 
         def solver(unit: Unit, weight_EOI: Tensor) -> Solution:
-            return round_to_nearest(weight_EOI, unit.grid, pl_module.model.dtype)
+            return round_to_nearest(weight_EOI, unit.grid, pl_module.adapter.storage_dtype)
 
         if pl_module.current_pass.kind == "calibrate":
             quantize_sites(pl_module.adapter, pl_module.run, pl_module.current_pass.sites, solver)

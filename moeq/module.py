@@ -21,6 +21,7 @@ from moeq.fit.memory import MemoryRow, memory_row
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential, build_schedule
+from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.models.shapes import weight_shapes
@@ -37,7 +38,10 @@ class MoEQuantModule(L.LightningModule):
 
     Args:
         name: Hub id or folder of a Mixture-of-Experts causal LM, original or exported by moeq.
-        dtype: Dtype to load the model in; auto is the one of its files.
+        dtype: Dtype of the weights, scales and exports; auto is the one of the files.
+        compute_dtype: Dtype of the parameters in memory, which hold the same values: "stored" is the dtype above,
+            "float32" takes twice the memory of 16-bit weights; "auto" is float32 on a CPU without bfloat16 products
+            (and for float16 on every CPU), which would take ten times as long.
         reference: Hub id or folder of the original, to compare with in validate.
         reference_mode: Where the original waits for the comparison: "memory" beside the model, "disk" runs it first and
             keeps its logits in the run folder; "auto" takes the disk where the two do not fit.
@@ -62,6 +66,7 @@ class MoEQuantModule(L.LightningModule):
         self,
         name: str = "assets/reference-moe",
         dtype: DType = "auto",
+        compute_dtype: ComputeDType = "auto",
         reference: str | None = None,
         reference_mode: ReferenceMode = "auto",
         bits: int = 4,
@@ -105,7 +110,8 @@ class MoEQuantModule(L.LightningModule):
             # Its models come later: after the data, and one after the other where both do not fit.
             self._models["config"] = load_config(name)
         else:
-            self._models["model"] = load_model(name, self.hparams["dtype"])
+            compute, device = self.hparams["compute_dtype"], self._trainer and self._trainer.strategy.root_device
+            self._models["model"] = load_model(name, self.hparams["dtype"], compute, device or "cpu")
         self._models["tokenizer"] = load_tokenizer(name)
 
     @property

@@ -61,7 +61,7 @@ def decode_attention(
         or values_RHCD is None
         or not _one_row_each(attention_mask, query, key)
         or query.shape[2] != 1
-        or query.dtype != torch.bfloat16
+        or query.dtype not in (torch.bfloat16, torch.float32)
         or query.device.type != "cpu"
         or any(kwargs.get(name) is not None and kwargs[name] is not False for name in _CHANGES_SCORES)
     ):

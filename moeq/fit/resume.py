@@ -6,18 +6,20 @@ model and the calibration data.  A restarted run with the same fingerprint loads
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moeq.disk.digest import digest, model_digest, tensor_digest
 from moeq.fit.block_files import block_path, load_block, save_block
 from moeq.fit.solve import change_parameters, commit
 from moeq.models.adapter import Site
+from moeq.models.storage import storage_dtype
 
 if TYPE_CHECKING:
     from moeq.module import MoEQuantModule
 
-# Settings that do not change what a block becomes.
-NEUTRAL_SETTINGS = frozenset({"reference", "reference_mode", "restart", "label", "hessian_gib"})
+# Settings that do not change what a block becomes; the dtype that is computed in counts by itself, as it was chosen.
+NEUTRAL_SETTINGS = frozenset({"compute_dtype", "reference", "reference_mode", "restart", "label", "hessian_gib"})
 
 
 class Resume:
@@ -61,7 +63,7 @@ class Resume:
 
 
 def run_fingerprint(module: "MoEQuantModule") -> dict[str, str]:
-    """Digests of the configuration, the model and the calibration data of a run.
+    """Digests of the configuration, the model and the calibration data of a run, and the dtype that it computes in.
 
     The configuration is that of the module, of what is fed to it, and of every callback that does not declare
     ``affects_weights = False``.
@@ -74,7 +76,12 @@ def run_fingerprint(module: "MoEQuantModule") -> dict[str, str]:
         kind = type(callback)
         if not kind.__module__.startswith("lightning.") and getattr(kind, "affects_weights", True):
             settings[kind.__name__] = {k: v for k, v in vars(callback).items() if not k.startswith("_")}
-    return {"configuration": digest(settings), "model": model_digest(module.model), "data": _data_digest(module)}
+    return {
+        "configuration": digest(settings),
+        "model": model_digest(module.model, partial(storage_dtype, module.model)),
+        "compute dtype": str(module.model.dtype).removeprefix("torch."),
+        "data": _data_digest(module),
+    }
 
 
 def _data_digest(module: "MoEQuantModule") -> str:

@@ -39,6 +39,7 @@ from moeq.models.families import (
     refusal,
     shared_gate,
 )
+from moeq.models.storage import rounded_to_storage, storage_dtype
 from moeq.quant.spec import Fallback, WeightKind
 
 __all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module"]
@@ -150,19 +151,26 @@ class Adapter:
         return tuple(kept)
 
     def get_weight(self, site: Site) -> Tensor:
-        """Weights of a site, [E, O, I], in the model's dtype (a copy)."""
+        """Weights of a site, [E, O, I], in the dtype that the model computes in (a copy)."""
         if site.kind == "routed":
             return stacked_weight(*self._routed(site)).detach().clone(memory_format=torch.contiguous_format)
         return torch.cat([self._linear(path).weight.detach() for path in site.modules]).unsqueeze(0)
 
     @torch.no_grad()
     def set_weight(self, site: Site, weight_EOI: Tensor) -> None:
-        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device."""
+        """Write weights of a site, [E, O, I], rounded to their storage dtype and moved to the model's device."""
         if site.kind == "routed":
-            write_stacked(*self._routed(site), weight_EOI)
+            module, part = self._routed(site)
+            name = f"{site.modules[0]}.{parameter_name(module, part)}"
+            write_stacked(module, part, rounded_to_storage(self.model, name, weight_EOI))
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
-            self._linear(path).weight.copy_(rows)
+            self._linear(path).weight.copy_(rounded_to_storage(self.model, f"{path}.weight", rows))
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of the source's files: that of scales, and of everything that is written into the model."""
+        return storage_dtype(self.model)
 
     def parameters_of(self, site: Site, weight_EOI: Tensor) -> dict[str, Tensor]:
         """The model's parameters, by name, if a site had these weights; differentiable, and nothing is written."""
