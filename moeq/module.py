@@ -40,8 +40,8 @@ class MoEQuantModule(L.LightningModule):
         name: Hub id or folder of a Mixture-of-Experts causal LM, original or exported by moeq.
         dtype: Dtype of the weights, scales and exports; auto is the one of the files.
         compute_dtype: Dtype of the parameters in memory, which hold the same values: "stored" is the dtype above,
-            "float32" takes twice the memory of 16-bit weights; "auto" is float32 on a CPU without bfloat16 products
-            (and for float16 on every CPU), which would take ten times as long.
+            "float32" doubles the memory of 16-bit weights and hidden states; "auto" is float32 on a CPU without
+            bfloat16 products, where "stored" takes 5 to 12 times as long, and for float16 on every CPU.
         reference: Hub id or folder of the original, to compare with in validate.
         reference_mode: Where the original waits for the comparison: "memory" beside the model, "disk" runs it first and
             keeps its logits in the run folder; "auto" takes the disk where the two do not fit.
