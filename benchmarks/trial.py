@@ -51,7 +51,7 @@ class CachedGridGPTQ(GPTQ):
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         scales, zero_points = [], []
-        model, dtype = str(module.hparams["name"]), module.model.dtype
+        model, dtype = str(module.hparams["name"]), module.adapter.storage_dtype
         for position, expert in enumerate(unit.experts):
             start, rows = 0, []
             for leaf in unit.leaves:

@@ -57,7 +57,7 @@ class AWQ(SolveStep):
     def _scaled_solver(
         self, module: MoEQuantModule, inputs: Mapping[str, Inputs], scales: Mapping[str, Tensor]
     ) -> Solver:
-        dtype = module.model.dtype
+        dtype = module.adapter.storage_dtype
 
         def solve(unit: Unit, weight_EOI: Tensor) -> Solution:
             experts = list(unit.experts)

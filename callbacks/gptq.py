@@ -33,4 +33,4 @@ class GPTQ(SolveStep):
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         """Solve one stack of weights on its Hessians: what a variant of GPTQ overrides."""
-        return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, module.model.dtype)
+        return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, module.adapter.storage_dtype)

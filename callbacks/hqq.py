@@ -22,7 +22,7 @@ class HQQ(SolveStep):
 
     def solver(self, module: MoEQuantModule) -> Solver:
         def solve(unit: Unit, weight_EOI: Tensor) -> Solution:
-            qparams = half_quadratic(weight_EOI, unit.grid, module.model.dtype, self.norm)
-            return round_to_nearest(weight_EOI, unit.grid, module.model.dtype, qparams=qparams)
+            qparams = half_quadratic(weight_EOI, unit.grid, module.adapter.storage_dtype, self.norm)
+            return round_to_nearest(weight_EOI, unit.grid, module.adapter.storage_dtype, qparams=qparams)
 
         return solve

@@ -63,6 +63,8 @@ class Record(Callback):
         manifest = {
             "versions": installed_versions(),
             "device": str(pl_module.device),
+            "dtype": str(pl_module.adapter.storage_dtype).removeprefix("torch."),
+            "compute_dtype": str(pl_module.model.dtype).removeprefix("torch."),
             "seed": torch.initial_seed(),
             "model": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},
             "fingerprint": pl_module.walk.resume.fingerprint,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from moeq.disk.digest import model_digest
 from moeq.disk.folder import MANIFEST
 from moeq.disk.versions import installed_versions
+from moeq.models.storage import storage_dtype
 from moeq.module import MoEQuantModule
 from moeq.report.figures_evaluation import group_bars, task_bars
 from moeq.report.gallery import show_figure, show_table
@@ -57,7 +59,7 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     model = {
         "name": options["name"],
         "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
-        "digest": model_digest(module.model),
+        "digest": model_digest(module.model, partial(storage_dtype, module.model)),
         "reference": options["reference"],
     }
     known = {
@@ -65,7 +67,8 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
         "settings": {"model": options, "data": data, "limit_val_batches": trainer.limit_val_batches},
         "versions": installed_versions(),
         "device": str(module.device),
-        "dtype": str(module.model.dtype).removeprefix("torch."),
+        "dtype": str(storage_dtype(module.model)).removeprefix("torch."),
+        "compute_dtype": str(module.model.dtype).removeprefix("torch."),
         "num_ranks": trainer.world_size,
     }
     plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
@@ -73,10 +76,10 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
 
 
 def describe_model(module: MoEQuantModule) -> dict[str, Any]:
-    """Method, bits and size of the evaluated model: from the manifest of an export, else of the dtype it has."""
+    """Method, bits and size of the evaluated model: from the manifest of an export, else of the dtype of its files."""
     name = module.hparams["name"]
     manifest = Path(name) / MANIFEST
-    bits = BITS_OF_DTYPE.get(str(module.model.dtype), 16.0)
+    bits = BITS_OF_DTYPE.get(str(storage_dtype(module.model)), 16.0)
     known: dict[str, Any] = {
         "method": module.hparams["label"] or name,
         "bits": bits,
@@ -89,5 +92,6 @@ def describe_model(module: MoEQuantModule) -> dict[str, Any]:
     files = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     size = sum(path.stat().st_size for path in files)
     if not files:
-        size = sum(p.numel() * p.element_size() for p in module.model.parameters())
+        stored = ((p, storage_dtype(module.model, name)) for name, p in module.model.named_parameters())
+        size = sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p, dtype in stored)
     return {**known, "num_bytes": size}

@@ -10,4 +10,4 @@ class RTN(SolveStep):
     """Round-to-nearest; uses no calibration data."""
 
     def solver(self, module: MoEQuantModule) -> Solver:
-        return lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, module.model.dtype)
+        return lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, module.adapter.storage_dtype)

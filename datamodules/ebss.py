@@ -33,7 +33,8 @@ class EBSSDataModule(CalibrationDataModule):
         temperature: Of the drawing.
         balance: False leaves the expert imbalance out of the cost.
         seed: Of first tokens and draws.
-        sequences_at_once: Sequences (times branches) per forward pass, over all ranks; bounds the memory of the search.
+        sequences_at_once: Sequences (times branches) per forward pass; bounds the memory of the search. In corpus mode
+            ranks divide them, in the other modes each rank takes so many.
         cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.
         compare_text: A .txt or .jsonl file; the report then has the same columns for as many tokens of it.
         batch_size: Sequences per step of the calibration.

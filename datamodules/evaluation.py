@@ -94,7 +94,7 @@ class EvaluationDataModule(L.LightningDataModule):
         assert self.trainer is not None, "the loaders are built by a Trainer"
         module = cast(Any, self.trainer.lightning_module)
         encoder = Encoder(module.tokenizer, self.max_length or window_of(module.config, module.tokenizer))
-        fingerprint = result_fingerprint(module.hparams, self.sampling)
+        fingerprint = result_fingerprint(module.hparams, self.sampling, self.trainer.strategy.root_device)
         self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")

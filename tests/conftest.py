@@ -1,8 +1,9 @@
-"""What every test shares: no network, one thread, fixed seeds."""
+"""What every test shares: no network, one thread, fixed seeds, the same dtype of arithmetic on every processor."""
 
 import os
 
 # Read by huggingface_hub, datasets and transformers when they are imported, so they are set before anything else.
+# The last one says what moeq.kernels.compute_dtype chooses, here and in processes that tests start.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
@@ -10,6 +11,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="agg",
+    MOEQ_COMPUTE_DTYPE="float32",
 )
 
 import random

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoding": set(),
     "quant": {"kernels"},
     "models": {"quant"},
-    "checkpoint": {"models", "quant", "disk"},
+    "checkpoint": {"models", "quant", "kernels", "disk"},
     "allocation": {"quant"},
     "sampling": {"decoding", "models", "disk"},
     "fit": {"allocation", "models", "quant", "disk"},

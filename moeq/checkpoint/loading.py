@@ -1,19 +1,34 @@
 """Loading a model and its tokenizer, with the errors a user can act on."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
+
+from moeq.kernels.compute_dtype import ComputeDType, compute_dtype
+from moeq.models.storage import storage_dtype, widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+# Dtypes of safetensors that are widened.
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
+def load_model(
+    name: str, dtype: DType = "auto", compute: ComputeDType = "stored", device: torch.device | str = "cpu"
+) -> "PreTrainedModel":
     """A causal LM in evaluation mode without gradients, from a folder (original or moeq export) or the hub.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Storage dtype: that of the weights, of scales, and of exports; auto is the one of the files.
+        compute: Dtype of the parameters in memory, which hold the same values (``moeq.kernels.compute_dtype``).
+        device: Where it is going to run; it is loaded on the CPU.
 
     Raises:
         ValueError: The name is unknown, a file is truncated or was changed, or a weight is not finite.
@@ -37,6 +52,8 @@ def load_model(name: str, dtype: DType = "auto") -> "PreTrainedModel":
             f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
         ) from error
     check_finite_weights(model)
+    if compute_dtype(compute, storage_dtype(model), device) != storage_dtype(model):
+        widen(model)
     model.eval().requires_grad_(False)
     return model
 
@@ -51,19 +68,38 @@ def load_config(name: str) -> Any:
         raise ValueError(_not_found("model", name)) from error
 
 
-def model_bytes(name: str, dtype: DType = "auto") -> int:
+def model_bytes(
+    name: str, dtype: DType = "auto", compute: ComputeDType = "stored", device: torch.device | str = "cpu"
+) -> int:
     """Bytes of a model in memory: of the files of a folder (packed weights stay packed), else of its parameters."""
     from transformers import AutoModelForCausalLM
 
-    files = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     if files and (dtype == "auto" or (Path(name) / "moeq_manifest.json").is_file()):
-        return sum(path.stat().st_size for path in files)
+        return sum(_file_bytes(path, compute, device) for path in files)
     config = load_config(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
         )
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(
+        t.numel() * (compute_dtype(compute, t.dtype, device) if t.is_floating_point() else t.dtype).itemsize
+        for t in tensors
+    )
+
+
+def _file_bytes(path: Path, compute: ComputeDType, device: torch.device | str) -> int:
+    """Bytes in memory of the tensors of a file; scales are never widened."""
+    total = path.stat().st_size
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a dict
+            entry = file.get_slice(name)
+            stored = _NARROW.get(entry.get_dtype())
+            if stored is not None and not name.endswith("weight_scale"):
+                extra = compute_dtype(compute, stored, device).itemsize - stored.itemsize
+                total += extra * math.prod(entry.get_shape())
+    return total
 
 
 def load_tokenizer(name: str) -> Any:

@@ -46,6 +46,9 @@ class PackedLinear(nn.Module):
         bias_dtype: Dtype of the bias, None for no bias.
     """
 
+    # A model that is computed in float32 keeps the scales, to whose dtype the weights are rounded.
+    fixed_dtypes = ("weight_scale",)
+
     def __init__(
         self,
         in_features: int,

@@ -7,7 +7,7 @@ on the first T positions of a larger store as on all C of it (a strided batch le
 library): so the products run over all C positions, and positions T to C get probability 0.  Scores are rounded to
 bfloat16 and the softmax is in float32, which is what eager attention of transformers does.  A mask says which
 positions a row sees, where prompts were padded.  In every other case (prefill, other masks, dtypes and devices, other
-caches) this is transformers' ``sdpa``.
+caches) this is transformers' ``sdpa``, which in float32 takes 0.4 to 1 times as long as the two products.
 
 Legend: R rows, H key-value heads, G query heads per key-value head, T positions, C of the store, D head size, B R * H.
 """

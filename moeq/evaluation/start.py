@@ -23,6 +23,7 @@ from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
 from moeq.evaluation.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation
+from moeq.kernels.compute_dtype import compute_dtype
 from moeq.programs.sandbox import protections
 from moeq.report.task_report import TaskReport, task_report
 from moeq.scoring.likelihood import Scorer
@@ -32,18 +33,27 @@ from moeq.tasks.task import Code, Generation
 ReferenceMode = Literal["auto", "memory", "disk"]
 
 
-def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling) -> str:
+def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling, device: torch.device) -> str:
     """What the result of a document depends on besides the document.
 
     Args:
         settings: Hyper-parameters of the module.
         sampling: How text is generated.
+        device: Where the model runs.
     """
     name, reference, dtype = (settings[key] for key in ("name", "reference", "dtype"))
     return result_digest(
         model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
-        settings=asdict(sampling), versions=installed_versions(),
+        settings=asdict(sampling) | {"compute_dtype": computed_in(settings, name, device)},
+        versions=installed_versions(),
     )  # fmt: skip
+
+
+def computed_in(settings: Mapping[str, Any], name: str, device: torch.device) -> str:
+    """Name of the dtype that a model is going to compute in, before it is loaded."""
+    stored = settings["dtype"] if settings["dtype"] != "auto" else load_config(name).dtype or torch.bfloat16
+    stored = getattr(torch, str(stored).removeprefix("torch."))
+    return str(compute_dtype(settings["compute_dtype"], stored, device)).removeprefix("torch.")
 
 
 class Validation:
@@ -101,16 +111,17 @@ def start_validation(
     Raises:
         ValueError: A model cannot be read, or the disk has no room for the original's logits.
     """
-    name, reference, dtype = settings["name"], settings["reference"], settings["dtype"]
+    name, reference = settings["name"], settings["reference"]
+    how = settings["dtype"], settings["compute_dtype"], device
     original: Original | None = None
     if reference is not None:
         check_vocabulary(name, reference)
-        sizes = model_bytes(name, dtype), model_bytes(reference, dtype)
+        sizes = model_bytes(name, *how), model_bytes(reference, *how)
         if choose_mode(settings["reference_mode"], *sizes, free_bytes(device)) == "disk":
             original = run_original(settings, evaluations, device, run_dir / "original", announce)
         else:
-            original = LiveOriginal(Scorer(load_model(reference, dtype).to(device)))
-    model = load_model(name, dtype).to(device)
+            original = LiveOriginal(Scorer(load_model(reference, *how).to(device)))
+    model = load_model(name, *how).to(device)
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()
     confine(evaluations, announce)
@@ -138,8 +149,9 @@ def run_original(
 ) -> StoredOriginal:
     """Let the original run over all batches that it has not run over yet, and release it."""
     reference, dtype = settings["reference"], settings["dtype"]
+    computed = {"compute_dtype": computed_in(settings, reference, device)}
     identity = result_digest(
-        model=model_identity(reference), dtype=dtype, reference=None, settings={}, versions=installed_versions()
+        model=model_identity(reference), dtype=dtype, reference=None, settings=computed, versions=installed_versions()
     )
     stored = StoredOriginal(folder, identity)
     missing = [
@@ -150,7 +162,7 @@ def run_original(
     ]
     if not missing:
         return stored
-    model = load_model(reference, dtype).to(device)
+    model = load_model(reference, dtype, settings["compute_dtype"], device).to(device)
     stored.check_room(
         sum(num_bytes(plan, model.config.get_text_config().vocab_size, model.dtype) for *_, plan in missing)
     )

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from moeq.disk.folder import atomic_folder
 from moeq.export.moeq_format import MAX_SHARD, finish_folder
+from moeq.models.storage import in_storage_dtypes
 
 
 def write_dense(
@@ -17,7 +18,9 @@ def write_dense(
     *,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``model`` as it is; the folder appears complete or not at all, and ``from_pretrained`` opens it.
+    """Write ``model`` in the dtypes of its source's files, as a folder that ``from_pretrained`` opens.
+
+    It appears complete or not at all.
 
     Args:
         model: Dense model.
@@ -27,8 +30,8 @@ def write_dense(
         metadata: JSON values for the manifest.
 
     Raises:
-        ValueError: The folder exists and is not empty.
+        ValueError: The folder exists and is not empty, or the model holds values that those dtypes do not.
     """
-    with atomic_folder(directory, overwrite=overwrite) as folder:
+    with in_storage_dtypes(model), atomic_folder(directory, overwrite=overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)
         finish_folder(folder, tokenizer, kind="dense", metadata=metadata or {})

@@ -21,6 +21,7 @@ from moeq.checkpoint.packed import PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.disk.folder import atomic_folder, check_integrity, check_target, weight_files, write_manifest
 from moeq.export.assemble import pack_model, packed_skeleton
+from moeq.models.storage import in_storage_dtypes
 from moeq.quant.spec import QuantizedWeight
 
 __all__ = ["CheckpointReport", "check_integrity", "check_target", "read_quantized", "write_checkpoint"]
@@ -64,20 +65,21 @@ def write_checkpoint(
     """Write the packed checkpoint; the folder appears complete or not at all.
 
     Args:
-        model: Dense model that holds the dequantized values; its other tensors are written as they are.
+        model: Dense model that holds the dequantized values; its other tensors are written as they are, in the dtypes
+            of the source's files.
         tokenizer: Tokenizer of the model, or None.
-        quantized: Codes by canonical weight name; the scales have the dtype of the model's weights.
+        quantized: Codes by canonical weight name; the scales have the dtype of the source's files.
         directory: Folder to create.
         metadata: JSON values kept in ``config.json`` and in the manifest.
         overwrite: Replace a folder that exists.
 
     Raises:
         ValueError: The folder is taken, the family's experts cannot be expressed, or a quantized weight is not one of
-            the model's (name, shape, dtype of its scales).
+            the model's (name, shape, dtype of its scales), or other tensors hold values that the files' dtypes do not.
     """
     check_target(directory, overwrite=overwrite)  # before the work, not after it
-    packed = pack_model(model, quantized, metadata)
-    with atomic_folder(directory, overwrite=overwrite) as folder:
+    with in_storage_dtypes(model), atomic_folder(directory, overwrite=overwrite) as folder:
+        packed = pack_model(model, quantized, metadata)
         packed.save_pretrained(folder, max_shard_size=MAX_SHARD)
         finish_folder(folder, tokenizer, kind=METHOD, metadata=metadata)
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

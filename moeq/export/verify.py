@@ -1,6 +1,6 @@
 """Verification of an export: reload it as a user would, and compare it bit for bit with what was evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from moeq.checkpoint.names import dense_weight
 from moeq.checkpoint.packed import PackedLinear, dequantize_codes
 from moeq.disk.folder import check_integrity
 from moeq.models.experts import expert_modules
+from moeq.models.storage import is_widened, storage_dtype, widen
 from moeq.quant.spec import QuantizedWeight
 
 _SHOWN = 8  # names in an error message
@@ -80,10 +81,11 @@ def verify_checkpoint(
         differing += [f"{name} ({part})" for part in _differences(layer.quantized(), quantized[name])]
     _raise_for(directory, "quantized weights", differing)
     experts = expert_modules(model)
-    stale = [n for n, w in quantized.items() if not _same(dequantize_codes(w), dense_weight(model, n, experts))]
+    stale = [n for n, w in quantized.items() if not _stands_for(w, dense_weight(model, n, experts), model)]
     _raise_for(directory, "dequantized weights of the model", stale)
     others = _unquantized(reloaded, model)
-    _raise_for(directory, "tensors", [name for name, (ours, theirs) in others.items() if not _same(ours, theirs)])
+    differing = [name for name, (ours, theirs) in others.items() if not _same(ours, theirs)]
+    _raise_for(directory, "tensors", differing + _other_dtypes(reloaded, model, others))
     equal, difference = _compare_logits(directory, reloaded, model, input_ids, logit_tolerance)
     return VerificationReport(str(directory), len(quantized), len(others), input_ids.numel(), equal, difference)
 
@@ -101,13 +103,17 @@ def verify_dense(
     reloaded = _reload(directory, model)
     ours, theirs = reloaded.state_dict(), model.state_dict()
     _raise_for(directory, "tensors", sorted(set(ours) ^ set(theirs)))
-    _raise_for(directory, "tensors", [name for name in ours if not _same(ours[name], theirs[name])])
+    differing = [name for name in ours if not _same(ours[name], theirs[name])]
+    _raise_for(directory, "tensors", differing + _other_dtypes(reloaded, model, ours))
     equal, difference = _compare_logits(directory, reloaded, model, input_ids, logit_tolerance)
     return VerificationReport(str(directory), 0, len(ours), input_ids.numel(), equal, difference)
 
 
 def _reload(directory: Path | str, model: PreTrainedModel) -> PreTrainedModel:
+    """The model as a user opens it, then in the dtype that the evaluated model computes in."""
     reloaded = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=model.config._attn_implementation)
+    if is_widened(model):
+        widen(reloaded)
     return reloaded.to(model.device).eval()
 
 
@@ -138,6 +144,20 @@ def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
+
+
+def _stands_for(quantized: QuantizedWeight, weight_OI: Tensor, model: PreTrainedModel) -> bool:
+    """Whether codes give exactly a weight of the model, and in the dtype that its file has for it."""
+    real_OI = dequantize_codes(quantized)
+    stored = storage_dtype(model) if is_widened(model) else weight_OI.dtype
+    return real_OI.dtype == stored and _same(real_OI.to(weight_OI.dtype), weight_OI)
+
+
+def _other_dtypes(reloaded: PreTrainedModel, model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Tensors of a widened model that the export holds in another dtype than the source; values are compared apart."""
+    if not is_widened(model):
+        return []
+    return [name for name in names if storage_dtype(reloaded, name) != storage_dtype(model, name)]
 
 
 def _raise_for(directory: Path | str, what: str, names: list[str]) -> None:

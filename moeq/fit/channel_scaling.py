@@ -172,7 +172,7 @@ def _scale_by_norm(
 ) -> Tensor:
     """Search the scale of the sites that read a norm, fold it, and return what was applied, [I]."""
     weights = [r for site in sites for expert in _readers_of(adapter, run, site, inputs[site.name]) for r in expert]
-    scale_I = search_scale(weights, adapter.model.dtype)  # type: ignore[arg-type]
+    scale_I = search_scale(weights, adapter.storage_dtype)
     norm = adapter.model.get_submodule(readers.norm)
     before_I = norm_weight(norm)
     change_parameters(adapter, run, fold_into_norm(adapter, NormReaders(readers.norm, ()), scale_I))
@@ -194,7 +194,7 @@ def _scale_by_rows(adapter: Adapter, run: Run, site: Site, producer: Producer, i
     for expert, readers in enumerate(_readers_of(adapter, run, site, inputs)):
         # Its tokens weigh alike for all linears of an expert; one that saw none has the pooled Hessian.
         readers = [replace(reader, tokens=1.0) for reader in readers]
-        scale_J = search_scale(readers, adapter.model.dtype, channel_I)  # type: ignore[arg-type]
+        scale_J = search_scale(readers, adapter.storage_dtype, channel_I)
         name = producer.site.weight_name(expert, producer.leaf)
         run.quantized[name], applied_J = divide_rows(run.quantized[name], producer.row_J, scale_J.cpu())
         applied.append(applied_J)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from moeq.disk.digest import digest, model_digest, tensor_digest
 from moeq.distributed import gather_lists
+from moeq.models.storage import storage_dtype
 
-# Settings that do not change what a block becomes.
-NEUTRAL_SETTINGS = frozenset({"reference", "reference_mode", "restart", "label", "hessian_gib"})
+# Settings that do not change what a block becomes; the dtype that is computed in counts by itself, as it was chosen.
+NEUTRAL_SETTINGS = frozenset({"compute_dtype", "reference", "reference_mode", "restart", "label", "hessian_gib"})
 
 
 def run_fingerprint(
     settings: Mapping[str, Any], steps: Sequence[object], model: nn.Module, data: str
 ) -> dict[str, str]:
-    """Digests of the configuration, the model and the calibration data of a run.
+    """Digests of the configuration, the model and the calibration data of a run, and the dtype that it computes in.
 
     Args:
         settings: Options of the run; those of ``NEUTRAL_SETTINGS`` are left out.
@@ -31,7 +33,12 @@ def run_fingerprint(
     given = {key: describe(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
     listed = [describe_step(step) for step in steps if getattr(type(step), "affects_weights", True)]
     configuration = digest({"settings": given, "steps": listed})
-    return {"configuration": configuration, "model": model_digest(model), "data": data}
+    return {
+        "configuration": configuration,
+        "model": model_digest(model, partial(storage_dtype, model)),
+        "compute dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "data": data,
+    }
 
 
 def describe_step(step: object) -> list[Any]:

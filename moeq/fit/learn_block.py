@@ -2,8 +2,8 @@
 
 The block is run in float32 on the inputs that the quantized blocks before it make, with weights that are dequantized
 from latents (``moeq.quant.learned``); the target is the output of the original block on the original model's hidden
-states, so what earlier blocks did wrong is repaired, too.  The result is judged as it will be used, in the model's
-dtype on the calibration data, and thrown away where it is not better.
+states, so what earlier blocks did wrong is repaired, too.  The result is judged as it will be used, rounded
+to the model's dtype, on the calibration data, and thrown away where it is not better.
 
 Under several ranks each rank draws from its own batches and the gradients are added up.
 """

@@ -16,6 +16,7 @@ from moeq.distributed import gather_lists, rank_and_world
 from moeq.fit.run import Run
 from moeq.fit.schedule import SitePart, whole
 from moeq.models.adapter import Adapter, Site
+from moeq.models.storage import rounded_to_storage
 from moeq.quant.factor import ATTEMPTS, retry_reason
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.learned import level_offset
@@ -148,12 +149,12 @@ def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) 
     """Give parameters that are not quantized (norms, routers) new values, by name, and record them for resume."""
     for name, value in values.items():
         parameter = adapter.model.get_parameter(name)
-        parameter.copy_(value)
+        parameter.copy_(rounded_to_storage(adapter.model, name, value))
         run.changed[name] = parameter.detach().cpu().clone()
 
 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Write the dequantized weights of the sites into the model, in the model's dtype."""
+    """Write the dequantized weights of the sites into the model, rounded to its storage dtype."""
     for site in sites:
         dtype = adapter.dtype_of(site)
         for expert in range(site.num_experts):

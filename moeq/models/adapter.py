@@ -26,6 +26,7 @@ from moeq.models.experts import (
 )
 from moeq.models.families import STAGES, is_router, is_router_part, kept_reason, refusal, shared_gate
 from moeq.models.sites import Site, linear_sites, routed_sites
+from moeq.models.storage import rounded_to_storage, storage_dtype
 from moeq.quant.spec import Fallback, WeightKind
 
 __all__ = ["STAGES", "Adapter", "Site", "WeightKind", "find_blocks", "is_experts_module", "own_parameter"]
@@ -138,7 +139,7 @@ class Adapter:
 
     @torch.no_grad()
     def set_weight(self, site: Site, weight_EOI: Tensor, experts: Sequence[int] | None = None) -> None:
-        """Write weights of a site, [E, O, I]; they are cast to the model's dtype and moved to its device.
+        """Write weights of a site, [E, O, I], rounded to their storage dtype and moved to the model's device.
 
         Args:
             site: Of any block.
@@ -146,10 +147,17 @@ class Adapter:
             experts: Indices of the routed experts to write; None writes all.
         """
         if site.kind == "routed":
-            write_stacked(*self._routed(site), weight_EOI, experts)
+            module, part = self._routed(site)
+            name = f"{site.modules[0]}.{parameter_name(module, part)}"
+            write_stacked(module, part, rounded_to_storage(self.model, name, weight_EOI), experts)
             return
         for path, rows in zip(site.modules, weight_EOI[0].split(site.rows), strict=True):
-            self._linear(path).weight.copy_(rows)
+            self._linear(path).weight.copy_(rounded_to_storage(self.model, f"{path}.weight", rows))
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of the source's files: that of scales, and of everything that is written into the model."""
+        return storage_dtype(self.model)
 
     def parameters_of(self, site: Site, weight_EOI: Tensor) -> dict[str, Tensor]:
         """The model's parameters, by name, if a site had these weights; differentiable, and nothing is written."""

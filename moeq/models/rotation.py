@@ -31,6 +31,7 @@ from moeq.models.norms import (
     set_norm_weight_value,
 )
 from moeq.models.steps import Steps
+from moeq.models.storage import rounded_to_storage
 from moeq.quant.hadamard import Basis, RotationKind, has_hadamard, make_basis
 from moeq.quant.spec import Fallback
 
@@ -94,7 +95,7 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
     _write(model, {name: ends.value(name, model.get_parameter(name)) for name in ends.by_name})
     _write(model, _unit_norms(model, last))
     difference = _difference(model(**inputs, use_cache=False).logits, logits[0], None)
-    allowed = TOLERANCE.get(embedding.dtype, TOLERANCE[torch.float32])
+    allowed = TOLERANCE.get(adapter.storage_dtype, TOLERANCE[torch.float32])
     if not difference <= allowed:
         raise _refusal(model, f"its logits change by {difference:.2g} (allowed: {allowed:.2g})")
     return fallbacks
@@ -212,7 +213,7 @@ def _unit_norms(model: nn.Module, norms: dict[str, list[str]]) -> dict[str, Tens
 
 def _write(model: nn.Module, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+        model.get_parameter(name).copy_(rounded_to_storage(model, name, value))
 
 
 def _difference(after: Tensor, before: Tensor, base: Tensor | None) -> float:

@@ -149,7 +149,9 @@ def markdown_results(
         parts += [f"## Tasks\n\n{markdown_tasks(reports)}", markdown_details(reports)]
     if setting and "versions" in setting:
         versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-        where = ", ".join(f"{key} {setting[key]}" for key in ("device", "dtype", "num_ranks") if key in setting)
+        where = ", ".join(
+            f"{key} {setting[key]}" for key in ("device", "dtype", "compute_dtype", "num_ranks") if key in setting
+        )
         parts.append("; ".join(part for part in (versions, where) if part) + ".\n")
     return "\n".join(parts)
 

@@ -4,12 +4,14 @@ A chunk is ``sequences_at_once`` sequences, and every rank writes its share of i
 complete or not at all.  Whatever is drawn for a part follows from the settings, the chunk, the rank and (where the
 settings make chunks depend on each other) the parts of earlier chunks, never from what this process did before; so a
 continued run ends with the ids of an uninterrupted one.  Parts are the only thing that ranks exchange: after a barrier
-every rank reads those of all, in the order of the ranks.  The folder names the number of ranks, as shares depend on it.
+every rank reads those of all, in the order of the ranks.
 
-Paper and stochastic mode: every sequence has its own random stream, so ids do not depend on chunks or ranks, up to the
-arithmetic of the model in other batch sizes.  Corpus mode (and sigma of the corpus): chunks follow each other, ranks
-divide a chunk, a rank sees the running sequences of its own share only, and the use of experts is summed after each
-chunk; the same number of ranks and sequences at once gives the same ids, another gives others.
+Paper and stochastic mode: every sequence has its own random stream, and ranks take whole chunks in turn.  Products
+round differently in batches of other sizes, which moves a draw now and then (in bfloat16 on AMX one sequence of four);
+so a sequence is always written in the same company, and ids do not depend on the number of ranks.  Corpus mode (and
+sigma of the corpus): chunks follow each other, ranks divide a chunk (its files name their number), a rank sees the
+running sequences of its own share only, and the use of experts is summed after each chunk; the same number of ranks and
+sequences at once gives the same ids, another gives others.
 
 Corpus mode draws sequences again that are loops (``is_degenerate``), at most ``REDRAWS`` times each; a sequence that
 still loops stays, and the report counts it.  Legend: N sequences, T tokens, L blocks, E experts.
@@ -39,7 +41,7 @@ class SetWriter:
 
     Attributes:
         spec: Settings.
-        sequences_at_once: Sequences of a chunk, over all ranks.
+        sequences_at_once: Sequences of a chunk.
         candidates_V: Ids that a sequence may start with.
         is_degenerate: Which sequences are loops, from ids_NT.
         evidence: Affinities by expert of ids_NT, for the stop rule; called only where there is one.
@@ -61,6 +63,9 @@ class SetWriter:
 
     def shares(self, chunk: range) -> list[range]:
         """Sequences of a chunk that each rank writes."""
+        if not self.spec.sequential:
+            writer = chunk.start // self.sequences_at_once % self.world_size
+            return [chunk if rank == writer else chunk[:0] for rank in range(self.world_size)]
         bounds = [len(chunk) * rank // self.world_size for rank in range(self.world_size + 1)]
         return [chunk[a:b] for a, b in pairwise(bounds)]
 
@@ -76,7 +81,8 @@ class SetWriter:
 
     def path(self, share: range) -> Path:
         """Part file of a share."""
-        return self.folder / f"{share.start:06d}-{share.stop:06d}-of-{self.world_size}-ranks.safetensors"
+        ranks = f"-of-{self.world_size}-ranks" if self.spec.sequential else ""
+        return self.folder / f"{share.start:06d}-{share.stop:06d}{ranks}.safetensors"
 
 
 def sample_set(sampler: SetWriter, next_token: NextToken, device: torch.device) -> Sampled:

@@ -5,6 +5,7 @@ holds a fingerprint of everything the sequences depend on (weights, tokenizer, s
 """
 
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ from torch import Tensor, nn
 
 from moeq.disk.atomic import write_tensors
 from moeq.disk.digest import digest, model_digest
+from moeq.models.storage import storage_dtype
 from moeq.sampling.effective import ExpertEvidence
 from moeq.sampling.settings import EBSSSpec, Sampled
 
-SET_VERSION = 3
+SET_VERSION = 4
 
 
 def set_fingerprint(model: nn.Module, tokenizer: Any, spec: EBSSSpec, sequences_at_once: int, world_size: int) -> str:
-    """Short digest of the model's parameters, the tokenizer, the settings and the batch, whose size moves rounding.
+    """Short digest of the model's parameters and the dtype that it computes in, tokenizer, settings and batch size.
 
-    The number of ranks counts where sequences depend on those of the same rank; elsewhere it only moves rounding, and
-    a run that goes on with other ranks keeps its sequences.
+    The number of ranks counts where sequences depend on those of the same rank; elsewhere a run that goes on with
+    other ranks keeps its sequences.
     """
     vocabulary = digest([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)])
     ranks = world_size if spec.sequential else 1
-    return digest([SET_VERSION, model_digest(model), vocabulary, asdict(spec), sequences_at_once, ranks])
+    computed_in = str(next(model.parameters()).dtype)
+    weights = model_digest(model, partial(storage_dtype, model))
+    return digest([SET_VERSION, weights, computed_in, vocabulary, asdict(spec), sequences_at_once, ranks])
 
 
 def save_sampled(path: Path, sampled: Sampled) -> None:

@@ -82,8 +82,8 @@ def _kl_sums(
         try:
             for site, weight_EOI in originals.items():
                 if choice in spec.choices_of(site):
-                    grid, dtype = choice.grid(spec.grid), weight_EOI.dtype
-                    adapter.set_weight(site, round_trip(weight_EOI, grid, dtype, None, spec.solve))
+                    grid = choice.grid(spec.grid)
+                    adapter.set_weight(site, round_trip(weight_EOI, grid, adapter.storage_dtype, None, spec.solve))
             logits_BTV = adapter.model(**batch, use_cache=False).logits
         finally:
             for site, weight_EOI in originals.items():

@@ -70,7 +70,7 @@ def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites
     """``fisher`` (also where ``fisher_kl`` needs it) and ``hessian``, as asked for, of some sites of a block."""
     wanted = [*(["fisher"] if spec.wants(FISHER) else []), *(["hessian"] if "hessian" in spec.costs else [])]
     tables: Tables = {name: defaultdict(dict) for name in wanted}
-    dtype = next(adapter.model.parameters()).dtype
+    dtype = adapter.storage_dtype
     for site in sites:
         weight_EOI = adapter.get_weight(site).float()
         hessian_EII = None if spec.solver == "rtn" else _solver_hessians(site, spec, found)

@@ -21,7 +21,7 @@ from moeq.models.adapter import Adapter, Site
 from moeq.models.experts import activate, project_down, project_in
 from moeq.models.observe import routed_tokens
 
-# Rounded weights [E, O, I] in the model's dtype, by site name and choice.
+# Rounded weights [E, O, I] in the dtype that the model computes in, by site name and choice.
 Rounded = Mapping[str, Mapping[Choice, Tensor]]
 
 

@@ -202,9 +202,11 @@ class Surveyor:
 
     def _round(self, site: Site) -> dict[Choice, Tensor]:
         weight_EOI = self.adapter.get_weight(site)
-        spec, dtype = self.spec, weight_EOI.dtype
+        spec, dtype = self.spec, self.adapter.storage_dtype
         return {
-            choice: round_trip(weight_EOI, choice.grid(spec.grid), dtype, None, spec.solve).to(dtype)
+            choice: round_trip(weight_EOI, choice.grid(spec.grid), dtype, None, spec.solve)
+            .to(dtype)
+            .to(weight_EOI.dtype)
             for choice in spec.choices_of(site)
         }
 

@@ -189,7 +189,8 @@ class TaskMetrics(nn.Module):
         for group, name in self._index:
             metric = self._of(group, name)
             # Also where there are none: that marks the metric as updated, and all ranks take part in the reduction.
-            pairs = torch.tensor(self._pending.pop((group, name), []), dtype=torch.float64).reshape(-1, 2)
+            # Sorted: documents come in other orders in a run that goes on, and a sum rounds by its order.
+            pairs = torch.tensor(sorted(self._pending.pop((group, name), [])), dtype=torch.float64).reshape(-1, 2)
             metric.update(*pairs.unbind(-1))
             found: Any = metric.compute()
             if found.num_documents:

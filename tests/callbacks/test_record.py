@@ -75,13 +75,16 @@ def test_the_expected_hessians_are_those_that_are_allocated(
     assert all(sums + copies <= megabytes * 1e6 for sums, copies in zip(gptq.sums, gptq.copies, strict=True))
 
 
-def test_the_other_parts_are_the_model_and_the_states_of_all_tokens(model: Path, tmp_path: Path) -> None:
-    _, rows = fit(model, tmp_path)
+@pytest.mark.parametrize(("compute_dtype", "item_bytes"), [("stored", 2), ("float32", 4)])
+def test_the_other_parts_are_the_model_and_the_states_of_all_tokens(
+    model: Path, tmp_path: Path, compute_dtype: str, item_bytes: int
+) -> None:
+    _, rows = fit(model, tmp_path, compute_dtype=compute_dtype)
     files = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     for row in rows:
-        # The files hold parameters, without buffers and tied weights, and a header.
-        assert row["model"] == pytest.approx(files, rel=0.1)
-        assert row["activations"] == 8 * 64 * 2  # tokens, width, bfloat16
+        # The files hold bfloat16 parameters, without buffers and tied weights, and a header.
+        assert row["model"] == pytest.approx(files * item_bytes / 2, rel=0.1)
+        assert row["activations"] == 8 * 64 * item_bytes  # tokens, width
         parts = ("model", "activations", "hessian_sums", "hessian_copies")
         assert row["expected"] == sum(row[part] for part in parts)
     assert len({row["label"] for row in rows}) == len(rows) == 8

@@ -20,7 +20,9 @@ DOMAINS = {"prose": "prose.txt", "answers": "answers.jsonl"}
 @pytest.fixture(autouse=True)
 def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no model whose files could be read."""
-    monkeypatch.setattr("datamodules.evaluation.result_fingerprint", lambda _, sampling: json.dumps(asdict(sampling)))
+    monkeypatch.setattr(
+        "datamodules.evaluation.result_fingerprint", lambda _, sampling, device: json.dumps(asdict(sampling))
+    )
 
 
 @pytest.fixture

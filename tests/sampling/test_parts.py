@@ -114,13 +114,22 @@ def test_a_set_of_loops_only_ends_after_the_last_redraw(tmp_path: Path) -> None:
     assert sampled.redrawn_N.tolist() == [REDRAWS] * 20
 
 
-def test_ranks_divide_every_chunk_completely(tmp_path: Path) -> None:
-    ranks = SetWriter(
-        EBSSSpec(num_sequences=20, mode="stochastic"), 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3
-    )
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mode": "corpus"}, [2, 3, 3, 2, 3, 3, 1, 1, 2]),
+        ({"mode": "paper", "sigma_scope": "corpus"}, [2, 3, 3, 2, 3, 3, 1, 1, 2]),
+        ({"mode": "stochastic"}, [8, 0, 0, 0, 8, 0, 0, 0, 4]),
+    ],
+)
+def test_ranks_divide_chunks_that_follow_each_other_and_take_others_whole(
+    tmp_path: Path, settings: dict[str, Any], expected: list[int]
+) -> None:
+    spec = EBSSSpec(num_sequences=20, **settings)
+    ranks = SetWriter(spec, 8, torch.arange(40), lambda _: [], counted, tmp_path, 0, 3)
     shares = [list(share) for chunk in ranks.chunks() for share in ranks.shares(chunk)]
     assert [i for share in shares for i in share] == list(range(20))
-    assert [len(share) for share in shares] == [2, 3, 3, 2, 3, 3, 1, 1, 2]
+    assert [len(share) for share in shares] == expected
 
 
 def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
