@@ -15,7 +15,7 @@ from moeq.evaluation.evaluator import Evaluator
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.task import Task
 from tests.evaluation_data import write_evaluation_data
-from tests.fit.test_resume import run
+from tests.processes import run
 from tests.test_main import QUIET, validate
 from tests.tiny import save_tiny
 

@@ -43,14 +43,6 @@ def python_files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def test_every_package_of_the_tree_is_installed() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf8")
-    for folder in ("moeq", "callbacks", "datamodules"):
-        for init in (ROOT / folder).rglob("__init__.py"):
-            package = ".".join(init.parent.relative_to(ROOT).parts)
-            assert f'"{package}",' in text, f"{package} is missing from [tool.setuptools] packages"
-
-
 @pytest.mark.parametrize("folder", [f"moeq/{name}" for name in NUMERICAL_CORE])
 def test_the_numerical_core_imports_no_lightning_callback_or_datamodule(folder: str) -> None:
     for path in python_files(folder):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.fit.test_resume import arguments, run
+from tests.fit.test_resume import arguments
+from tests.processes import TWO_RANKS, run
 from tests.test_main import fit
 from tests.tiny import save_tiny
 
@@ -64,7 +65,7 @@ def test_with_all_experts_none_has_few_tokens_and_gate_and_up_share_one_hessian(
 
 
 def test_two_ranks_in_chunks_give_the_bytes_of_two_ranks(config: Path, model: Path, tmp_path: Path) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1"]
+    two = [*TWO_RANKS, "--data.batch_size=1"]
     for name, options in (("whole", []), ("cut", [THREE_EXPERTS])):
         done = run([*arguments(config, model, tmp_path / name), *two, *options])
         assert done.returncode == 0, done.stderr
