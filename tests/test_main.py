@@ -141,6 +141,7 @@ def test_eval_config_writes_every_metric_with_its_error(config: Path, reader: Pa
     assert (tmp_path / "config_validate.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_every_task_of_the_catalog_that_no_configuration_names_runs(reader: Path, data: Path, tmp_path: Path) -> None:
     configured = {name for group in GROUPS.values() for name in group}
     names = [name for name in task_names() if name not in configured]
@@ -179,6 +180,7 @@ def test_the_original_agrees_with_itself(tiny: Path, data: Path, tmp_path: Path)
     assert row.average_bits == 16
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_export(tiny: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         fit(Path("configs/moequant_w3.yaml"), tiny, tmp_path / name)
@@ -186,6 +188,7 @@ def test_the_same_seed_gives_the_same_export(tiny: Path, tmp_path: Path) -> None
     assert a == b
 
 
+@pytest.mark.slow
 def test_affinity_changes_routed_experts_and_not_attention_of_the_first_block(tiny: Path, tmp_path: Path) -> None:
     from moeq.export.moeq_format import read_quantized
 

@@ -16,6 +16,7 @@ from tests.test_main import QUIET, fit, small_data
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/moequant_learned_w3.yaml")
+pytestmark = pytest.mark.slow
 WEIGHTS = "export/model.safetensors"
 ROUTER, LEARNED = "RouterCalibration", "LearnedRounding"
 

@@ -49,6 +49,7 @@ def reference_error(adapter: Adapter, block: int, batches: list[BlockBatch]) -> 
     return sum(errors) / len(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 @pytest.mark.parametrize("level_rate", [0.05, 0.9], ids=["steps that help", "steps that destroy"])
 def test_no_family_is_worse_for_it_than_rounded_to_nearest(family: str, level_rate: float) -> None:
