@@ -2,17 +2,18 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 # Bytecode is written by what imports a module first, which takes less than compiling all that is installed.
-PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
+PIP := -m pip install -qq --disable-pip-version-check --no-compile
+CONSTRAINTS ?= constraints.txt
 # One thread for each worker, one worker for each core; a worker holds up to 2 GiB.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Training allocates and frees the same large blocks at every step, and the matrix library compiles one kernel per shape.
 TRAIN_ENV := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_ARENA_MAX=1 \
 	ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192
 RECIPE := benchmarks/reference_model
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check test lint types reference-model mixtral-model data-dir clean
+.PHONY: help quickstart check test test-minimum lint types reference-model mixtral-model data-dir clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -22,10 +23,13 @@ quickstart: .venv/.running ## quantize the bundled MoE at 3 and 4 bits and print
 	@echo "Curves and figures: .venv/bin/tensorboard --logdir runs/quickstart"
 
 check: .venv/.testing ## run what an edit needs of the test suite (under two minutes on two cores)
-	@$(PYTEST) -m "not slow"
+	@OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) -m "not slow"
 
 test: .venv/.testing ## run the whole test suite
-	@$(PYTEST) --durations=10
+	@OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --durations=10
+
+test-minimum: .venv-minimum/.installed ## run what an edit needs with the oldest versions that pyproject.toml allows
+	@OMP_NUM_THREADS=1 .venv-minimum/bin/python $(PYTEST) -m "not slow"
 
 lint: .venv/.testing ## check style and formatting
 	@.venv/bin/ruff check .
@@ -47,7 +51,7 @@ mixtral-model: data-dir .venv/.running ## train (or continue) a second MoE into 
 		--tokenizer runs/mixtral_moe/data --output runs/mixtral_moe/model
 
 clean: ## remove the virtual environment and caches (runs/ is kept)
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	@rm -rf .venv .venv-minimum .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 data-dir:
@@ -63,10 +67,15 @@ data-dir:
 	but $(PYTHON) is %d.%d; set PYTHON=path" % sys.version_info[:2])'
 	@echo "Installing into .venv (a minute or two the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) -e .
+	@.venv/bin/python $(PIP) -c $(CONSTRAINTS) -e .
 	@touch $@
 
 .venv/.testing: .venv/.running
 	@echo "Installing what the tests need into .venv (a few minutes the first time)"
-	@$(PIP) -e '.[dev]'
+	@.venv/bin/python $(PIP) -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+.venv-minimum/.installed: pyproject.toml constraints-minimum.txt
+	@$(PYTHON) -m venv .venv-minimum
+	@.venv-minimum/bin/python $(PIP) -c constraints-minimum.txt -e . pytest pytest-timeout pytest-xdist 'setuptools>=77'
 	@touch $@
