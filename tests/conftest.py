@@ -43,3 +43,9 @@ def seeds() -> None:
 def generator() -> torch.Generator:
     """A torch generator seeded with 0; the preferred source of random numbers in a test."""
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with what takes long, so that none is left alone with it at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

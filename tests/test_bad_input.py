@@ -1,14 +1,13 @@
 """Every mistake of a user ends with one line that says what was given, what is allowed and what to do."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.processes import run
 from tests.test_main import QUIET, fit, validate
 from tests.tiny import save_tiny
 
@@ -146,8 +145,7 @@ def test_a_typo_in_the_configuration(in_file: bool, tiny: Path, tmp_path: Path) 
 
 
 def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "main.py", "fit", "--config", str(RTN), "--model.name", str(tmp_path / "none"), *QUIET]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(["fit", "--config", str(RTN), "--model.name", str(tmp_path / "none"), *QUIET])
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("moeq: no model found at")

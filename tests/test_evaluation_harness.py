@@ -14,6 +14,7 @@ from tests.evaluation_data import PAGES, documents_of, write_evaluation_data
 from tests.test_main import validate
 from tests.tiny import save_tiny
 
+pytestmark = pytest.mark.slow
 CHOICES = ("arc_easy", "piqa")
 
 

@@ -15,6 +15,7 @@ from tests.test_main import fit, validate
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/eval.yaml")
+pytestmark = pytest.mark.slow
 COMPARED = ("kl", "top1_agreement", "router_agreement")
 
 

@@ -15,11 +15,12 @@ from moeq.evaluation.evaluator import Evaluator
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.task import Task
 from tests.evaluation_data import write_evaluation_data
-from tests.fit.test_resume import run
+from tests.processes import run
 from tests.test_main import QUIET, validate
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/eval.yaml")
+pytestmark = pytest.mark.slow
 # Likelihood with few documents and with groups, running text, whole pages, and generation.
 TASKS = ["boolq", "mmlu", "wikitext", "gsm8k", "sums"]
 COUNTS = {"prose": 5, "boolq": 4, "mmlu": 6, "wikitext": 40, "gsm8k": 6, "sums": 21}

@@ -33,6 +33,7 @@ from tests.families import FAMILIES, NOT_CAUSAL, REFUSED, SUPPORTED
 from tests.test_main import fit
 from tests.tiny import save_tiny, tiny_model
 
+pytestmark = pytest.mark.slow
 WIDTHS = (2, 3, 4, 8)
 PROBE = torch.arange(1, 60).reshape(1, -1)
 RELOAD = """

@@ -1,9 +1,6 @@
 """RouterCalibration and LearnedRounding: steps that compare each block with the original's on its own states."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import capture_calls, run_block
+from tests.processes import TWO_RANKS, run
 from tests.test_main import QUIET, fit, small_data
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/moequant_learned_w3.yaml")
+pytestmark = pytest.mark.slow
 WEIGHTS = "export/model.safetensors"
 ROUTER, LEARNED = "RouterCalibration", "LearnedRounding"
 
@@ -130,12 +129,8 @@ def test_what_did_not_help_is_still_on_record_after_a_resume(tmp_path: Path) -> 
 def test_two_ranks_refit_and_learn_together(model: Path, tmp_path: Path) -> None:
     config = variant(tmp_path, ROUTER, LEARNED, num_steps=3)
     options = [f"--model.name={model}", "--model.group_size=16", f"--trainer.default_root_dir={tmp_path}"]
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1"]
-    done = subprocess.run(
-        [sys.executable, "main.py", "fit", "--config", str(config), *options, *small_data(config), *QUIET, *two],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH":
-        os.getcwd()},
-    )  # fmt: skip
+    two = [*TWO_RANKS, "--data.batch_size=1"]
+    done = run(["fit", "--config", str(config), *options, *small_data(config), *QUIET, *two])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / WEIGHTS).is_file()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.fit.test_resume import arguments, run
+from tests.fit.test_resume import arguments
+from tests.processes import TWO_RANKS, run
 from tests.test_main import fit
 from tests.tiny import save_tiny
 
@@ -37,7 +38,14 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (*names, "blocks/block_001.safetensors")}
 
 
-@pytest.mark.parametrize("option", ["sequential=stage", "sequential=block", "routing=all_experts"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "sequential=stage",
+        pytest.param("sequential=block", marks=pytest.mark.slow),
+        pytest.param("routing=all_experts", marks=pytest.mark.slow),
+    ],
+)
 def test_a_bound_that_cuts_the_experts_gives_the_same_bytes(
     option: str, config: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -63,8 +71,9 @@ def test_with_all_experts_none_has_few_tokens_and_gate_and_up_share_one_hessian(
     assert json.loads(usage[0])["model.layers.0.mlp.experts"] == json.loads(usage[1])["model.layers.0.mlp.experts"]
 
 
+@pytest.mark.slow
 def test_two_ranks_in_chunks_give_the_bytes_of_two_ranks(config: Path, model: Path, tmp_path: Path) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1"]
+    two = [*TWO_RANKS, "--data.batch_size=1"]
     for name, options in (("whole", []), ("cut", [THREE_EXPERTS])):
         done = run([*arguments(config, model, tmp_path / name), *two, *options])
         assert done.returncode == 0, done.stderr

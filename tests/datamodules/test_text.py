@@ -56,12 +56,13 @@ def test_documents_of_json_lines_are_separated_by_the_end_of_text_token(tmp_path
     assert tiny_tokenizer().decode(datamodule.calibration_ids()[0]) == "ab<|endoftext|>cd<|endoftext|>"
 
 
-def test_a_data_set_is_loaded_by_its_name(tmp_path: Path) -> None:
+def test_a_data_set_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the loading code that opens data sets of the hub, from a folder in the same layout."""
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"line": line}) for line in ("ab", "cd", "ef")))
     datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datamodule = attached(tmp_path, dataset=str(folder), field="line", num_windows=1, length=10)
     assert tiny_tokenizer().decode(datamodule.calibration_ids()[0]) == "ab\n\ncd\n\nef"
 

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,27 +12,10 @@ from typing import Any
 import pytest
 
 from moeq.disk.fingerprint import result_digest
+from moeq.evaluation import records as module
 from moeq.evaluation.records import Records, reuse
 from moeq.tasks.documents import Document, Result
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from moeq.evaluation import records
-from tests.tasks.test_records import result
-
-log = records.Records(Path(sys.argv[1]), "piqa", sys.argv[2], 0)
-log.add([result(0), result(1)])
-log.add([result(2)])
-write = records._append
-
-def killed(path, text):
-    write(path, text[: int(sys.argv[3])])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-records._append = killed
-log.add([result(3), result(4)])
-"""
+from tests.processes import call
 
 
 def settings(**changed: Any) -> str:
@@ -104,6 +85,21 @@ def test_nothing_finished_is_no_file(tmp_path: Path) -> None:
 LINE = len(json.dumps(asdict(result(3)))) + 1
 
 
+def be_killed(folder: Path, num_bytes: int) -> None:
+    """Write three documents and of the next two only some bytes."""
+    log = records(folder)
+    log.add([result(0), result(1)])
+    log.add([result(2)])
+    write = module._append
+
+    def killed(path: Path, text: str) -> None:
+        write(path, text[:num_bytes])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    module._append = killed
+    log.add([result(3), result(4)])
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "num_finished", "is_torn"),
     [(0, 3, False), (LINE - 1, 3, True), (LINE, 4, False), (LINE + 1, 4, True)],
@@ -111,10 +107,7 @@ LINE = len(json.dumps(asdict(result(3)))) + 1
 def test_a_killed_process_leaves_exactly_its_finished_documents(
     num_bytes: int, num_finished: int, is_torn: bool, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), settings(), str(num_bytes)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False,
-    )  # fmt: skip
+    done = call(be_killed, tmp_path, num_bytes)
     assert done.returncode == -signal.SIGKILL, done.stderr
     log = records(tmp_path)
     assert log.finished() == by_key(*range(num_finished))

@@ -1,10 +1,8 @@
 """A fit that is killed continues, and two ranks give the codes of one; each in processes of its own."""
 
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,12 @@ import yaml
 from moeq.allocation.evidence import read_evidence
 from moeq.export.moeq_format import read_quantized
 from moeq.sampling.store import load_sampled
+from tests.processes import TWO_RANKS, run
 from tests.test_main import QUIET, fit, small_data
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/moequant_w3.yaml")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +25,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("resume") / "model", num_hidden_layers=4)
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted; tests change copies only."""
+    folder = tmp_path_factory.mktemp("resume") / "whole"
+    fit(CONFIG, model, folder)
+    return folder
+
+
+@pytest.fixture
+def unexported(whole: Path, tmp_path: Path) -> Path:
+    """The same run without what it exported."""
+    folder = tmp_path / "unexported"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("export", "dense"))
+    return folder
+
+
 def arguments(config: Path, model: Path, folder: Path) -> list[str]:
     options = ["--model.name", str(model), "--model.group_size=16", "--trainer.default_root_dir", str(folder)]
     return ["fit", "--config", str(config), *options, *small_data(config), *QUIET]
-
-
-def run(args: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(
-        [sys.executable, "main.py", *args], capture_output=True, text=True, env=environment, check=False
-    )
 
 
 def killing_config(folder: Path, killer: str = "KillAtBlock", **options: int) -> Path:
@@ -46,8 +55,7 @@ def killing_config(folder: Path, killer: str = "KillAtBlock", **options: int) ->
     return path
 
 
-def test_a_killed_run_continues_and_ends_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    fit(CONFIG, model, tmp_path / "whole")
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(model: Path, whole: Path, tmp_path: Path) -> None:
     killed = run(arguments(killing_config(tmp_path, block=2), model, tmp_path / "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(p.name for p in (tmp_path / "killed/blocks").iterdir()) == [
@@ -58,9 +66,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(model: Path, tmp_pa
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming: blocks 0 to 1 of 4 are finished" in resumed.stdout + resumed.stderr
     for name in ("export/model.safetensors", "dense/model.safetensors", "allocation.json", "fallbacks.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    whole, killed_errors = ((tmp_path / name / "errors.csv").read_text() for name in ("whole", "killed"))
-    assert whole == killed_errors
+        assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert (whole / "errors.csv").read_text() == (tmp_path / "killed/errors.csv").read_text()
 
 
 SAMPLING = ["--data.mode=corpus", "--data.sequences_at_once=2", "--data.num_sequences=6"]
@@ -86,25 +93,23 @@ def test_a_run_killed_while_it_samples_continues_and_ends_with_the_same_ids(mode
 
 
 def test_two_ranks_sample_a_share_each_and_calibrate_on_the_whole_set(model: Path, tmp_path: Path) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1", *SAMPLING]
-    done = run([*arguments(CONFIG, model, tmp_path), *two])
+    done = run([*arguments(CONFIG, model, tmp_path), *TWO_RANKS, "--data.batch_size=1", *SAMPLING])
     assert done.returncode == 0, done.stderr
     assert sampled_ids(tmp_path).shape == (6, 24)
     (usage, *_) = json.loads((tmp_path / "expert_usage.json").read_text()).values()
     assert sum(usage) == 6 * 24 * 2  # every sequence once, two experts per token
 
 
-def test_a_run_killed_before_its_export_only_exports(model: Path, tmp_path: Path) -> None:
-    fit(CONFIG, model, tmp_path)
-    exported = (tmp_path / "export/model.safetensors").read_bytes()
-    for name in ("export", "dense"):
-        (tmp_path / name).rename(tmp_path / f"old_{name}")
-    fit(CONFIG, model, tmp_path)
-    assert (tmp_path / "export/model.safetensors").read_bytes() == exported
+def test_a_run_killed_before_its_export_only_exports(model: Path, whole: Path, unexported: Path) -> None:
+    blocks = {path.name: path.stat().st_mtime_ns for path in (unexported / "blocks").iterdir()}
+    fit(CONFIG, model, unexported)
+    assert {path.name: path.stat().st_mtime_ns for path in (unexported / "blocks").iterdir()} == blocks
+    for name in ("export/model.safetensors", "dense/model.safetensors"):
+        assert (unexported / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_an_export_that_was_cut_short_is_written_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, whole: Path, unexported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def power_cut(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -112,25 +117,31 @@ def test_an_export_that_was_cut_short_is_written_again(
     with monkeypatch.context() as patch:
         patch.setattr("moeq.export.dense.write_dense", power_cut)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            fit(CONFIG, model, tmp_path)
-    assert (tmp_path / "export").is_dir()
-    assert not (tmp_path / "dense").exists()
-    fit(CONFIG, model, tmp_path)
-    assert (tmp_path / "dense").is_dir()
+            fit(CONFIG, model, unexported)
+    assert (unexported / "export").is_dir()
+    assert not (unexported / "dense").exists()
+    fit(CONFIG, model, unexported)
+    dense = "dense/model.safetensors"
+    assert (unexported / dense).read_bytes() == (whole / dense).read_bytes()
     with pytest.raises(SystemExit, match="exists and is not empty"):
-        fit(CONFIG, model, tmp_path)
+        fit(CONFIG, model, unexported)
 
 
-def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(model: Path, tmp_path: Path) -> None:
-    fit(CONFIG, model, tmp_path)
+def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(
+    model: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
     config = yaml.safe_load(CONFIG.read_text())
     export = next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("Export"))
     export["init_args"] = {"overwrite": True, "dense": False}
     again = tmp_path / "moequant_again.yaml"
     again.write_text(yaml.safe_dump(config))
-    exported = (tmp_path / "export/model.safetensors").read_bytes()
-    fit(again, model, tmp_path, "--model.label=again")
-    assert (tmp_path / "export/model.safetensors").read_bytes() == exported
+    weights = folder / "export/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    fit(again, model, folder, "--model.label=again")
+    assert weights.stat().st_mtime_ns > before
+    assert weights.read_bytes() == (whole / "export/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -138,19 +149,16 @@ def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(model
     [("--model.bits=4", "configuration"), ("--data.seed=1", "data"), ("--model.name", "model")],
 )
 def test_blocks_of_another_run_are_refused(
-    option: str, changed: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, changed: str, model: Path, unexported: Path, tmp_path: Path
 ) -> None:
-    fit(CONFIG, model, tmp_path / "run")
-    for name in ("export", "dense"):
-        (tmp_path / "run" / name).rename(tmp_path / name)
     if option == "--model.name":
         other = save_tiny("qwen2_moe", tmp_path / "other", num_hidden_layers=4, seed=1)
         option = f"--model.name={other}"
     with pytest.raises(SystemExit, match=f"blocks of a run with another .*{changed}.*--model.restart true"):
-        fit(CONFIG, model, tmp_path / "run", option)
-    assert not (tmp_path / "run/export").exists()
-    fit(CONFIG, model, tmp_path / "run", option, "--model.restart=true")
-    assert (tmp_path / "run/export").is_dir()
+        fit(CONFIG, model, unexported, option)
+    assert not (unexported / "export").exists()
+    fit(CONFIG, model, unexported, option, "--model.restart=true")
+    assert (unexported / "export").is_dir()
 
 
 def test_two_ranks_give_the_codes_of_one(model: Path, tmp_path: Path) -> None:
@@ -185,8 +193,7 @@ def test_two_ranks_survey_and_allocate_as_one(model: Path, tmp_path: Path) -> No
     ]
     path = tmp_path / "allocate.yaml"
     path.write_text(yaml.safe_dump(config))
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"]
-    done = run([*arguments(path, model, tmp_path / "two"), "--data.batch_size=1", *two])
+    done = run([*arguments(path, model, tmp_path / "two"), "--data.batch_size=1", *TWO_RANKS])
     assert done.returncode == 0, done.stderr
     fit(path, model, tmp_path / "one", "--data.batch_size=1")
     plans = [json.loads((tmp_path / name / "allocation.json").read_text()) for name in ("one", "two")]

@@ -16,6 +16,7 @@ import pytest
 import moeq
 from moeq.programs.sandbox import LAYERS, Limits, protections, run_program
 
+pytestmark = pytest.mark.slow
 RIGHTS = ("no capabilities", "no new privileges")
 SETS = {
     "all": LAYERS,

@@ -9,11 +9,12 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from moeq.tasks.documents import Result
 from moeq.tasks.metrics import COMPARISONS, Measurement, RatioMetric, TaskMetrics, mean_over_groups
 from moeq.tasks.task import Aggregate
+from tests.processes import SERVER
 
 GROUPS = [("stem", "physics"), ("stem", "algebra"), ("humanities", "law")]
 
@@ -209,7 +210,12 @@ def reduce_on_one_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    multiprocessing.spawn(reduce_on_one_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [SERVER.Process(target=reduce_on_one_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+        assert each.exitcode == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first == second
     alone = task_metrics()

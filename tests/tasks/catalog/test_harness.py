@@ -15,6 +15,7 @@ from moeq.tasks.rows import Rows
 from moeq.tasks.task import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task
 from tests.tasks.catalog.examples import ROWS, SHOTS
 
+pytestmark = pytest.mark.slow
 SUBJECTS = ["mmlu_anatomy", "mmlu_us_foreign_policy"]
 NAMES = [*(name for name in CONFIGS if name in ROWS), *SUBJECTS]
 
