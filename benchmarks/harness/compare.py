@@ -7,7 +7,7 @@ not from that of log-likelihoods.  Accuracies and their standard errors equal to
 ways.
 
 Where a log-likelihood differs by more, and one of the document's tokens ties between two experts (a router gap of at
-most ``TOLERANCE``, ``harness_routers.py``), the document ties in everything.
+most ``TOLERANCE``, ``routers.py``), the document ties in everything.
 
 What is stated but not compared: standard errors of perplexities (the harness draws bootstrap samples for LAMBADA and
 has none for texts) and of MMLU's groups (the harness pools those of the subjects).
@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from harness_sides import Scored, Side
-
+from benchmarks.harness.sides import Scored, Side
 from moeq.tasks.task import Aggregate, MultipleChoice, Task
 
 TOLERANCE = 1e-5
@@ -37,7 +36,7 @@ class Tie(NamedTuple):
         name: Task or subject.
         index: Number of the document there.
         metric: "acc" or "acc_norm"; "router" where everything is excepted.
-        gap: Between the two best choices; of "acc_norm" per character; of "router" see ``harness_routers.py``.
+        gap: Between the two best choices; of "acc_norm" per character; of "router" see ``routers.py``.
         difference: Largest between two log-likelihoods, in nats.
         agreed: Whether both sides came to the same value, or values, all the same.
     """

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness_tasks import CONFIGS
-
+from benchmarks.harness.tasks import CONFIGS
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import find_file, split_part
 from moeq.tasks.task import Task

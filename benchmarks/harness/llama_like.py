@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TEXTS = Path(__file__).resolve().parents[1] / "assets/reference-moe/texts"
+TEXTS = Path(__file__).resolve().parents[2] / "assets/reference-moe/texts"
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

@@ -1,19 +1,15 @@
-"""Markdown of harness.py: what is equal, and how fast both sides are."""
+"""Markdown of ``equality.py``: what is equal."""
 
-from importlib.metadata import version
-from statistics import median
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from harness_compare import TOLERANCE, Comparison
-from harness_speed import Speed
+from benchmarks.harness.compare import TOLERANCE, Comparison
 
 EQUALITY = f"""\
 Documents that were longer than the model's window were cut by both sides (column cut).  Log-likelihoods are equal to
 {TOLERANCE:g} max(1, |x|), accuracies and their standard errors to the last bits but for ties; of MMLU those of each
 subject (the table has the whole, whose standard error the harness pools from the subjects').  Standard errors of
 perplexities are not compared: the harness has bootstrap samples for LAMBADA and none for texts.  More in
-`benchmarks/harness_compare.py`."""
+`benchmarks/harness/compare.py`."""
 TIES = """
 ## Ties
 
@@ -22,29 +18,19 @@ are equal to rounding; such a token goes to either expert, and what follows from
 
 | model | task | document | metric | gap | log-likelihoods differ by (nats) | answer |
 |---|---|---:|---|---:|---:|---|"""
-SPEED = """\
-Documents per second, medians of {repeats} turns; ratios with the smallest and the largest of a turn.  What is timed:
-`benchmarks/harness_speed.py`."""
 
 
-def report(results: dict[str, dict[str, Any]], command: str, repeats: int) -> str:
+def report(results: Mapping[str, Mapping[str, Comparison]], source: str) -> str:
     """All that was found, by model and task.
 
     Args:
-        results: Comparisons, or speeds.
-        command: What it came from.
-        repeats: Turns of a measurement of speed.
+        results: Comparisons.
+        source: What they came from.
     """
-    versions = ", ".join(f"{name} {version(name)}" for name in ("lm_eval", "torch", "transformers"))
-    speeds = any(isinstance(found, Speed) for tasks in results.values() for found in tasks.values())
-    title = "Speed against lm-evaluation-harness" if speeds else "Equality with lm-evaluation-harness"
-    head = f"# {title}\n\n{command}; {versions}; float32, {torch.get_num_threads()} thread."
-    if speeds:
-        return f"{head}\n\n{SPEED.format(repeats=repeats)}\n\n{_speeds(results)}"
-    return f"{head}\n\n{EQUALITY}\n{_comparisons(results)}"
+    return f"# Equality with lm-evaluation-harness\n\n{source}; float32.\n\n{EQUALITY}\n{_comparisons(results)}"
 
 
-def _comparisons(results: dict[str, dict[str, Comparison]]) -> str:
+def _comparisons(results: Mapping[str, Mapping[str, Comparison]]) -> str:
     """A table per model, then ties and problems."""
     lines = []
     for model, tasks in results.items():
@@ -86,22 +72,3 @@ def _metrics(found: Comparison, side: str) -> str:
         value, stderr = of_side[side]
         cells.append(f"{metric} {value:.6g}" + ("" if stderr is None else f" +- {stderr:.3g}"))
     return ", ".join(cells)
-
-
-def _speeds(results: dict[str, dict[str, Speed]]) -> str:
-    """A table of documents per second."""
-    lines = [
-        "| model | task | documents | batch size of the harness | harness | moeq | ratio | by processor time |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for model, tasks in results.items():
-        for task, found in tasks.items():
-            ratios = [
-                f"{median(of_turns):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})"
-                for of_turns in (found.ratios("clock"), found.ratios("processor"))
-            ]
-            lines.append(
-                f"| {model} | {task} | {found.documents} | {found.batch_size} | {found.per_second('harness'):.2f} "
-                f"| {found.per_second('moeq'):.2f} | {' | '.join(ratios)} |"
-            )
-    return "\n".join(lines)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness_files import HARNESS_NAMES, Files
 
+from benchmarks.harness.files import HARNESS_NAMES, Files
 from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
 from moeq.evaluation.evaluator import Evaluator
 from moeq.scoring.likelihood import Scorer

@@ -8,18 +8,14 @@ Legend: N windows, L tokens of a window.
 """
 
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "reference_model"))
-
-from corpus import arithmetic_lines
-from trial import Yardstick
-
+from benchmarks.lab.yardstick import Yardstick
+from benchmarks.recipes.reference_model.corpus import arithmetic_lines
 from datamodules.ebss import first_token_candidates
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import is_degenerate

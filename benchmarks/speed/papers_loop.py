@@ -1,4 +1,4 @@
-"""What the papers' published code does for one linear, line for line: the yardstick of ``benchmarks/solve.py``.
+"""What the papers' published code does for one linear, line for line: the yardstick of ``solve.py``.
 
 GPTQ's code, which AutoGPTQ and MoEQuant took over: a Hessian per linear (gate and up have one each, of one input),
 three factorisations (cholesky, cholesky_inverse, upper cholesky), then one column at a time with lazy updates.

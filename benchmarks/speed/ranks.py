@@ -1,28 +1,91 @@
 """Do two ranks give the codes of one?  Fits the bundled model on one and on two ranks (CPU, gloo) and counts.
 
-``python benchmarks/ranks.py --json benchmarks/results/ranks.json``
+python -m benchmarks.speed.ranks --json benchmarks/results/ranks.json
 """
 
 import argparse
-import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import torch
+
+from benchmarks.lab.study import Study
+from benchmarks.lab.tables import Row, markdown
 from moeq.export.moeq_format import read_quantized
 
 CONFIG = "configs/moequant_w3.yaml"
 TWO = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp"]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A calibration set, and two fits on it."""
+
+    seed: int
+    num_sequences: int
+    length: int
+
+
+class Ranks(Study[Case]):
+    """One rank against two."""
+
+    title = "One rank and two ranks"
+    legend = "One thread per rank, so that one rank has half of the cores and the times can be compared."
+    seeds = (0,)
+    quick: ClassVar = {"seeds": [0], "num_sequences": 8, "length": 64, "batch_size": 2}
+    keeps = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--num-sequences", type=int, default=64, help="that the model writes")
+        parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+        parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
+        parser.add_argument("--folder", type=Path, default=Path("runs/ranks"), help="scratch folder")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        return [Case(seed, o.num_sequences, o.length) for seed in o.seeds]
+
+    def measure(self, case: Case) -> Row:
+        folder = self.options.folder
+        # Corpus mode writes other sequences with other numbers of ranks, which the comparison is not about.
+        data = ["--data.mode=stochastic", f"--data.seed={case.seed}", f"--data.num_sequences={case.num_sequences}"]
+        data += [f"--data.length={case.length}", f"--data.batch_size={self.options.batch_size}"]
+        data += [f"--data.cache_dir={folder / 'calibration'}"]
+        one, two = folder / "one", folder / "two"
+        fit(one, data)  # samples; timed again below, with the sequences at hand
+        seconds = {"seconds_one_rank": fit(one, data), "seconds_two_ranks": fit(two, [*data, *TWO])}
+        found = compare(one / "export", two / "export")
+        return {**found, **seconds, "share_different": found["codes_different"] / found["codes"]}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        keys = ("seed", "codes", "codes_different", "weights_different", "scales_different")
+        lines = [
+            [*(row[key] for key in keys), f"{row['seconds_one_rank']:.0f}", f"{row['seconds_two_ranks']:.0f}"]
+            for row in rows
+        ]
+        head = ("seed", "codes", "codes that differ", "weights that differ", "scales that differ", "s, one", "s, two")
+        return markdown(head, lines)
+
+
 def fit(folder: Path, options: Sequence[str]) -> float:
-    """Run one fit in processes of its own; returns its seconds."""
+    """Run one fit in processes of its own.
+
+    Returns:
+        Its seconds.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "main.py", "fit", "--config", CONFIG, "--trainer.accelerator=cpu", *options]
     print("$", shlex.join(command), flush=True)
@@ -46,29 +109,5 @@ def compare(one: Path, two: Path) -> dict[str, int]:
     }
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Fit twice, compare, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 sequences of 64 tokens: about a minute")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ranks"), help="scratch folder")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args(args)
-    # Corpus mode writes other sequences with other numbers of ranks, which the comparison is not about.
-    data = ["--data.mode=stochastic"]
-    data += ["--data.num_sequences=8", "--data.length=64", "--data.batch_size=2"] if options.quick else []
-    cache = [f"--data.cache_dir={options.folder / 'calibration'}"]
-    one, two = options.folder / "one", options.folder / "two"
-    fit(one, [*data, *cache])  # samples; timed again below, with the sequences at hand
-    seconds = {"seconds_one_rank": fit(one, [*data, *cache]), "seconds_two_ranks": fit(two, [*data, *cache, *TWO])}
-    result = {**compare(one / "export", two / "export"), **seconds}
-    result["share_different"] = result["codes_different"] / result["codes"]
-    print(json.dumps(result, indent=1))
-    if options.json is not None:
-        hardware = f"{platform.machine()}, {os.cpu_count()} cores, CPU, one thread per rank"
-        command = "python benchmarks/ranks.py " + " ".join(sys.argv[1:] if args is None else args)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": command, "hardware": hardware, **result}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    Ranks.main()

@@ -1,8 +1,8 @@
 """Tokens per second of EBSS against the textbook loop and against beam search of transformers, on the reference model.
 
-    python benchmarks/ebss.py                          # lengths 64 to 512, 3 repeats
-    python benchmarks/ebss.py --quick                  # lengths 16 and 32, few sequences: seconds
-    python benchmarks/ebss.py --json benchmarks/results/ebss_speed.json    # also writes ebss_speed.md beside it
+    python -m benchmarks.speed.sampling                          # lengths 64 to 512, 3 repeats
+    python -m benchmarks.speed.sampling --quick                  # lengths 16 and 32, few sequences: seconds
+    python -m benchmarks.speed.sampling --json benchmarks/results/sampling.json
 
 ``ours`` grows many sequences with 4 branches each in one batch (paper mode).  ``textbook`` is the same search on one
 sequence at a time, its branches in one batch, that runs whole sequences again at each step and counts experts block by
@@ -12,21 +12,18 @@ processor time, which other processes on the machine disturb less.
 """
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.solve import provenance
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row, cell, grouped, markdown
 from moeq.checkpoint.loading import load_model
 from moeq.sampling.ebss import EBSSSpec, search
 from moeq.sampling.next_token import ExpertCounter, ModelNextToken
@@ -35,6 +32,65 @@ BRANCHES = 4
 METHODS = ("ours", "textbook", "generate")
 # Share of its wall time for which a method has a processor; below it, other work decided the wall time.
 UNDISTURBED = 0.8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One repeat at one length, with first tokens of its own; or ours alone with few or many sequences."""
+
+    seed: int
+    length: int
+    sequences: int
+    scaling: bool
+
+
+class Sampling(Study[Case]):
+    """Every length with all three, and every number of sequences at the shortest."""
+
+    title = "Speed of EBSS on the reference model"
+    legend = f"Mean +- deviation over repeats, {BRANCHES} branches."
+    quick: ClassVar = {"seeds": [0], "lengths": [16, 32], "sequences": 4, "numbers": [1, 4]}
+    keeps = False
+    threads = None
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512])
+        parser.add_argument("--sequences", type=int, default=64, help="of ours and of generate (default 64)")
+        parser.add_argument("--textbook", type=int, default=1, help="sequences of the textbook loop (default 1)")
+        parser.add_argument("--numbers", type=int, nargs="+", default=[1, 4, 16, 64], help="of sequences, ours alone")
+
+    @cached_property
+    def model(self) -> Any:
+        """The reference model, on which every method has run once."""
+        model = load_model(MODEL)
+        for warm_up in (ours, textbook, generate):
+            warm_up(model, 12, 2, 0)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    def cases(self) -> list[Case]:
+        o, cases = self.options, []
+        for seed in o.seeds:
+            cases += [Case(seed, o.lengths[0], number, True) for number in o.numbers]
+            cases += [Case(seed, length, o.sequences, False) for length in o.lengths]
+        return cases
+
+    def measure(self, case: Case) -> Row:
+        if case.scaling:
+            return timed(partial(ours, self.model, case.length, case.sequences, case.seed))
+        row: Row = {"load": os.getloadavg()[0]}
+        for name, work in {"ours": ours, "generate": generate, "textbook": textbook}.items():
+            number = self.options.textbook if name == "textbook" else case.sequences
+            row[name] = timed(partial(work, self.model, case.length, number, case.seed))
+        return row
+
+    def report(self, rows: Sequence[Row]) -> str:
+        alone, together = ([row for row in rows if row["scaling"] is kind] for kind in (True, False))
+        return "\n".join([*([speeds(together)] if together else []), *([scaling(alone)] if alone else [])])
 
 
 class Textbook:
@@ -110,87 +166,34 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
     return {"tokens": tokens, "wall": time.perf_counter() - wall, "cpu": time.process_time() - processor}
 
 
-def spread(values: Sequence[float], form: str = ".1f") -> str:
-    """Mean and standard deviation, the latter from two values on."""
-    return f"{mean(values):{form}}" + (f" +- {stdev(values):{form}}" if len(values) > 1 else "")
+def rates(rows: Sequence[Row], method: str, clock: str) -> list[float]:
+    """Tokens per second of the repeats."""
+    return [row[method]["tokens"] / row[method][clock] for row in rows]
 
 
-def rates(rows: list[dict[str, Any]], length: int, method: str, clock: str) -> list[float]:
-    """Tokens per second of the repeats of one length."""
-    return [row[method]["tokens"] / row[method][clock] for row in rows if row["length"] == length]
-
-
-def tables(rows: list[dict[str, Any]], scaling: list[dict[str, Any]]) -> str:
-    """Markdown: rates and ratios per length, and time per token over the number of sequences."""
-    head = "| length | repeats | clock | ours, tokens/s | textbook | generate | ours / textbook | ours / generate |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for length in dict.fromkeys(row["length"] for row in rows):
-        shares = [
-            min(row[name]["cpu"] / row[name]["wall"] for name in METHODS) for row in rows if row["length"] == length
-        ]
-        wall = "wall" if min(shares) > UNDISTURBED else f"wall, disturbed: processor for {min(shares):.0%} of it"
+def speeds(rows: Sequence[Row]) -> str:
+    """Markdown: rates and ratios per length."""
+    lines = []
+    for length, group in grouped(rows, lambda row: row["length"]).items():
+        share = min(row[name]["cpu"] / row[name]["wall"] for name in METHODS for row in group)
+        wall = "wall" if share > UNDISTURBED else f"wall, disturbed: processor for {share:.0%} of it"
         for clock, label in (("wall", wall), ("cpu", "processor")):
-            fast, slow, theirs = (rates(rows, length, name, clock) for name in METHODS)
-            ratios = [spread([a / b for a, b in zip(fast, other, strict=True)], ".2f") for other in (slow, theirs)]
-            cells = [f"{length}", f"{len(fast)}", label, spread(fast), spread(slow), spread(theirs), *ratios]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Time per token over the number of sequences, length {scaling[0]['length']}:" if scaling else "", ""]
-    lines += ["| sequences | repeats | wall ms/token | processor ms/token |", "|---|---|---|---|"] if scaling else []
-    for number in dict.fromkeys(row["sequences"] for row in scaling):
-        group = [row for row in scaling if row["sequences"] == number]
-        clocks = [spread([1e3 * row[clock] / row["tokens"] for row in group], ".2f") for clock in ("wall", "cpu")]
-        lines.append(f"| {number} | {len(group)} | {' | '.join(clocks)} |")
-    return "\n".join(lines) + "\n"
+            fast, slow, theirs = (rates(group, name, clock) for name in METHODS)
+            ratios = [cell([a / b for a, b in zip(fast, other, strict=True)]) for other in (slow, theirs)]
+            lines.append([length, len(fast), label, *(cell(each, ".1f") for each in (fast, slow, theirs)), *ratios])
+    head = ("ours, tokens/s", "textbook", "generate", "ours / textbook", "ours / generate")
+    return markdown(["length", "repeats", "clock", *head], lines)
 
 
-def write(path: Path, rows: list[dict[str, Any]], scaling: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Rows as JSON, tables as Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rows": rows, "scaling": scaling}, indent=1) + "\n")
-    header = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    title = f"# Speed of EBSS on the reference model\n\n{header}\n\nMean +- deviation over repeats"
-    path.with_suffix(".md").write_text(
-        f"{title}, {BRANCHES} branches; `benchmarks/ebss.py`.\n\n{tables(rows, scaling)}"
-    )
-
-
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="lengths 16 and 32, 4 sequences, one repeat")
-    parser.add_argument("--seeds", type=int, default=3, help="repeats, with first tokens of their own (default 3)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--sequences", type=int, default=64, help="of ours and of generate (default 64)")
-    parser.add_argument("--textbook", type=int, default=1, help="sequences of the textbook loop (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, and tables beside it as .md")
-    options = parser.parse_args()
-    if options.seeds < 1:
-        parser.error(f"--seeds ({options.seeds}) must be at least 1; the usual value is 3")
-    if options.quick:
-        options.lengths, options.sequences, options.seeds = [16, 32], 4, 1
-    model = load_model(str(Path(__file__).resolve().parents[1] / "assets/reference-moe"))
-    facts = {**provenance(), "sequences": options.sequences, "textbook_sequences": options.textbook}
-    facts |= {"threads": torch.get_num_threads(), "dtype": str(model.dtype)}
-    for warm_up in (ours, textbook, generate):
-        warm_up(model, 12, 2, 0)
-    rows: list[dict[str, Any]] = []
-    scaling: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for number in [1, 4, 16, 64][: 2 if options.quick else 4]:
-            measured = timed(lambda n=number, s=seed: ours(model, options.lengths[0], n, s))  # type: ignore[misc]
-            scaling.append({"seed": seed, "sequences": number, "length": options.lengths[0], **measured})
-        for length in options.lengths:
-            row: dict[str, Any] = {"seed": seed, "length": length, "load": os.getloadavg()[0]}
-            works = {"ours": ours, "generate": generate, "textbook": textbook}
-            for name, work in works.items():
-                number = options.textbook if name == "textbook" else options.sequences
-                row[name] = timed(lambda w=work, t=length, n=number, s=seed: w(model, t, n, s))  # type: ignore[misc]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            if options.json:  # as it goes: a run that is cut short keeps its finished rows
-                write(options.json, rows, scaling, facts)
-    print(f"\n{tables(rows, scaling)}")
+def scaling(rows: Sequence[Row]) -> str:
+    """Markdown: time per token over the number of sequences."""
+    lines = []
+    for number, group in grouped(rows, lambda row: row["sequences"]).items():
+        clocks = [cell([1e3 * row[clock] / row["tokens"] for row in group]) for clock in ("wall", "cpu")]
+        lines.append([number, len(group), *clocks])
+    table = markdown(["sequences", "repeats", "wall ms/token", "processor ms/token"], lines)
+    return f"Time per token over the number of sequences, length {rows[0]['length']}:\n\n{table}"
 
 
 if __name__ == "__main__":
-    main()
+    Sampling.main()

@@ -1,10 +1,10 @@
 """Time of Hessian accumulation and GPTQ solve for one block of a large MoE, against the loop of the papers' code.
 
-    python benchmarks/solve.py                                 # Qwen1.5-MoE, DeepSeek-MoE-16B, Qwen3-30B-A3B
-    python benchmarks/solve.py --quick                         # one small shape, same code
-    python benchmarks/solve.py --device cuda --experts 64      # and Mixtral
-    python benchmarks/solve.py --peer llm-compressor=ENV/bin/python --peer gptqmodel=ENV2/bin/python
-    python benchmarks/solve.py --json benchmarks/results/solve.json    # also writes solve.md beside it
+    python -m benchmarks.speed.solve                                 # Qwen1.5-MoE, DeepSeek-MoE-16B, Qwen3-30B-A3B
+    python -m benchmarks.speed.solve --quick                         # one small shape, same code
+    python -m benchmarks.speed.solve --device cuda --experts 64      # and Mixtral
+    python -m benchmarks.speed.solve --peer llm-compressor=ENV/bin/python --peer gptqmodel=ENV2/bin/python
+    python -m benchmarks.speed.solve --json benchmarks/results/solve.json
 
 Both run interleaved in one process on the same tensors, and beside them the floor: the operations that the phase cannot
 do without, as matrix products (T I^2 for a symmetric Hessian; O I^2 of feedback and I^3 / 3 of a factor).  Figures are
@@ -14,24 +14,21 @@ extrapolation.  Wall time and processor time, which other processes on the machi
 
 import argparse
 import json
-import os
-import platform
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from papers_loop import papers_hessian, papers_solve
-
+from benchmarks.lab.study import Study
+from benchmarks.lab.tables import Row, cell, grouped, markdown
+from benchmarks.speed.papers_loop import papers_hessian, papers_solve
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import dequantize
 from moeq.quant.hessian import HessianState, accumulate, empty_state, mean_hessian
@@ -46,9 +43,77 @@ MODELS = {
     "DeepSeek-MoE-16B": (64, 2048, 1408),
     "Qwen3-30B-A3B": (128, 2048, 768),
     "Mixtral-8x7B": (8, 4096, 14336),
+    "quick": (8, 512, 352),
 }
 ON_A_GPU = ("Mixtral-8x7B",)
-QUICK = {"quick": (8, 512, 352)}
+QUICK = "quick"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights and inputs of one block, drawn by a seed."""
+
+    model: str
+    seed: int
+
+
+class Solve(Study[Case]):
+    """Every block."""
+
+    title = "Time of the GPTQ solve"
+    quick: ClassVar = {"models": [QUICK]}
+    keeps = False
+    threads = None
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--models", nargs="+", choices=MODELS, help="blocks to measure (default: all; Mixtral on CUDA)"
+        )
+        parser.add_argument("--experts", type=int, default=2, help="experts that are measured (default 2)")
+        parser.add_argument("--batches", type=int, default=4, help="calibration batches per expert (default 4)")
+        parser.add_argument("--tokens", type=int, default=256, help="tokens of an expert in a batch (default 256)")
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        parser.add_argument(
+            "--peer", action="append", default=[], metavar="NAME=PYTHON", help="llm-compressor or gptqmodel"
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        for name in ("experts", "batches", "tokens"):
+            if getattr(options, name) < 1:
+                raise SystemExit(
+                    f"--{name} ({getattr(options, name)}) must be at least 1; leave it out for the default"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        usual = [name for name in MODELS if name != QUICK and (o.device == "cuda" or name not in ON_A_GPU)]
+        return [Case(name, seed) for name in o.models or usual for seed in o.seeds]
+
+    def measure(self, case: Case) -> Row:
+        sizes, o = MODELS[case.model], self.options
+        row: Row = {}
+        if case.seed == o.seeds[0]:
+            measure(sizes, o, case.seed)  # the first call loads libraries and compiles kernels
+            pairs = [peer.split("=", 1) for peer in o.peer]
+            row = {"peers": {peer: measure_peer(peer, python, sizes, o) for peer, python in pairs}}
+        return {**row, **measure(sizes, o, case.seed)}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        o = self.options
+        worst = max(row["error_difference"] for row in rows)
+        peers = {row["model"]: row["peers"] for row in rows if row.get("peers")}
+        parts = [
+            f"{o.experts} experts measured, {o.batches} x {o.tokens} tokens each; mean +- deviation over seeds; a "
+            "whole block is extrapolated from these experts.\n", phases(rows),
+            f"Largest relative difference of the output errors of loop and moeq: {worst:.1e}.\n",
+        ]  # fmt: skip
+        return "\n".join([*parts, *([against_peers(rows, peers)] if peers else [])])
 
 
 class Linear:
@@ -128,7 +193,7 @@ def make_linears(width: int, expert_width: int, args: argparse.Namespace, seed: 
     return [Linear(shape, args.batches, args.tokens, parts, seed, args.device) for shape, parts in shapes]
 
 
-def measure(model: str, sizes: tuple[int, int, int], args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def measure(sizes: tuple[int, int, int], args: argparse.Namespace, seed: int) -> Row:
     """Seconds per expert of each phase and way, and by how much the output errors of the two solves differ."""
     linears = make_linears(*sizes[1:], args, seed)
     hessians = [linear.our_hessian() for linear in linears]
@@ -141,7 +206,7 @@ def measure(model: str, sizes: tuple[int, int, int], args: argparse.Namespace, s
         "solve_ours": lambda: [linear.our_solve(hessian) for linear, hessian in pairs],
         "solve_floor": lambda: [linear.solve_floor(hessian) for linear, hessian in pairs],
     }
-    row: dict[str, Any] = {"model": model, "seed": seed, "block_experts": sizes[0]}
+    row: Row = {"block_experts": sizes[0]}
     for name, work in works.items():
         wall, cpu = timed(work, args.device)
         row[f"{name}_wall"], row[f"{name}_cpu"] = wall / args.experts, cpu / args.experts
@@ -180,114 +245,35 @@ def measure_peer(
     return rows
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):{form}} +- {deviation:{form}}"
-
-
-def summarise(rows: list[dict[str, Any]], peers: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """The tables of the terminal and of the Markdown file."""
-    lines = [
-        "| block | phase | loop, s per expert | moeq, s per expert | loop / moeq | floor / moeq | whole block, moeq |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def phases(rows: Sequence[Row]) -> str:
+    """Both phases of every block by both clocks."""
+    lines = []
     for clock, label in (("wall", "wall"), ("cpu", "processor")):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            chosen = [row for row in rows if row["model"] == model]
+        for model, chosen in grouped(rows, lambda row: row["model"]).items():
             for phase in ("hessian", "solve"):
                 loop, ours, floor = (
                     [row[f"{phase}_{way}_{clock}"] for row in chosen] for way in ("loop", "ours", "floor")
                 )
                 ratios = [[a / b for a, b in zip(values, ours, strict=True)] for values in (loop, floor)]
-                whole = mean(ours) * chosen[0]["block_experts"]
-                cells = [
-                    f"{model} ({label})",
-                    phase,
-                    spread(loop, ".3f"),
-                    spread(ours, ".3f"),
-                    spread(ratios[0], ".2f"),
-                ]
-                lines.append(
-                    "| "
-                    + " | ".join([*cells, spread([100 * r for r in ratios[1]], ".0f") + "%", f"{whole:.1f} s"])
-                    + " |"
-                )
-    worst = max(row["error_difference"] for row in rows)
-    lines += ["", f"Largest relative difference of the output errors of loop and moeq: {worst:.1e}."]
-    if peers:
-        lines += [
-            "",
-            "| block | solve of | wall s per expert | processor s per expert | this / moeq, wall |",
-            "|---|---|---|---|---|",
-        ]
+                share = f"{cell([100 * ratio for ratio in ratios[1]], '.0f')}%"
+                whole = f"{mean(ours) * chosen[0]['block_experts']:.1f} s"
+                times = [cell(loop, ".3f"), cell(ours, ".3f"), cell(ratios[0])]
+                lines.append([f"{model} ({label})", phase, *times, share, whole])
+    head = ("loop, s per expert", "moeq, s per expert", "loop / moeq", "floor / moeq", "whole block, moeq")
+    return markdown(["block", "phase", *head], lines)
+
+
+def against_peers(rows: Sequence[Row], peers: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> str:
+    """Solves of other projects, by block and project."""
+    lines = []
     for model, by_peer in peers.items():
         ours = mean(row["solve_ours_wall"] for row in rows if row["model"] == model)
         for peer, repeats in by_peer.items():
             walls, cpus = ([row[clock] for row in repeats] for clock in ("wall", "cpu"))
-            cells = [model, peer, spread(walls, ".3f"), spread(cpus, ".3f"), f"{mean(walls) / ours:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def provenance() -> dict[str, str]:
-    """Command, commit, hardware and versions."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    processor = models[0].split(":")[1].strip() if models else platform.processor()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git.stdout.strip() or "unknown",
-        "hardware": f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "torch": torch.__version__,
-    }
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="352 x 512 and 512 x 352 instead of the models' shapes")
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="blocks to measure (default: all; Mixtral on CUDA)")
-    parser.add_argument("--experts", type=int, default=2, help="experts that are measured (default 2)")
-    parser.add_argument("--batches", type=int, default=4, help="calibration batches per expert (default 4)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of an expert in a batch (default 256)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of weights and inputs (default 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PYTHON", help="llm-compressor or gptqmodel"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, and a table to FILE.md")
-    args = parser.parse_args()
-    for name in ("experts", "batches", "tokens", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} ({getattr(args, name)}) must be at least 1; leave it out for the default")
-    return args
-
-
-def main() -> None:
-    """Measure, print, write."""
-    args = parse()
-    names = args.models or [name for name in MODELS if args.device == "cuda" or name not in ON_A_GPU]
-    models = QUICK if args.quick else {name: MODELS[name] for name in names}
-    rows, peers = [], {}
-    for model, sizes in models.items():
-        measure(model, sizes, args, args.seeds)  # the first call loads libraries and compiles kernels
-        rows += [measure(model, sizes, args, seed) for seed in range(args.seeds)]
-        by_peer = {peer.split("=")[0]: measure_peer(*peer.split("=", 1), sizes, args) for peer in args.peer}
-        peers |= {model: by_peer} if by_peer else {}
-    tokens = f"{args.experts} experts measured, {args.batches} x {args.tokens} tokens each, {args.seeds} seeds"
-    where = f"{args.device}, {torch.get_num_threads()} threads"
-    what = f"{tokens}, {where}; mean +- deviation; a whole block is extrapolated from these experts."
-    table = summarise(rows, peers)
-    print(what, table, sep="\n\n")
-    if args.json:
-        facts = provenance()
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**facts, "setting": what, "rows": rows, "peers": peers}, indent=2) + "\n")
-        header = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-        args.json.with_suffix(".md").write_text(f"# Time of the GPTQ solve\n\n{header}\n\n{what}\n\n{table}\n")
+            lines.append([model, peer, cell(walls, ".3f"), cell(cpus, ".3f"), f"{mean(walls) / ours:.2f}"])
+    head = ("block", "solve of", "wall s per expert", "processor s per expert", "this / moeq, wall")
+    return markdown(head, lines)
 
 
 if __name__ == "__main__":
-    main()
+    Solve.main()

@@ -1,9 +1,9 @@
 """Time the GPTQ solve of llm-compressor or GPTQModel on saved tensors, in that project's own environment.
 
-    python benchmarks/solve_peers.py llm-compressor tensors.pt
+    python benchmarks/speed/solve_peers.py llm-compressor tensors.pt
 
-``benchmarks/solve.py --peer`` calls this with the environment's interpreter; nothing of moeq is imported.  The last
-line of the output is JSON: wall and processor seconds of one expert (gate, up and down), per repeat.
+``--peer`` of ``solve.py`` calls this with the environment's interpreter; nothing of moeq is imported.  The last line of
+the output is JSON: wall and processor seconds of one expert (gate, up and down), per repeat.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The rows of ``quantmoe_bench.py``: how each way to give bits fills a budget.
+"""The rows of ``allocation.py``: how each way to give bits fills a budget.
 
 Heuristics of QuantMoE-Bench mix 2 and 4 bits, as the paper does: all weights have 2, and weights get 4 in the order of
 the heuristic while the budget lasts.  Where a heuristic has no more to say (attention is a tenth of a model) the rest

@@ -1,26 +1,27 @@
-"""Where expert balance matters: plain self-sampling against EBSS by set size, on the worst domain and the worst expert.
+r"""Where expert balance matters: plain self-sampling against EBSS by set size, on the worst domain and expert.
 
-    OMP_NUM_THREADS=1 python benchmarks/ebss_balance.py --output benchmarks/results/ebss_balance.md
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.balance --folder runs/calibration_data \
+        --json benchmarks/results/balance.json
 
 3 bits, AGQ.  ``plain`` is sampling without any balance, ``stochastic`` the balanced choice among the branches of a
 sequence, ``corpus`` the set that is steered as a whole, ``corpus without balance`` its search without steering.
-Expert errors are relative output errors of single experts on evaluation text.
+Expert errors are relative output errors of single experts on evaluation text.  Sampled sets are read from ``--folder``
+where another study left them.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from statistics import fmean, stdev
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import ClassVar
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from calibration_sets import LENGTH, SAMPLED, sampled_set
-from origin import origin
-from trial import Yardstick, fit
+from benchmarks.lab.sets import LENGTH, SAMPLED, sampled_set
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl, worst_kl
+from benchmarks.lab.trial import fit
+from benchmarks.lab.yardstick import Yardstick
+from moeq.sampling.effective import measure_evidence
 
 ARMS = {
     "plain": SAMPLED["plain"],
@@ -31,52 +32,63 @@ ARMS = {
 COLUMNS = ("mean KL", "worst-domain KL", "mean expert error", "worst expert error", "least effective samples")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Print one Markdown row per arm and size; write the table where an output is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/reference-moe", help="folder of a model with the same tokenizer")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 32], help=f"of {LENGTH} tokens")
-    parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=str(list(ARMS))
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, 2k tokens")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ebss_balance"), help="sampled sets")
-    parser.add_argument("--output", type=Path, help="write the table here")
-    options = parser.parse_args(args)
-    torch.set_num_threads(1)
-    if options.quick:
-        options.seeds, options.windows = options.seeds[:1], options.windows[:1]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    yardstick = Yardstick(options.model)
-    lines = [f"| tokens | set | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for num_windows in options.windows:
-        for arm in options.arms:
-            rows = [_measure(yardstick, options, arm, num_windows, seed) for seed in options.seeds]
-            cells = [_cell([row[i] for row in rows]) for i in range(len(COLUMNS))]
-            lines.append(f"| {num_windows * LENGTH} | {arm} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    table = "\n".join(lines) + "\n"
-    print(f"\n{table}")
-    if options.output is not None:
-        head = f"# Where expert balance matters\n\n{origin(__file__, args)}; +- over seeds.\n\n"
-        options.output.write_text(head + table)
+@dataclass(frozen=True)
+class Case:
+    """One calibration and quantization."""
+
+    model: str
+    num_windows: int
+    arm: str
+    seed: int
 
 
-def _measure(yardstick: Yardstick, options: argparse.Namespace, arm: str, num_windows: int, seed: int) -> list[float]:
-    from moeq.sampling.effective import measure_evidence
+class Balance(Study[Case]):
+    """Every kind of sampling at every size."""
 
-    ids_NL = sampled_set(yardstick, ARMS[arm], arm, seed, options.folder, num_windows, max(options.windows))
-    module = fit(ids_NL, name=options.model, bits=3, group_size=64, affinity_power=1.0)
-    kl = [divergence.kl for divergence in yardstick.measure(module.model).values()]
-    errors = yardstick.expert_errors(module.model)
-    least = float(measure_evidence(yardstick.model, ids_NL).effective_LE().min())
-    return [fmean(kl), max(kl), float(errors.mean()), float(errors.max()), least]
+    title = "Where expert balance matters"
+    legend = "3 bits, AGQ; +- over seeds."
+    quick: ClassVar = {"seeds": [0], "windows": [8], "arms": ["plain", "corpus"]}
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL, help="folder of a model with the same tokenizer")
+        parser.add_argument("--windows", type=int, nargs="+", default=[8, 32], help=f"of {LENGTH} tokens")
+        parser.add_argument(
+            "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=str([*ARMS])
+        )
 
-def _cell(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3g}" + (f" +- {stdev(values):.2g}" if len(values) > 1 else "")
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        return Yardstick(self.options.model)
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        return [Case(o.model, *values) for values in product(o.windows, o.arms, o.seeds)]
+
+    def measure(self, case: Case) -> Row:
+        yardstick, largest = self.yardstick, max(self.options.windows)
+        ids_NL = sampled_set(
+            yardstick, ARMS[case.arm], case.arm, case.seed, self.options.folder, case.num_windows, largest
+        )
+        module = fit(ids_NL, name=case.model, bits=3, group_size=64, affinity_power=1.0)
+        return {
+            "domains": yardstick.row(module.model),
+            "expert_errors": yardstick.expert_errors(module.model).tolist(),
+            "least_effective": float(measure_evidence(yardstick.model, ids_NL).effective_LE().min()),
+        }
+
+    def report(self, rows: Sequence[Row]) -> str:
+        lines = []
+        for (num_windows, arm), group in grouped(rows, lambda row: (row["num_windows"], row["arm"])).items():
+            errors = [row["expert_errors"] for row in group]
+            columns = [
+                [mean_kl(row) for row in group], [worst_kl(row) for row in group],
+                [sum(each) / len(each) for each in errors], [max(each) for each in errors],
+                [row["least_effective"] for row in group],
+            ]  # fmt: skip
+            lines.append([num_windows * LENGTH, arm, *(cell(values, ".3g", ".2g") for values in columns)])
+        return markdown(["tokens", "set", *COLUMNS], lines)
 
 
 if __name__ == "__main__":
-    main()
+    Balance.main()

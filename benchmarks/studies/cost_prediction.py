@@ -1,22 +1,24 @@
 """Do cost tables predict? Rank correlation of every table with the measured KL of rounding single weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/prediction.py
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.cost_prediction --json benchmarks/results/cost_prediction.json
 
-Cases: each linear of attention and shared experts, one linear of one routed expert, and one linear of all experts of
-a block, each rounded to nearest at 2, 3 and 4 bits in groups of 64.  The survey and the measurement see the same prose,
-so this judges the approximation and not its transfer to other text.
+Rounded are each linear of attention and shared experts, one linear of one routed expert, and one linear of all experts
+of a block, to nearest at 2, 3 and 4 bits in groups of 64.  The survey and the measurement see the same prose, of which
+a seed draws the windows, so this judges the approximation and not its transfer to other text.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row, cell, markdown
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import Choice
 from moeq.checkpoint.loading import load_model, load_tokenizer
@@ -31,10 +33,92 @@ from moeq.survey.surveyor import survey_model
 
 TEXT = Path("assets/reference-moe/texts/wikitext2_validation.txt")
 COSTS = ("fisher", "fisher_kl", "hessian", "gemq", "pmq", "block_output")
-Case = tuple[str, list[str], dict[str, Tensor]]
 
 
-def cases(adapter: Adapter, bits: int) -> Iterator[Case]:
+@dataclass(frozen=True)
+class Case:
+    """All roundings at one width, and a survey."""
+
+    model: str
+    seed: int
+    bits: int
+    costs: tuple[str, ...]
+
+
+class CostPrediction(Study[Case]):
+    """Every table at every width."""
+
+    title = "Do cost tables predict"
+    legend = (
+        "Spearman's rank correlation with the measured KL, over all roundings and by kind of weight, +- over seeds; "
+        "median of measured over predicted KL for tables that are in nats."
+    )
+    quick: ClassVar = {"seeds": [0], "bits": [3], "costs": ["fisher"]}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL)
+        parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+        parser.add_argument("--costs", nargs="+", default=list(COSTS), choices=COSTS)
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        return [Case(o.model, seed, bits, tuple(o.costs)) for seed in o.seeds for bits in o.bits]
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in float32, in which rounding one weight is all that changes."""
+        return load_model(self.options.model, "float32")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    def measure(self, case: Case) -> Row:
+        stream = token_stream(read_documents(TEXT), load_tokenizer(case.model))
+        windows_NL = text_windows(stream, 256, 32, case.seed)
+        spec = SurveySpec(costs=case.costs, choices=(Choice(case.bits, 64),), solver="rtn", seed=case.seed)
+        evidence = survey_model(self.model, windows_NL.split(8), spec)
+        adapter, ids_NL = Adapter(self.model), windows_NL[:16]
+        with torch.no_grad():
+            original_NLV = self.model(ids_NL).logits
+        found = []
+        for kind, names, changed in roundings(adapter, case.bits):
+            kl = measured_kl(adapter, changed, ids_NL, original_NLV)
+            costs = {cost: predicted(evidence, cost, names, case.bits) for cost in case.costs}
+            found.append({"kind": kind, "kl": kl, "predicted": costs})
+        return {"roundings": found}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        by_seed = [
+            [{**one, "bits": row["bits"]} for row in rows if row["seed"] == seed for one in row["roundings"]]
+            for seed in dict.fromkeys(row["seed"] for row in rows)
+        ]
+        kinds = list(dict.fromkeys(one["kind"] for one in by_seed[0]))
+        lines = []
+        for cost in dict.fromkeys(name for row in rows for name in row["costs"]):
+            cells = [cell([_correlation(found, cost, kind) for found in by_seed], ".3f") for kind in (None, *kinds)]
+            scale = cell([_scale(found, cost) for found in by_seed]) if cost.startswith("fisher") else ""
+            lines.append([cost, *cells, scale])
+        return markdown(["cost", f"all {len(by_seed[0])} roundings", *kinds, "median KL / predicted"], lines)
+
+
+def _columns(found: Sequence[Row], cost: str, kind: str | None) -> tuple[Tensor, Tensor]:
+    some = [one for one in found if kind in (None, one["kind"])]
+    kl = torch.tensor([one["kl"] for one in some], dtype=torch.float64)
+    return kl, torch.tensor([one["predicted"][cost] for one in some], dtype=torch.float64)
+
+
+def _correlation(found: Sequence[Row], cost: str, kind: str | None) -> float:
+    return rank_correlation(*_columns(found, cost, kind))
+
+
+def _scale(found: Sequence[Row], cost: str) -> float:
+    kl, costs = _columns(found, cost, None)
+    return float((kl / costs).median())
+
+
+def roundings(adapter: Adapter, bits: int) -> Iterator[tuple[str, list[str], dict[str, Tensor]]]:
     """Kind of the weights, their names, and weight_EOI of the sites that they change."""
     grid = GridSpec(bits=bits, group_size=64)
     for site in adapter.all_sites():
@@ -76,43 +160,5 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Print rank correlations by kind, and the scale of the tables that are in nats."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/reference-moe")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--quick", action="store_true", help="3 bits, fisher alone")
-    options = parser.parse_args(args)
-    torch.set_num_threads(1)
-    if options.quick:
-        options.bits = [3]
-    costs = ("fisher",) if options.quick else COSTS
-    model, tokenizer = load_model(options.model, "float32"), load_tokenizer(options.model)
-    windows_NL = text_windows(token_stream(read_documents(TEXT), tokenizer), 256, 32, 0)
-    spec = SurveySpec(costs=costs, choices=tuple(Choice(b, 64) for b in options.bits), solver="rtn")
-    evidence = survey_model(model, windows_NL.split(8), spec)
-    adapter, ids_NL = Adapter(model), windows_NL[:16]
-    with torch.no_grad():
-        original_NLV = model(ids_NL).logits
-    found = [
-        (kind, bits, names, measured_kl(adapter, changed, ids_NL, original_NLV))
-        for bits in options.bits
-        for kind, names, changed in cases(adapter, bits)
-    ]
-    kinds = list(dict.fromkeys(kind for kind, *_ in found))
-    print(f"| cost | all {len(found)} cases | {' | '.join(kinds)} | median KL / predicted |")
-    print("|---" * (3 + len(kinds)) + "|")
-    for cost in costs:
-        cells = []
-        for kind in (None, *kinds):
-            rows = [row for row in found if kind in (None, row[0])]
-            kl = torch.tensor([row[3] for row in rows], dtype=torch.float64)
-            cost_of = torch.tensor([predicted(evidence, cost, row[2], row[1]) for row in rows], dtype=torch.float64)
-            cells.append(f"{rank_correlation(kl, cost_of):.3f}")
-            if kind is None:
-                scale = f"{float((kl / cost_of).median()):.2f}" if cost.startswith("fisher") else ""
-        print(f"| {cost} | {' | '.join(cells)} | {scale} |", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    CostPrediction.main()

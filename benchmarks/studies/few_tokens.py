@@ -1,6 +1,6 @@
 """Few tokens, or the wrong ones: shrinkage, damping, and calibration of every expert on every token.
 
-    OMP_NUM_THREADS=1 python benchmarks/few_tokens.py --output benchmarks/results/few_tokens.md
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.few_tokens --json benchmarks/results/few_tokens.json
 
 AGQ, group size 64.  ``kappa`` is how many effective samples of the block's pooled Hessian each expert's own gets;
 ``all experts`` makes the Hessians of all tokens (``--model.routing all_experts``), each with weight 1.  ``damping`` is
@@ -8,26 +8,19 @@ the share of the mean diagonal that is added to it (0.01 where an arm does not s
 """
 
 import argparse
-import itertools
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import Any, ClassVar
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from calibration_sets import LENGTH, calibration_set
-from origin import origin
-from trial import CachedGridGPTQ, Yardstick, fit
-
+from benchmarks.lab.sets import LENGTH, calibration_set
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl, worst_kl
+from benchmarks.lab.trial import CachedGridGPTQ, fit
 from callbacks.bit_allocation import BitAllocation
 from callbacks.hessian_calibration import HessianCalibration
 
-MODEL = "assets/reference-moe"
 ARMS: dict[str, dict[str, Any]] = {
     "kappa 0": {"kappa": 0.0},
     "kappa 64": {"kappa": 64.0},
@@ -42,67 +35,65 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Measure every arm in every setting, print and write a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--windows", type=int, nargs="+", default=[16, 64], help=f"of {LENGTH} tokens")
-    parser.add_argument("--sets", nargs="+", default=["prose", "corpus"], metavar="SET", help="of calibration_sets.py")
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 2])
-    parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, prose, 4k tokens, 3 bits")
-    parser.add_argument("--folder", type=Path, default=Path("runs/few_tokens"), help="sampled sets and finished runs")
-    parser.add_argument("--output", type=Path, help="write the table here")
-    parser.add_argument("--json", type=Path, help="write every run here")
-    options = parser.parse_args(args)
-    torch.set_num_threads(1)
-    if options.quick:
-        options.seeds, options.windows = options.seeds[:1], options.windows[:1]
-        options.sets, options.bits = options.sets[:1], options.bits[:1]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    yardstick = Yardstick(MODEL)
-    settings = list(itertools.product(options.sets, options.windows, options.bits))
-    runs = []
-    for seed, (name, num, bits), arm in itertools.product(options.seeds, settings, options.arms):
-        runs.append(_run(yardstick, options.folder, arm, name, num, bits, seed))
-        print(runs[-1], flush=True)
-    lines = [f"| set | tokens | bits | {' | '.join(options.arms)} |", "|---" * (3 + len(options.arms)) + "|"]
-    for name, num, bits in settings:
-        cells = [_cell([r for r in runs if r["setting"] == [name, num, bits] and r["arm"] == a]) for a in options.arms]
-        lines.append(f"| {name} | {num * LENGTH} | {bits} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    print(f"\n{table}")
-    if options.output is not None:
-        head = (
-            f"# Few tokens, or the wrong ones\n\n{origin(__file__, args)}.  Mean KL over the domains (worst domain) in "
-        )
-        options.output.write_text(f"{head}thousandths of a nat, +- over seeds.\n\n{table}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(runs, indent=1) + "\n")
+@dataclass(frozen=True)
+class Case:
+    """One calibration and quantization."""
+
+    seed: int
+    data: str
+    num_windows: int
+    bits: int
+    arm: str
 
 
-def _run(yardstick: Yardstick, folder: Path, arm: str, name: str, num: int, bits: int, seed: int) -> dict[str, object]:
-    """One quantization, read from its file where it is finished."""
-    path = folder / f"{name}-{num}-{bits}bit-{arm.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-    if not path.exists():
-        settings = dict(ARMS[arm])
+class FewTokens(Study[Case]):
+    """Every arm on every set, size and width."""
+
+    title = "Few tokens, or the wrong ones"
+    legend = "Mean KL over the domains (worst domain) in thousandths of a nat, +- over seeds."
+    quick: ClassVar = {
+        "seeds": [0],
+        "windows": [16],
+        "sets": ["prose"],
+        "bits": [3],
+        "arms": ["kappa 0", "damping 0.1"],
+    }
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        names = list(ARMS)
+        parser.add_argument("--windows", type=int, nargs="+", default=[16, 64], help=f"of {LENGTH} tokens")
+        parser.add_argument("--sets", nargs="+", default=["prose", "corpus"], metavar="SET", help="of lab/sets.py")
+        parser.add_argument("--bits", type=int, nargs="+", default=[3, 2])
+        parser.add_argument("--arms", nargs="+", default=names, choices=names, metavar="ARM", help=", ".join(names))
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        return [Case(*values) for values in product(o.seeds, o.sets, o.windows, o.bits, o.arms)]
+
+    def measure(self, case: Case) -> Row:
+        settings = dict(ARMS[case.arm])
         solver = CachedGridGPTQ(kappa=settings.pop("kappa", "auto"))
-        ids_NL = calibration_set(yardstick, name, num, seed, folder)
+        ids_NL = calibration_set(self.yardstick, case.data, case.num_windows, case.seed, self.options.folder)
         steps = [BitAllocation(), HessianCalibration(), solver]
-        module = fit(ids_NL, steps, name=MODEL, bits=bits, group_size=64, **settings)
-        kl = {domain: divergence.kl for domain, divergence in yardstick.measure(module.model).items()}
-        path.write_text(json.dumps({"arm": arm, "setting": [name, num, bits], "seed": seed, "kl": kl}))
-    run: dict[str, object] = json.loads(path.read_text())
-    return run
+        module = fit(ids_NL, steps, name=MODEL, bits=case.bits, group_size=64, **settings)
+        return {"domains": self.yardstick.row(module.model)}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        lines = []
+        for setting, group in grouped(rows, lambda row: (row["data"], row["num_windows"], row["bits"])).items():
+            by_arm = grouped(group, lambda row: row["arm"])
+            data, num_windows, bits = setting
+            lines.append([data, num_windows * LENGTH, bits, *(_cell(by_arm.get(arm, [])) for arm in arms)])
+        return markdown(["set", "tokens", "bits", *arms], lines)
 
 
-def _cell(runs: Sequence[dict[str, dict[str, float]]]) -> str:
-    means = [1000 * fmean(run["kl"].values()) for run in runs]
-    worst = fmean(1000 * max(run["kl"].values()) for run in runs)
-    return f"{fmean(means):.1f}" + (f" +- {stdev(means):.1f}" if len(means) > 1 else "") + f" ({worst:.1f})"
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    return f"{cell([1e3 * mean_kl(row) for row in rows], '.1f')} ({fmean(1e3 * worst_kl(row) for row in rows):.1f})"
 
 
 if __name__ == "__main__":
-    main()
+    FewTokens.main()

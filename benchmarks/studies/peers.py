@@ -1,13 +1,11 @@
 """The quantizers of other projects on the bundled model, on the same token ids, judged by the same yardstick.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers/measure_peers.py --json benchmarks/results/peers.json
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.peers --json benchmarks/results/peers.json
 
-Each peer runs in its own environment (``runs/peers/env/NAME``, see README.md) as a process of its own, and writes a
-dense folder, which is loaded like any model and compared with the original on four domains.  ``moeq`` is this project's
-GPTQ with affinity weights, on the same ids.  Damage that a mean hides is counted: experts with a weight that is
-constant or not finite, input columns that became zero, routers and other unquantized weights that changed.
-
-Results of single runs are kept in ``--folder`` as they come, so that a stopped study goes on.
+Each peer runs in its own environment (``runs/peers/env/NAME``, see benchmarks/peers/README.md) as a process of its own,
+and writes a dense folder, which is loaded like any model and compared with the original on four domains.  ``moeq`` is
+this project's GPTQ with affinity weights, on the same ids.  Damage that a mean hides is counted: experts with a weight
+that is constant or not finite, input columns that became zero, routers and other unquantized weights that changed.
 """
 
 import argparse
@@ -15,31 +13,27 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from calibration_sets import LENGTH, calibration_set
-from dense import QUANTIZED, load_folder
-from origin import origin
-from peers_report import write_report
-from safetensors.torch import save_file
-from trial import Yardstick, fit
-
+from benchmarks.lab.sets import LENGTH, calibration_set
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row
+from benchmarks.lab.trial import fit
+from benchmarks.peers.dense import QUANTIZED, load_folder
+from benchmarks.studies.peers_report import LEGEND, table, versions
 from moeq.checkpoint.loading import load_model
 
-MODEL = "assets/reference-moe"
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1] / "peers"
 # Environment and script of a peer, and what it is asked beyond its defaults.
 PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "llmcompressor": ("llmcompressor", ()),
@@ -58,7 +52,7 @@ PLACE = re.compile(r"/\S*/|\d{4}-\d\d-\d\d[ T][\d:.]+[ |]*")
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One run of the study; group 0 is one scale per output row."""
+    """One quantization; group 0 is one scale per output row."""
 
     data: str
     bits: int
@@ -67,10 +61,43 @@ class Case:
     seed: int
     num_windows: int
 
-    def path(self, folder: Path) -> Path:
-        """Where its result is kept."""
-        name = f"{self.peer}-{self.data}-{self.num_windows}-{self.bits}bit-group{self.group}-{self.seed}"
-        return folder / f"{name}.json"
+
+class Peers(Study[Case]):
+    """Every quantizer on every set of ids."""
+
+    title = "Other quantizers on the bundled model"
+    legend = LEGEND
+    quick: ClassVar = {"peers": ["llmcompressor", OWN], "bits": [3], "seeds": [0], "windows": 8}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--peers", nargs="+", choices=[*PEERS, OWN], default=[*PEERS, OWN])
+        parser.add_argument("--sets", nargs="+", choices=["mixture", "corpus", "prose"], default=["mixture"])
+        parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+        parser.add_argument("--groups", type=int, nargs="+", default=[64], help="inputs of a group; 0 is per channel")
+        parser.add_argument("--windows", type=int, default=64, help=f"of {LENGTH} tokens")
+        parser.add_argument("--environments", type=Path, default=Path("runs/peers/env"), help="one folder per peer")
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        grid = product(o.sets, o.groups, o.bits, o.seeds, o.peers)
+        return [Case(data, bits, group, peer, seed, o.windows) for data, group, bits, seed, peer in grid]
+
+    def measure(self, case: Case) -> Row:
+        ids_NL = calibration_set(self.yardstick, case.data, case.num_windows, case.seed, self.options.folder)
+        with TemporaryDirectory() as temporary:
+            ids, output = Path(temporary) / "ids.safetensors", Path(temporary) / "dense"
+            if case.peer == OWN:
+                report = run_own(case, ids_NL, output)
+            else:
+                save_file({"ids": ids_NL.contiguous()}, ids)
+                report = run_peer(case, ids, output, self.options.environments)
+            found = damage(load_folder(Path(MODEL)), load_folder(output))
+            domains = self.yardstick.row(load_model(str(output), "auto"))
+        return {"tokens": case.num_windows * LENGTH, "report": report, "damage": found, "domains": domains}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        return f"Versions: {versions(rows)}.\n\n{table(rows)}"
 
 
 def run_peer(case: Case, ids: Path, output: Path, environments: Path) -> dict[str, object]:
@@ -143,62 +170,5 @@ def damage(original: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[
     }
 
 
-def measure(yardstick: Yardstick, case: Case, folder: Path, environments: Path) -> dict[str, object]:
-    """Calibrate, quantize, compare; the row of the case."""
-    ids_NL = calibration_set(yardstick, case.data, case.num_windows, case.seed, folder)
-    with TemporaryDirectory() as temporary:
-        ids, output = Path(temporary) / "ids.safetensors", Path(temporary) / "dense"
-        if case.peer == OWN:
-            report = run_own(case, ids_NL, output)
-        else:
-            save_file({"ids": ids_NL.contiguous()}, ids)
-            report = run_peer(case, ids, output, environments)
-        found = damage(load_folder(Path(MODEL)), load_folder(output))
-        domains = yardstick.measure(load_model(str(output), "auto"))
-    return {
-        **asdict(case),
-        "tokens": case.num_windows * LENGTH,
-        "report": report,
-        "damage": found,
-        "domains": {domain: asdict(divergence) for domain, divergence in domains.items()},
-    }
-
-
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """Options; ``--quick`` narrows them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", choices=[*PEERS, OWN], default=[*PEERS, OWN])
-    parser.add_argument("--sets", nargs="+", choices=["mixture", "corpus", "prose"], default=["mixture"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--groups", type=int, nargs="+", default=[64], help="inputs of a group; 0 is per channel")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, default=64, help=f"of {LENGTH} tokens")
-    parser.add_argument("--quick", action="store_true", help="llm-compressor and moeq, 3 bits, one seed, 2k tokens")
-    parser.add_argument("--folder", type=Path, default=Path("runs/peers"), help="sampled sets and results")
-    parser.add_argument("--environments", type=Path, default=Path("runs/peers/env"), help="one folder per peer")
-    parser.add_argument("--json", type=Path, help="write every result of the folder here, and a table beside it")
-    options = parser.parse_args(args)
-    if options.quick:
-        options.peers, options.bits, options.seeds, options.windows = ["llmcompressor", OWN], [3], [0], 8
-    return options
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write all that is there after each run."""
-    options = parse(args)
-    torch.set_num_threads(1)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    grid = product(options.sets, options.groups, options.bits, options.seeds, options.peers)
-    cases = [Case(data, bits, group, peer, seed, options.windows) for data, group, bits, seed, peer in grid]
-    yardstick, source = Yardstick(MODEL), origin(__file__, args)
-    for case in cases:
-        if not case.path(options.folder).is_file():
-            row = measure(yardstick, case, options.folder, options.environments)
-            case.path(options.folder).with_suffix(".tmp").write_text(json.dumps(row))
-            case.path(options.folder).with_suffix(".tmp").replace(case.path(options.folder))
-        rows = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*bit-group*.json"))]
-        write_report(rows, source, options.json)
-
-
 if __name__ == "__main__":
-    main()
+    Peers.main()

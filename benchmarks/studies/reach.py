@@ -1,34 +1,97 @@
-"""Which domains a calibration set reaches, and how many of its tokens each expert sees.
+r"""Which domains a calibration set reaches, and how many of its tokens each expert sees.
 
-    OMP_NUM_THREADS=1 python benchmarks/ebss_reach.py --output benchmarks/results/ebss_reach.md
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.reach --folder runs/calibration_data \
+        --json benchmarks/results/reach.json
 
 A sequence is given to the domain whose use of experts explains its own best: the largest sum over blocks and experts of
 n_l^e log p_l^e, with n its tokens and p the shares of the domain's evaluation windows.  The accuracy of this rule on
-other windows of the domains is printed with it.  Sets have 128 windows of 256 tokens; sampled ones are read from
-``--folder`` where the study of ``ebss_effect.py`` left them.  Writes a table, and the tokens per expert as a figure.
+other windows of the domains is reported with it.  Sets have 128 windows of 256 tokens; sampled ones are read from
+``--folder`` where ``calibration_data`` left them.  The figure has the tokens per expert.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from calibration_sets import SAMPLED, calibration_set, domain_windows
-from origin import origin
-from trial import Yardstick
-
+from benchmarks.lab.sets import LENGTH, SAMPLED, calibration_set, domain_windows
+from benchmarks.lab.study import Study
+from benchmarks.lab.tables import Row, cell, grouped, markdown
 from moeq.sampling.balance import imbalance
 from moeq.sampling.next_token import score_sequences
 
-MODEL = "assets/reference-moe"
-NUM_WINDOWS = 128
-SHOWN = ("prose", "python", "gsm8k", "arithmetic", "paper", "corpus")
+DOMAINS = ("prose", "python", "gsm8k", "arithmetic")
+SHOWN = (*DOMAINS, "paper", "corpus")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One calibration set."""
+
+    num_windows: int
+    name: str
+    seed: int
+
+
+class Reach(Study[Case]):
+    """Sets of each domain, their mixture, and every kind of sampling."""
+
+    title = "Which domains a calibration set reaches"
+    legend = (
+        "Percent of the sequences by the domain whose use of experts is nearest (the rows of the domains themselves "
+        "are the accuracy of that rule on windows it has not seen); tokens of the least used expert over those of an "
+        "even routing; sigma of the set (fraction of tokens)."
+    )
+    quick: ClassVar = {"seeds": [0], "windows": 16, "sets": [*DOMAINS, "mixture", "plain"]}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        names = [*DOMAINS, "mixture", *SAMPLED]
+        parser.add_argument("--sets", nargs="+", default=names, choices=names, metavar="SET", help=", ".join(names))
+        parser.add_argument("--windows", type=int, default=128, help=f"of {LENGTH} tokens")
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        return [Case(o.windows, name, seed) for name in o.sets for seed in o.seeds]
+
+    @cached_property
+    def signature_DLE(self) -> Tensor:
+        """How the evaluation windows of each domain use the experts."""
+        model = self.yardstick.model
+        return signatures({name: score_sequences(model, self.yardstick.windows(name))[1] for name in DOMAINS})
+
+    def measure(self, case: Case) -> Row:
+        if case.name in DOMAINS:
+            ids_NL = domain_windows(self.yardstick, case.name, case.num_windows, case.seed)
+        else:
+            ids_NL = calibration_set(self.yardstick, case.name, case.num_windows, case.seed, self.options.folder)
+        nll_N, counts_NLE = score_sequences(self.yardstick.model, ids_NL)
+        total_LE = counts_NLE.sum(0).double()
+        found_N = nearest(counts_NLE, self.signature_DLE)
+        return {
+            "percent": {name: 100 * float((found_N == i).double().mean()) for i, name in enumerate(DOMAINS)},
+            "least": float((total_LE / total_LE.mean(-1, keepdim=True)).min()),
+            "sigma": float(imbalance(total_LE, ids_NL.numel())),
+            "nats": float(nll_N.mean()) / (ids_NL.shape[1] - 1),
+            "tokens_LE": total_LE.tolist(),
+        }
+
+    def report(self, rows: Sequence[Row]) -> str:
+        lines = []
+        for name, group in grouped(rows, lambda row: row["name"]).items():
+            percents = [cell([row["percent"][domain] for row in group], ".0f") for domain in DOMAINS]
+            rest = [cell([row[key] for row in group], f".{d}f") for key, d in (("least", 2), ("sigma", 4), ("nats", 2))]
+            lines.append([name, *percents, *rest])
+        return markdown(["set", *DOMAINS, "least tokens / even", "sigma", "nats per token"], lines)
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        first = {name: group[0] for name, group in grouped(rows, lambda row: row["name"]).items()}
+        draw({name: torch.tensor(first[name]["tokens_LE"]) for name in SHOWN if name in first}, path)
 
 
 def signatures(counts: Mapping[str, Tensor]) -> Tensor:
@@ -61,72 +124,5 @@ def draw(counts: Mapping[str, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Print the table; write it and the figure where an output is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="one seed; sets that are not sampled yet are left out")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ebss_effect"), help="sampled sets")
-    parser.add_argument("--output", type=Path, help="write the table here, and the figure beside it as .png")
-    options = parser.parse_args(args)
-    torch.set_num_threads(1)
-    seeds = options.seeds[:1] if options.quick else options.seeds
-    yardstick = Yardstick(MODEL)
-    domains = list(yardstick.streams)
-    known = {domain: score_sequences(yardstick.model, yardstick.windows(domain))[1] for domain in domains}
-    lines = [f"| set | {' | '.join(domains)} | least tokens / even | sigma | nats per token |"]
-    lines.append("|---" * (4 + len(domains)) + "|")
-    shown: dict[str, Tensor] = {}
-    for name in (*domains, "mixture", *SAMPLED):
-        written = name not in SAMPLED or any(options.folder.glob(f"{name}-*-{seeds[0]}.safetensors"))
-        if options.quick and not written:
-            continue
-        rows = []
-        for seed in seeds:
-            row, total_LE = _measure(yardstick, name, seed, options.folder, signatures(known))
-            rows.append(row)
-            shown.setdefault(name, total_LE)
-        digits = [0] * len(domains) + [2, 4, 2]
-        lines.append(f"| {name} | {' | '.join(_cell([row[i] for row in rows], d) for i, d in enumerate(digits))} |")
-        print(lines[-1], flush=True)
-    table = "\n".join(lines) + "\n"
-    print(f"\n{table}")
-    if options.output is not None:
-        _write(options.output, table, {name: shown[name] for name in SHOWN if name in shown}, args)
-
-
-def _measure(
-    yardstick: Yardstick, name: str, seed: int, folder: Path, signature_DLE: Tensor
-) -> tuple[list[float], Tensor]:
-    """Percent of the sequences by domain, least tokens, sigma, nats per token; and tokens per expert, [L, E]."""
-    if name in yardstick.streams:
-        ids_NL = domain_windows(yardstick, name, NUM_WINDOWS, seed)
-    else:
-        ids_NL = calibration_set(yardstick, name, NUM_WINDOWS, seed, folder)
-    nll_N, counts_NLE = score_sequences(yardstick.model, ids_NL)
-    total_LE = counts_NLE.sum(0).double()
-    found_N = nearest(counts_NLE, signature_DLE)
-    shares = [100 * float((found_N == index).double().mean()) for index in range(len(signature_DLE))]
-    least = float((total_LE / total_LE.mean(-1, keepdim=True)).min())
-    nats = float(nll_N.mean()) / (ids_NL.shape[1] - 1)
-    return [*shares, least, float(imbalance(total_LE, ids_NL.numel())), nats], total_LE
-
-
-def _write(path: Path, table: str, shown: Mapping[str, Tensor], args: Sequence[str] | None) -> None:
-    figure = path.with_suffix(".png")
-    draw(shown, figure)
-    path.write_text(
-        f"# Which domains a calibration set reaches\n\n{origin(__file__, args)}. Percent of the sequences by "
-        "the domain whose use of experts is nearest (the rows of the domains themselves are the accuracy of that "
-        "rule on windows it has not seen); tokens of the least used expert over those of an even routing; sigma of "
-        f"the set (fraction of tokens).\n\n{table}\n![tokens per expert]({figure.name})\n"
-    )
-
-
-def _cell(values: Sequence[float], digits: int) -> str:
-    spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}"
-
-
 if __name__ == "__main__":
-    main()
+    Reach.main()

@@ -1,6 +1,8 @@
-"""Turn the last checkpoint of the recipe into the asset ``assets/reference-moe`` and measure it as saved.
+r"""Turn the last checkpoint of the recipe into the asset ``assets/reference-moe`` and measure it as saved.
 
-``python benchmarks/reference_model/card.py --checkpoint runs/reference_model/checkpoints/last.ckpt --data-dir DIR``
+    python -m benchmarks.recipes.reference_model.card --data-dir DIR \
+        --checkpoint runs/reference_model/checkpoints/last.ckpt
+
 writes the Hugging Face files (bfloat16), ``card.json`` with every number and ``README.md``, the card.
 """
 
@@ -13,7 +15,10 @@ from typing import Any
 
 import torch
 import yaml
-from corpus import (
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.recipes.reference_model.corpus import (
     arithmetic_lines,
     detokenize_wikitext,
     gsm8k_document,
@@ -22,12 +27,9 @@ from corpus import (
     split_python,
     wikitext_articles,
 )
-from measure import WINDOW, exact_match, measure_windows, usage_report
-from save import save_model
-from texts import ARITHMETIC_LINES, ARITHMETIC_SEED, ARITHMETIC_SUMS, distinct_sums
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from benchmarks.recipes.reference_model.measure import WINDOW, exact_match, measure_windows, usage_report
+from benchmarks.recipes.reference_model.save import save_model
+from benchmarks.recipes.reference_model.texts import ARITHMETIC_LINES, ARITHMETIC_SEED, ARITHMETIC_SUMS, distinct_sums
 from moeq.disk.texts import token_stream
 from moeq.tasks.arithmetic import build_problems
 from moeq.tasks.windows import consecutive_windows

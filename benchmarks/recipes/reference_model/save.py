@@ -1,7 +1,8 @@
 """Turn a checkpoint of the recipe into a Hugging Face folder: config, bfloat16 weights and tokenizer.
 
-``python benchmarks/reference_model/save.py --checkpoint FILE --tokenizer FOLDER --output FOLDER``; the recipe keeps its
-tokenizer in ``cache_dir`` of its data.
+    python -m benchmarks.recipes.reference_model.save --checkpoint FILE --tokenizer FOLDER --output FOLDER
+
+The recipe keeps its tokenizer in ``cache_dir`` of its data.
 """
 
 import argparse
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import ReferenceMoE
 from transformers import AutoTokenizer
+
+from benchmarks.recipes.reference_model.train import ReferenceMoE
 
 
 def save_model(checkpoint: dict[str, Any], tokenizer: Any, output: Path) -> None:

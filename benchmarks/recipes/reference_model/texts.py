@@ -1,7 +1,7 @@
 """Write the small evaluation texts beside the reference model.
 
-``python benchmarks/reference_model/texts.py --data-dir DIR`` reads the held-out parts of the data folder (its layout is
-in README.md beside this file) and fills ``assets/reference-moe/texts``.  None of the texts was trained on.
+``python -m benchmarks.recipes.reference_model.texts --data-dir DIR`` reads the held-out parts of the data folder (its
+layout is in README.md beside this file) and fills ``assets/reference-moe/texts``.  None of the texts was trained on.
 """
 
 import argparse
@@ -9,7 +9,13 @@ import json
 import random
 from pathlib import Path
 
-from corpus import arithmetic_lines, read_rows, read_text, split_python, wikitext_articles
+from benchmarks.recipes.reference_model.corpus import (
+    arithmetic_lines,
+    read_rows,
+    read_text,
+    split_python,
+    wikitext_articles,
+)
 
 OUTPUT = Path("assets/reference-moe/texts")
 VALIDATION_BYTES = 600_000

@@ -11,14 +11,21 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from corpus import DOMAINS, END_OF_TEXT, arithmetic_lines, load_documents, train_tokenizer
-from fast_layers import linear_cross_entropy, routed_swiglu
 from lightning.pytorch.cli import LightningCLI
-from muon import MuonAdamW
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from benchmarks.recipes.reference_model.corpus import (
+    DOMAINS,
+    END_OF_TEXT,
+    arithmetic_lines,
+    load_documents,
+    train_tokenizer,
+)
+from benchmarks.recipes.reference_model.fast_layers import linear_cross_entropy, routed_swiglu
+from benchmarks.recipes.reference_model.muon import MuonAdamW
 
 ALL_EXPERTS_FUNCTIONS.register("routed_swiglu", routed_swiglu)
 MIXTURE = {"prose": 0.42, "python": 0.30, "gsm8k": 0.13, "arithmetic": 0.15}

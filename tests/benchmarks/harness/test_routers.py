@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from harness_routers import router_gap
 
+from benchmarks.harness.routers import router_gap
 from tests.tiny import tiny_model
 
 SEQUENCES = [[5, 7, 9, 11, 200, 31], [8, 8, 1]]

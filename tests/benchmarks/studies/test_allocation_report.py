@@ -1,8 +1,6 @@
 """Tables of the allocation benchmark."""
 
-from pathlib import Path
-
-from quantmoe_report import findings, table, write_report
+from benchmarks.studies.allocation_report import findings, table
 
 
 def entry(row: str, seed: int, kl: float) -> dict[str, object]:
@@ -30,9 +28,3 @@ def test_findings_are_ratios_paired_by_seed() -> None:
     text = findings(ENTRIES)
     assert "| attention before experts | 0.38 +- 0.18 |" in text
     assert "| shared before routed experts |  |" in text
-
-
-def test_a_report_is_three_files(tmp_path: Path) -> None:
-    write_report(ENTRIES, "toy", "`command`", tmp_path / "toy.json")
-    assert {path.name for path in tmp_path.iterdir()} == {"toy.json", "toy.md", "toy.png"}
-    assert "![KL by budget](toy.png)" in (tmp_path / "toy.md").read_text()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quantizers_report import against_peers, method_tables
+from benchmarks.studies.quantizers_report import against_peers, method_tables
 
 
 def row(arm: str, seed: int, kl: float, **values: Any) -> dict[str, Any]:

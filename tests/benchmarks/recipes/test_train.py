@@ -5,13 +5,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import save
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from train import ReferenceMoE
 from transformers import AutoModelForCausalLM
 
+from benchmarks.recipes.reference_model import save
+from benchmarks.recipes.reference_model.train import ReferenceMoE
 from tests.tiny import tiny_tokenizer
 
 VOCABULARY = 264

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from quantmoe_rows import COSTS, SCORES, Plan, Setting, fill, make_plan, pmq, rows
 
+from benchmarks.studies.allocation_rows import COSTS, SCORES, Plan, Setting, fill, make_plan, pmq, rows
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import plan_cost
 from moeq.quant.spec import GridSpec

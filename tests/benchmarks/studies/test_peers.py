@@ -5,12 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import load_ids, parse, read_compressed_tensors, read_gptq, start_report, unpack, write_dense
-from measure_peers import Case, damage, warnings_of
-from measure_peers import parse as parse_study
-from peers_report import table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from benchmarks.lab.study import case_name
+from benchmarks.peers.dense import (
+    load_ids,
+    parse,
+    read_compressed_tensors,
+    read_gptq,
+    start_report,
+    unpack,
+    write_dense,
+)
+from benchmarks.studies.peers import Case, Peers, damage, warnings_of
+from benchmarks.studies.peers_report import table
 
 GENERATOR = torch.Generator().manual_seed(0)
 OUTPUTS, INPUTS, GROUP = 32, 96, 32
@@ -147,11 +156,9 @@ def test_every_result_has_its_own_file() -> None:
     case = Case("mixture", 3, 64, "gptqmodel", 0, 64)
     others = [Case("prose", 3, 64, "gptqmodel", 0, 64), Case("mixture", 3, 0, "gptqmodel", 0, 64)]
     others += [Case("mixture", 3, 64, "gptqmodel_mse", 0, 64), Case("mixture", 3, 64, "gptqmodel", 1, 64)]
-    assert len({one.path(Path()) for one in [case, *others, Case("mixture", 3, 64, "gptqmodel", 0, 8)]}) == 6
-    quick = parse_study(["--quick"])
-    assert (quick.bits, quick.seeds, quick.windows) == ([3], [0], 8)
+    assert len({case_name(one) for one in [case, *others, Case("mixture", 3, 64, "gptqmodel", 0, 8)]}) == 6
     with pytest.raises(SystemExit):
-        parse_study(["--peers", "unknown"])
+        Peers.parser().parse_args(["--peers", "unknown"])
 
 
 def test_the_table_shows_mean_and_spread_of_seeds_and_the_sum_of_damage() -> None:

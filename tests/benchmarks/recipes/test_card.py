@@ -4,16 +4,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-import card
-import measure
 import pytest
-import save
-import texts
 import torch
 from torch import Tensor
-from train import ReferenceMoE
 from transformers import AutoModelForCausalLM
 
+from benchmarks.recipes.reference_model import card, measure, save, texts
+from benchmarks.recipes.reference_model.train import ReferenceMoE
 from moeq.tasks.arithmetic import Sum
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_sets import LENGTH, calibration_set
-from ebss_effect_report import kl_table, ratio_table
-from ebss_reach import nearest, signatures
-from trial import Texts, Yardstick, fit
 
+from benchmarks.lab.sets import LENGTH, calibration_set
+from benchmarks.lab.trial import fit
+from benchmarks.lab.yardstick import Texts, Yardstick
+from benchmarks.studies.calibration_data import kl_table, ratio_table
+from benchmarks.studies.reach import nearest, signatures
 from moeq.evaluation.evaluator import Evaluator
 from moeq.evaluation.originals import LiveOriginal
 from moeq.scoring.likelihood import Scorer
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.task import Source, Windows
 
-MODEL = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")
+MODEL = str(Path(__file__).resolve().parents[3] / "assets/reference-moe")
 
 
 @pytest.fixture(scope="module")

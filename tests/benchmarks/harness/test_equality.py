@@ -10,11 +10,10 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from harness_compare import Comparison, compare
-from harness_files import Files, write_files
-from harness_sides import Side, harness_model, run_harness, run_moeq
-from llama_like import llama_like
-
+from benchmarks.harness.compare import Comparison, compare
+from benchmarks.harness.files import Files, write_files
+from benchmarks.harness.llama_like import llama_like
+from benchmarks.harness.sides import Side, harness_model, run_harness, run_moeq
 from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.tasks.encode import window_of
 from moeq.tasks.registry import find_task
@@ -22,7 +21,7 @@ from moeq.tasks.task import DataRow, MultipleChoice, Outcome, Values
 from tests.tasks.catalog.examples import ARC, ROWS, SHOTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
-REFERENCE = str(Path(__file__).resolve().parents[2] / "assets/reference-moe")
+REFERENCE = str(Path(__file__).resolve().parents[3] / "assets/reference-moe")
 # Shorter than some of the rows, so that they are cut.
 WINDOW = 160
 SUBJECTS = ("anatomy", "us_foreign_policy", "virology", "philosophy")
