@@ -131,8 +131,8 @@ def report(results: Mapping[str, Mapping[str, Speed]], source: str) -> str:
     table = markdown(["model", "task", "documents", "batch size of the harness", *head], lines)
     return (
         f"# Speed against lm-evaluation-harness\n\n{source}; float32.\n\nDocuments per second, medians of {turns} "
-        "turns; ratios with the smallest and the largest of a turn.  What is timed: `benchmarks/speed/evaluation.py`.\n\n"
-        f"{table}"
+        "turns; ratios with the smallest and the largest of a turn.  What is timed: `benchmarks/speed/evaluation.py`."
+        f"\n\n{table}"
     )
 
 
