@@ -38,8 +38,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    label = row["method"] if row["bits"] == 16 else f"{row['method']} {row['bits']:g}"
     return [
-        row["method"], f"{row['average_bits']:.2f}", f"{row['bytes'] / 1e6:.1f}", f"{row['kl_mean']:.4f}",
+        label, f"{row['average_bits']:.2f}", f"{row['bytes'] / 1e6:.1f}", f"{row['kl_mean']:.4f}",
         f"{row['kl_worst']:.4f}", f"{100 * row['top1_agreement']:.1f}", f"{row['seconds']:.0f}",
     ]  # fmt: skip
 
