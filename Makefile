@@ -10,7 +10,8 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Training allocates and frees the same large blocks at every step, and the matrix library compiles one kernel per shape.
 TRAIN_ENV := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_ARENA_MAX=1 \
 	ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192
-RECIPE := benchmarks/reference_model
+RECIPE := benchmarks/recipes/reference_model
+RECIPE_MODULE := benchmarks.recipes.reference_model
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart check test test-minimum lint types reference-model mixtral-model data-dir clean
@@ -19,7 +20,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
 
 quickstart: .venv/.running ## quantize the bundled MoE at 3 and 4 bits and print the comparison (minutes)
-	@.venv/bin/python benchmarks/quickstart.py
+	@.venv/bin/python -m benchmarks.quickstart
 	@echo "Curves and figures: .venv/bin/tensorboard --logdir runs/quickstart"
 
 check: .venv/.testing ## run what an edit needs of the test suite (under two minutes on two cores)
@@ -39,15 +40,15 @@ types: .venv/.testing ## check types
 	@.venv/bin/mypy
 
 reference-model: data-dir .venv/.running ## train (or continue) the bundled MoE, write its card: DATA_DIR=folder of the data
-	@$(TRAIN_ENV) .venv/bin/python $(RECIPE)/train.py fit --config $(RECIPE)/config.yaml \
+	@$(TRAIN_ENV) .venv/bin/python -m $(RECIPE_MODULE).train fit --config $(RECIPE)/config.yaml \
 		--data.data_dir "$(DATA_DIR)" --ckpt_path last
-	@.venv/bin/python $(RECIPE)/texts.py --data-dir "$(DATA_DIR)"
-	@.venv/bin/python $(RECIPE)/card.py --checkpoint runs/reference_model/checkpoints/last.ckpt --data-dir "$(DATA_DIR)"
+	@.venv/bin/python -m $(RECIPE_MODULE).texts --data-dir "$(DATA_DIR)"
+	@.venv/bin/python -m $(RECIPE_MODULE).card --checkpoint runs/reference_model/checkpoints/last.ckpt --data-dir "$(DATA_DIR)"
 
 mixtral-model: data-dir .venv/.running ## train (or continue) a second MoE into runs/mixtral_moe/model: DATA_DIR=folder of the data
-	@$(TRAIN_ENV) OMP_NUM_THREADS=1 .venv/bin/python $(RECIPE)/train.py fit --config $(RECIPE)/config_mixtral.yaml \
+	@$(TRAIN_ENV) OMP_NUM_THREADS=1 .venv/bin/python -m $(RECIPE_MODULE).train fit --config $(RECIPE)/config_mixtral.yaml \
 		--data.data_dir "$(DATA_DIR)" --ckpt_path last
-	@.venv/bin/python $(RECIPE)/save.py --checkpoint runs/mixtral_moe/checkpoints/last.ckpt \
+	@.venv/bin/python -m $(RECIPE_MODULE).save --checkpoint runs/mixtral_moe/checkpoints/last.ckpt \
 		--tokenizer runs/mixtral_moe/data --output runs/mixtral_moe/model
 
 clean: ## remove the virtual environment and caches (runs/ is kept)

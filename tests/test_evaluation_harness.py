@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from harness_tasks import harness_task
-
+from benchmarks.harness.tasks import harness_task
 from tests.evaluation_data import PAGES, documents_of, write_evaluation_data
 from tests.test_main import validate
 from tests.tiny import save_tiny

@@ -51,7 +51,7 @@ def test_the_worked_example_is_a_task(example: MultipleChoice) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_the_worked_example_is_the_harness_s_task(example: MultipleChoice) -> None:
-    from harness_tasks import harness_task, requests_by_document
+    from benchmarks.harness.tasks import harness_task, requests_by_document
 
     theirs = harness_task("commonsense_qa", ROWS)
     assert requests_by_document(theirs) == [example.pairs(row) for row in ROWS]

@@ -7,8 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from harness_tasks import CONFIGS, harness_task, requests_by_document
-
+from benchmarks.harness.tasks import CONFIGS, harness_task, requests_by_document
 from moeq.tasks.prompts import shot_texts
 from moeq.tasks.registry import find_task
 from moeq.tasks.rows import Rows

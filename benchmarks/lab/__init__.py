@@ -1,0 +1,1 @@
+"""What the studies share: cases, the yardstick, calibration sets, tables, provenance."""

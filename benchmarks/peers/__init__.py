@@ -1,0 +1,1 @@
+"""Other quantizers: scripts for their own environments, and what reads their checkpoints."""

@@ -1,0 +1,1 @@
+"""How bundled assets were made."""

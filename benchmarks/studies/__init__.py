@@ -1,0 +1,1 @@
+"""One question each; a result has the name of its study."""
