@@ -20,9 +20,9 @@ class AWQ(Callback):
 
     Args:
         rounding: "nearest" is AWQ, with clipping ranges by output error; "gptq" solves the scaled weights with GPTQ.
-        coverage: What an expert with few tokens gets, as for callbacks.GPTQ.
+        coverage: What an expert with few tokens gets, as for GPTQ.
         min_tokens: Experts with fewer tokens are reported.
-        kappa: Strength of the shrinkage, as for callbacks.GPTQ.
+        kappa: Strength of the shrinkage, as for GPTQ.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class Export(Callback):
             if folder.exists() and any(folder.iterdir()) and not self._may_replace(pl_module.run_dir):
                 raise ValueError(
                     f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
-                    "or overwrite: true for callbacks.Export"
+                    "or overwrite: true for the callback Export"
                 )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,7 +63,7 @@ class Export(Callback):
         if left := sorted(run.plan.keys() - run.quantized.keys()):
             raise ValueError(
                 f"{len(left)} of {len(run.plan)} planned weights were not quantized, first {left[0]}; "
-                "put a method such as callbacks.gptq.GPTQ or callbacks.rtn.RTN into the list of callbacks"
+                "put a method such as GPTQ or RTN into the list of callbacks"
             )
         write_json(module.run_dir / UNFINISHED, {"pid": os.getpid()})
         cost = plan_cost(run.plan, module.weight_shapes())

@@ -34,7 +34,7 @@ class GPTQ(Callback):
         for part in current.parts:
             site = part.site
             if site.name not in run.hessians:
-                raise ValueError("GPTQ found no Hessian; put callbacks.HessianCalibration before callbacks.GPTQ")
+                raise ValueError("GPTQ found no Hessian; put HessianCalibration before GPTQ")
             # Stacked linears share a Hessian: the first stands for all of them in the report.
             names = [site.weight_name(expert, site.leaves[0]) for expert in part.experts]
             state, pool = run.hessians[site.name], run.pools.get(site.name)

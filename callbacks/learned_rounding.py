@@ -42,7 +42,7 @@ class LearnedRounding(Callback):
         if run.offsets is None or not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
-                "put a method such as callbacks.gptq.GPTQ before callbacks.learned_rounding.LearnedRounding"
+                "put a method such as GPTQ before LearnedRounding"
             )
         start = time.perf_counter()
         before, after = tune_block(pl_module.adapter, run, current.block, pl_module.block_batches(), self.spec)

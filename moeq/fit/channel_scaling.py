@@ -62,7 +62,7 @@ def gather_inputs(run: Run, sites: Sequence[Site], coverage: CoverageSpec) -> di
     inputs = {}
     for site in sites:
         if site.name not in run.hessians:
-            raise ValueError("AWQ found no Hessian; put callbacks.HessianCalibration before callbacks.AWQ")
+            raise ValueError("AWQ found no Hessian; put HessianCalibration before AWQ")
         names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
         state = run.hessians[site.name]
         hessian_EII, use_rtn_E, fallbacks = regularize(state, coverage, names)
@@ -83,7 +83,7 @@ def refuse_chunks(schedule: Sequence[Pass]) -> None:
         need = math.ceil(100 * max(by_stage.values()) / GIB) / 100
         raise ValueError(
             f"AWQ needs the Hessians of all experts of a block in one pass, {need:g} GiB; "
-            f"set --model.hessian_gib {need:g} or more, or use callbacks.GPTQ"
+            f"set --model.hessian_gib {need:g} or more, or use GPTQ"
         )
 
 
