@@ -7,12 +7,18 @@ python main.py validate --config configs/eval.yaml              evaluate an orig
 import os
 import sys
 from argparse import ArgumentError
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 HELP = """\
-commands (each has its own --help):
+commands (each has its own --help, which lists all callbacks and datamodules, one line each):
   fit         quantize a model; writes a run folder (--trainer.default_root_dir) with the export and a report
   validate    evaluate a model on tasks: perplexity, accuracy, generation; divergence from --model.reference
+
+options of one callback or datamodule, by its class name, which is also its class_path in a configuration:
+  python main.py fit --trainer.callbacks.help GPTQ
+  python main.py fit --data.help EBSSDataModule
 
 most used options (after --config FILE):
   --model.name NAME         hub id or folder; --model.reference NAME: the original, for validate
@@ -37,12 +43,20 @@ def main(args: "ArgsType" = None) -> None:
         return
     from moeq.cli import MoEQuantCLI, first_mistake
 
+    import_parts()
     try:
         MoEQuantCLI.run(args)
     except (ValueError, ArgumentError) as error:
         if os.environ.get("MOEQ_DEBUG"):
             raise
         sys.exit(f"moeq: {first_mistake(error)}")
+
+
+def import_parts() -> None:
+    """Import all of ``callbacks`` and ``datamodules``: the parser knows by name alone what is imported."""
+    for package in ("callbacks", "datamodules"):
+        for module in iter_modules(import_module(package).__path__, f"{package}."):
+            import_module(module.name)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class BitAllocation(Callback):
     """Bits by structure, by named rules, by an allocator under a budget, or as in the allocation.json of another run.
 
     Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of
-    ``callbacks.survey.Survey``, which then stands before this callback, or a file of an earlier one.
+    ``Survey``, which then stands before this callback, or a file of an earlier one.
 
     Args:
         attention: Bits of attention linears; null is ``--model.bits`` (or what the allocator chooses).
@@ -92,7 +92,7 @@ class BitAllocation(Callback):
         elif run.promise is None:
             raise ValueError(
                 "BitAllocation has rules or costs that need a survey, and nothing makes one; put "
-                "callbacks.survey.Survey before callbacks.bit_allocation.BitAllocation, or give survey: PATH"
+                "Survey before BitAllocation, or give survey: PATH"
             )
         else:
             run.needs.evidence = True

@@ -36,7 +36,7 @@ class Export(Callback):
             if folder.exists() and any(folder.iterdir()) and not self._may_replace(pl_module.run_dir):
                 raise ValueError(
                     f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
-                    "or overwrite: true for Export"
+                    "or overwrite: true for the callback Export"
                 )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,7 +41,7 @@ class LearnedRounding(Callback):
         if not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
-                "put a method such as callbacks.gptq.GPTQ before callbacks.learned_rounding.LearnedRounding"
+                "put a method such as GPTQ before LearnedRounding"
             )
         start = time.perf_counter()
         before, after = tune_block(pl_module.adapter, run, current.block, pl_module.walk.block_batches(), self.spec)

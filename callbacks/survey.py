@@ -16,7 +16,7 @@ from moeq.survey.surveyor import Surveyor
 
 
 class Survey(Callback):
-    """Writes survey.json and sets ``run.evidence``; put it before callbacks.bit_allocation.BitAllocation.
+    """Writes survey.json and sets ``run.evidence``; put it before BitAllocation.
 
     Args:
         costs: Tables of predicted damage: fisher, fisher_kl, hessian, gemq, pmq, block_output, alphaq.

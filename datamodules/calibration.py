@@ -1,6 +1,6 @@
 """What every source of calibration data shares: token ids, and batches divided over ranks without duplicates."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +33,7 @@ class BatchShare(Sampler[list[int]]):
         return len(self._batches)
 
 
-class CalibrationDataModule(L.LightningDataModule):
+class CalibrationDataModule(L.LightningDataModule, ABC):
     """Train batches ``{"input_ids": [B, L]}`` from ``calibration_ids``."""
 
     def __init__(self, batch_size: int) -> None:

@@ -1,19 +1,27 @@
 """The command line: ``fit`` and ``validate`` over one module class and any datamodule."""
 
+import inspect
 import logging
 import re
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from moeq.module import MoEQuantModule
 from moeq.progress import PassProgressBar
+
+# Packages of the checkout, beside main.py, which imports them: their classes are known by their names alone.
+PARTS = {"trainer.callbacks": ("callbacks", Callback), "data": ("datamodules", LightningDataModule)}
 
 
 class RunFolderConfig(SaveConfigCallback):
@@ -39,7 +47,7 @@ class MoEQuantCLI(LightningCLI):
         return {"fit": both["fit"], "validate": both["validate"]}
 
     def before_validate(self) -> None:
-        """Leave out Lightning's table of validation metrics: callbacks.Results prints a better one."""
+        """Leave out Lightning's table of validation metrics: the callback Results prints a better one."""
         self.config_init["validate"]["verbose"] = False
         if not hasattr(self.datamodule, "evaluations"):
             raise ValueError(
@@ -85,9 +93,44 @@ class MoEQuantCLI(LightningCLI):
                 raise ValueError(str(error)) from error
 
 
+def known_parts(option: str) -> dict[str, type]:
+    """Classes of the checkout that an option takes, by the name that is their class_path; none where it has no such.
+
+    Args:
+        option: "trainer.callbacks" or "data".
+    """
+    found: dict[str, type] = {}
+    package, base = PARTS.get(option, ("", None))
+    waiting: list[type] = [] if base is None else [base]
+    while waiting:
+        for each in waiting.pop().__subclasses__():
+            waiting.append(each)
+            if each.__module__.startswith(f"{package}.") and not inspect.isabstract(each):
+                found[each.__name__] = each
+    return dict(sorted(found.items()))
+
+
+def parts_table() -> str:
+    """Callbacks and datamodules with the first sentence of each, and how to see the options of one."""
+    lines = []
+    for option, (package, _) in PARTS.items():
+        known = known_parts(option)
+        lines += (
+            ["", f"{package} (class_path of --{option}; --{option}.help NAME lists the options of one):"]
+            if known
+            else []
+        )
+        for name, part in known.items():
+            sentence = re.split(r"(?<=\.)\s", " ".join((part.__doc__ or "").replace("``", "").split()))[0]
+            lines.append(fill(sentence, 119, initial_indent=f"  {name:<22}", subsequent_indent=24 * " "))
+    return "\n".join(lines)
+
+
 def first_mistake(error: Exception) -> str:
     """What the user got wrong, out of an error of the parser, which lists every type that a value might have had."""
     text = str(error)
+    if wrong := _wrong_class(text):
+        return wrong
     if "Union subtypes" not in text:
         return text
     # Types within types: the innermost list has what was wrong, the first of its items what the user probably meant.
@@ -96,14 +139,45 @@ def first_mistake(error: Exception) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', "".join(outer))
     mistake = " ".join(items[0].split()) if items else text
     if unknown := re.search(r"given class_path '([^']+)':.*(Option '.+' is not accepted)", text, re.DOTALL):
-        return f"{'.'.join(keys) or 'data'}: {unknown[2]}; --data.help {unknown[1]} lists its options"
+        option, short = keys[0] if keys else "data", unknown[1].rpartition(".")[2]
+        name = short if short in known_parts(option) else unknown[1]
+        return f"{'.'.join(keys) or option}: {unknown[2]}; --{option}.help {name} lists its options"
     return f"{'.'.join(keys)}: {mistake}" if keys else mistake
+
+
+def _wrong_class(text: str) -> str | None:
+    """A class that does not exist, with those of a similar name and all others; None where the error is another."""
+    option = re.search(r'Parser key "([^"]+)"|--([\w.]+)\.help: ', text)
+    missing = re.search(
+        r"Expected a dot import path string: (?P<name>\S+)|(?:given class_path '(?P<path>[^']+)'|\.help):\s+"
+        r"(?P<reason>module '[^']+' has no attribute '(?P<last>[^']+)'|No module named '[^']+')",
+        text,
+    )
+    if not option or not missing:
+        return None
+    given, reason, known = missing["name"] or missing["path"], missing["reason"], known_parts(option[1] or option[2])
+    what = " ".join(["there is no class", *([given] if given else []), *([f"({reason})"] if reason else [])])
+    near = close_names(given.rpartition(".")[2] if given else missing["last"] or "", known)
+    remedy = f"did you mean {' or '.join(near)}? " if near else ""
+    listed = f"known by name are {', '.join(known)}; any other class is" if known else "write it as"
+    return f"{option[1] or option[2]}: {what}; {remedy}{listed} package.module.Class"
+
+
+def close_names(given: str, known: Iterable[str]) -> list[str]:
+    """Names that contain a name, or else are spelt like it, whatever the case of letters."""
+    by_lower = {name.lower(): name for name in known}
+    inside = [name for lower, name in by_lower.items() if given and given.lower() in lower]
+    return inside or [by_lower[lower] for lower in get_close_matches(given.lower(), by_lower)]
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help of the parser that leaves the lines of a description as they are."""
 
 
 def _parser_kwargs(commands: Iterable[str]) -> dict[str, Any]:
     """No abbreviations (--model.bit is a typo), and errors that are raised rather than printed below the usage."""
-    strict = {"allow_abbrev": False, "exit_on_error": False}
-    return {**strict, **{command: strict for command in commands}}
+    strict = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": _HelpFormatter}
+    return {**strict, **{command: {**strict, "description": parts_table()} for command in commands}}
 
 
 def _trainer_defaults() -> dict[str, Any]:

@@ -1,9 +1,16 @@
-"""What the command line makes of an error of the parser."""
+"""What the command line knows by name, says about itself, and makes of an error of the parser."""
+
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 
-from moeq.cli import first_mistake
+from main import import_parts, main
+from moeq.cli import close_names, first_mistake, known_parts
 
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+OWN = ["--config=configs/rtn_w3.yaml"]
 UNION = "Does not validate against any of the Union subtypes\nSubtypes: [<class 'A'>, <class 'NoneType'>]\nErrors:\n"
 
 
@@ -29,3 +36,116 @@ UNION = "Does not validate against any of the Union subtypes\nSubtypes: [<class 
 )
 def test_an_error_of_types_within_types_becomes_what_was_meant(text: str, expected: str) -> None:
     assert first_mistake(ValueError(text)) == expected
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command line that only prints something prints."""
+    with pytest.raises(SystemExit) as stop:
+        main([*args])
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, list[str]]:
+    """Class paths that a command line comes to, of callbacks and data."""
+    config = yaml.safe_load(printed(capsys, "fit", *args, "--print_config"))
+    return {
+        "callbacks": [each["class_path"] for each in config["trainer"]["callbacks"]],
+        "data": [config["data"]["class_path"]],
+    }
+
+
+def class_paths(config: Path) -> list[tuple[str, str]]:
+    """Option and class_path of everything that a configuration names."""
+    content = yaml.safe_load(config.read_text())
+    callbacks = [("trainer.callbacks", each["class_path"]) for each in content["trainer"]["callbacks"]]
+    return [*callbacks, ("data", content["data"]["class_path"])]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_name_classes_by_their_names_alone(config: Path) -> None:
+    import_parts()
+    for option, name in class_paths(config):
+        assert name in known_parts(option), name
+
+
+def test_what_cannot_be_chosen_is_not_offered() -> None:
+    import_parts()
+    assert known_parts("trainer.callbacks").keys() >= {"AWQ", "GPTQ", "Survey"}
+    assert known_parts("data").keys() == {"EBSSDataModule", "EvaluationDataModule", "TextDataModule"}
+    assert known_parts("trainer.logger") == {}
+
+
+def test_a_class_is_found_by_its_name_and_by_its_path_whoever_wrote_it(capsys: pytest.CaptureFixture[str]) -> None:
+    added = [f"--trainer.callbacks+={each}" for each in ("GPTQ", "callbacks.gptq.GPTQ", "tests.killer.KillAtBlock")]
+    found = parsed(capsys, *OWN, *added, "--data=EBSSDataModule")
+    assert found["callbacks"][-3:] == ["callbacks.gptq.GPTQ", "callbacks.gptq.GPTQ", "tests.killer.KillAtBlock"]
+    assert found["data"] == ["datamodules.ebss.EBSSDataModule"]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_help_lists_callbacks_and_datamodules_with_a_sentence_each(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(capsys, command, "--help").splitlines()
+    for option in ("trainer.callbacks", "data"):
+        assert any(f"--{option}.help NAME" in line for line in lines)
+        for name, part in known_parts(option).items():
+            (line,) = [line for line in lines if re.match(rf"  {name}  +", line)]
+            assert part.__doc__ is not None
+            opening = part.__doc__.replace("``", "").partition("\n")[0][:40]
+            assert line.removeprefix(f"  {name}").strip().startswith(opening), line
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "callbacks.gptq.GPTQ"])
+def test_the_options_of_a_callback_are_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "fit", "--trainer.callbacks.help", name)
+    assert "--trainer.callbacks.coverage {shrink,rtn,fail}" in text
+    assert "What an expert with few tokens gets" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.callbacks+=GPTQX"], "trainer.callbacks: there is no class GPTQX; did you mean GPTQ. known by "),
+        (["--trainer.callbacks+=callbacks.GPTQ"], r"no class callbacks.GPTQ \(module .*\); did you mean GPTQ\? "),
+        (["--trainer.callbacks+=calbacks.gptq.GPTQ"], r"No module named 'calbacks'\); did you mean GPTQ\? "),
+        (["--trainer.callbacks.help", "rounding"], "no class rounding; did you mean LearnedRounding"),
+        (["--trainer.callbacks.help", "callbacks.GPTQ"], r"no class \(module .* 'GPTQ'\); did you mean GPTQ\? "),
+        (
+            ["--data=EBSS"],
+            r"data: .*did you mean EBSSDataModule\? known by name are EBSSDataModule, EvaluationDataModule, ",
+        ),
+        (["--data=Unlike"], "data: there is no class Unlike; known by name are EBSSDataModule, "),
+        (["--trainer.logger=Unlike"], "trainer.logger: there is no class Unlike; write it as package.module.Class"),
+        (["--trainer.callbacks+=GPTQ", "--trainer.callbacks.kapa=2"], "'kapa' .*; --trainer.callbacks.help GPTQ lists"),
+    ],
+)
+def test_a_class_that_does_not_exist_is_answered_with_those_that_do(args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as stop:
+        main(["fit", *OWN, *args])
+    assert "\n" not in str(stop.value)
+
+
+def test_a_name_in_the_list_of_a_configuration_is_answered_too(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text(Path("configs/rtn_w3.yaml").read_text().replace("class_path: RTN", "class_path: RNT"))
+    with pytest.raises(SystemExit, match=r"there is no class RNT; did you mean RTN\? known by name are AWQ, "):
+        main(["fit", f"--config={config}"])
+
+
+def test_similar_names_are_those_that_contain_a_name_or_are_spelt_like_it() -> None:
+    known = ["GPTQ", "HQQ", "HessianCalibration"]
+    assert close_names("hessian", known) == ["HessianCalibration"]
+    assert close_names("gtpq", known) == ["GPTQ"]
+    assert close_names("", known) == close_names("zzz", known) == []
+
+
+MENTION = re.compile(r"\b(?:callbacks|datamodules)(?:\.[a-z_]+)?\.[A-Z]\w+")
+
+
+def test_messages_and_docstrings_name_callbacks_by_what_a_configuration_takes() -> None:
+    for folder in ("moeq", "callbacks", "datamodules", "configs"):
+        for path in [*Path(folder).rglob("*.py"), *Path(folder).rglob("*.yaml")]:
+            lines = [line for line in path.read_text().splitlines() if not re.match(r"\s*(from|import) ", line)]
+            assert not MENTION.findall("\n".join(lines)), path

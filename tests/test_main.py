@@ -214,8 +214,8 @@ def test_an_allocation_of_one_run_is_the_plan_of_the_next(tiny: Path, tmp_path: 
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer:\n  callbacks:\n"
-        f"    - {{class_path: callbacks.bit_allocation.BitAllocation, init_args: {{plan: {path}}}}}\n"
-        "    - class_path: callbacks.rtn.RTN\n    - class_path: callbacks.export.Export\n"
+        f"    - {{class_path: BitAllocation, init_args: {{plan: {path}}}}}\n"
+        "    - class_path: RTN\n    - class_path: Export\n"
     )
     fit(Path("configs/rtn_w3.yaml"), tiny, tmp_path / "second", "--config", str(overlay))
     bits = {name: weight.bits for name, weight in read_quantized(tmp_path / "second" / "export").items()}

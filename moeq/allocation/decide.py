@@ -125,7 +125,7 @@ def find_costs(evidence: Evidence | None, name: str) -> CostTable:
     if name not in tables:
         raise ValueError(
             f"the survey holds no cost {name!r} (it has: {', '.join(tables) or 'none'}); "
-            f"add {name} to costs of callbacks.survey.Survey"
+            f"add {name} to costs of the callback Survey"
         )
     return tables[name]
 

@@ -144,7 +144,7 @@ def read_evidence(path: Path, weights: Sequence[WeightShape] | None = None) -> E
         ValueError: There is none, it cannot be read, or it is about another model.
     """
     if not path.is_file():
-        raise ValueError(f"no survey at {path}; give the survey.json of a run with callbacks.survey.Survey")
+        raise ValueError(f"no survey at {path}; give the survey.json of a run with the callback Survey")
     try:
         evidence = Evidence.from_json(json.loads(path.read_text(encoding="utf8")))
         if weights is not None:

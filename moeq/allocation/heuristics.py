@@ -180,7 +180,7 @@ def _similarity(weights: Weights, evidence: Evidence, by: str) -> dict[int, floa
     values_L = evidence.similarity_L if by == "measured" else evidence.predicted_similarity_L
     if values_L is None:
         remedy = "set predictor: true in" if by == "predicted" else "make it again with"
-        raise ValueError(f"the survey holds no {by} similarity of blocks; {remedy} callbacks.survey.Survey")
+        raise ValueError(f"the survey holds no {by} similarity of blocks; {remedy} the callback Survey")
     return {block: float(values_L[block]) for block in _blocks(w for w in weights if w.kind == "routed")}
 
 
@@ -205,7 +205,7 @@ def top_scored(
     if score not in evidence.scores:
         known = ", ".join(evidence.scores) or "none"
         raise ValueError(
-            f"the survey holds no score {score!r} (it has: {known}); add it to scores of callbacks.survey.Survey"
+            f"the survey holds no score {score!r} (it has: {known}); add it to scores of the callback Survey"
         )
     names = [w.name for w in weights if w.kind == kind]
     return set(_top(names, evidence.scores[score], num, share))

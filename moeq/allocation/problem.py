@@ -148,7 +148,7 @@ def _cost(costs: CostTable, weight: WeightShape, choice: Choice) -> float:
         cost = costs[weight.name][choice]
     except KeyError:
         raise ValueError(
-            f"the cost table has no {choice.label} for {weight.name}; add it to choices of callbacks.survey.Survey"
+            f"the cost table has no {choice.label} for {weight.name}; add it to choices of the callback Survey"
         ) from None
     if not math.isfinite(cost):
         raise ValueError(f"cost ({cost}) of {weight.name} at {choice.label} must be finite; check the survey's data")

@@ -45,7 +45,7 @@ class Rule:
     def apply(self, weights: Sequence[WeightShape], evidence: Evidence | None = None) -> set[str]:
         """Names of the selected weights; raises ValueError where nothing can be selected or evidence is missing."""
         if evidence is None and self.needs_evidence:
-            raise ValueError(f"rule {self.name} needs evidence; put callbacks.survey.Survey before the allocation")
+            raise ValueError(f"rule {self.name} needs evidence; put the callback Survey before BitAllocation")
         try:
             return RULES[self.name](weights, evidence, **self.options)
         except ValueError as error:

@@ -229,4 +229,4 @@ def _name(model: nn.Module, wanted: nn.Module) -> str:
 
 def _refusal(model: nn.Module, reason: str) -> ValueError:
     family = model.config.model_type  # type: ignore[union-attr]
-    return ValueError(f"{family} cannot be rotated: {reason}; leave callbacks.rotation.Rotation out")
+    return ValueError(f"{family} cannot be rotated: {reason}; leave the callback Rotation out")

@@ -37,7 +37,7 @@ class ExpertCounter:
         if len(numbers) != 1:
             raise ValueError(
                 f"{type(model).__name__} has {f'blocks with {numbers} experts' if numbers else 'no routed experts'}, "
-                "whose balance is not defined; calibrate on text (datamodules.text.TextDataModule)"
+                "whose balance is not defined; calibrate on text (TextDataModule)"
             )
         self.num_experts = numbers[0]
         self._chosen: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Survey of the original model, block by block: from hooks on forward and backward passes to ``Evidence``.
 
-``Surveyor`` is fed by a training loop (``callbacks.survey.Survey``) or by ``survey_model``, which needs only a model
+``Surveyor`` is fed by a training loop (the callback ``Survey``) or by ``survey_model``, which needs only a model
 and token ids.  Every sum is added up over ranks, and solves are divided over them, so all ranks find the same.
 
 Memory of one block: the Hessians of all its sites in float64 (twice where the solver's are weighted by affinity and the

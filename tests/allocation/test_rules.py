@@ -173,7 +173,7 @@ def test_rules_that_need_a_survey_say_so() -> None:
     for name, given in options.items():
         rule = make_rule({"rule": name, "bits": 4, **given})
         assert rule.needs_evidence
-        with pytest.raises(ValueError, match=f"rule {name} needs evidence; put callbacks.survey.Survey"):
+        with pytest.raises(ValueError, match=f"rule {name} needs evidence; put the callback Survey"):
             rule.apply(WEIGHTS)
         with pytest.raises(ValueError, match=f"rule {name}: the survey (holds|has) no"):
             rule.apply(WEIGHTS, Evidence())

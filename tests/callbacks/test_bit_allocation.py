@@ -174,7 +174,7 @@ def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Pat
 @pytest.mark.parametrize(
     ("survey", "allocation", "remedy"),
     [
-        ({"costs": ["hessian"]}, ALLOCATE, "add fisher to costs of callbacks.survey.Survey"),
+        ({"costs": ["hessian"]}, ALLOCATE, "add fisher to costs of the callback Survey"),
         ({"choices": [2, 3]}, ALLOCATE, r"no 4g16 for .*; add it to choices of callbacks\.survey\.Survey"),
         (
             {"scores": ["kurtosis"]},

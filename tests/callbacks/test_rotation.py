@@ -26,7 +26,7 @@ def variant(folder: Path, rotation: dict[str, Any] | None, dense: bool = True) -
     """The configuration with other settings of Rotation (None: without it)."""
     config = yaml.safe_load(CONFIG.read_text())
     first, *others = config["trainer"]["callbacks"]
-    assert first["class_path"] == "callbacks.rotation.Rotation"
+    assert first["class_path"] == "Rotation"
     for each in others:
         if each["class_path"].endswith("Export"):
             each["init_args"] = {"dense": dense}
