@@ -23,6 +23,12 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
+def wait_for_ranks() -> None:
+    """Return when every rank has come here."""
+    if is_distributed():
+        dist.barrier()
+
+
 def gather_lists(items: list[Any]) -> list[Any]:
     """Items of all ranks in rank order, on every rank."""
     if not is_distributed():

@@ -15,10 +15,9 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer
-from moeq.disk.digest import tensor_digest
 from moeq.evaluation.start import ReferenceMode, start_validation
 from moeq.evaluation.task_evaluation import TaskEvaluation
-from moeq.fit.fingerprint import batches_digest, run_fingerprint
+from moeq.fit.fingerprint import data_digest, run_fingerprint
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
@@ -162,25 +161,18 @@ class MoEQuantModule(L.LightningModule):
         self.model.to(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
-        sites = [self.adapter.sites(block) for block in range(len(self.adapter.blocks))]
-        resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), sites)
-        if self.hparams["restart"] and self.global_rank == 0:
-            resume.forget()
-        self.trainer.strategy.barrier("moeq_restart")
-        self.walk = Walk(self.adapter, self.run, sites, resume, self.walk_spec, rank_zero_info)
+        resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), restart=self.hparams["restart"])
+        self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
 
     def _fingerprint(self) -> dict[str, str]:
         """Of the configuration, the model and the data, which may have to be sampled first."""
         trainer: Any = self.trainer
         start = time.perf_counter()
-        # A datamodule of the user's own may have no fixed set of ids; then what its loader gives is read once more.
-        ids = getattr(trainer.datamodule, "calibration_ids", None)
-        data = batches_digest(trainer.datamodule.train_dataloader()) if ids is None else tensor_digest(ids())
+        data = data_digest(trainer.datamodule)
         self.run.seconds["calibration data"] = time.perf_counter() - start
         batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
-        steps = [step for step in trainer.callbacks if not type(step).__module__.startswith("lightning.")]
-        return run_fingerprint({**self.settings, "batches": batches}, steps, self.model, data)
+        return run_fingerprint({**self.settings, "batches": batches}, trainer.callbacks, self.model, data)
 
     @property
     def current_pass(self) -> Pass:

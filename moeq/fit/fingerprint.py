@@ -25,13 +25,14 @@ def run_fingerprint(
 
     Args:
         settings: Options of the run; those of ``NEUTRAL_SETTINGS`` are left out.
-        steps: What acts on the model, in its order.  An object whose class says ``affects_weights = False`` is left
-            out; one with ``constructor_arguments`` is told by them, any other by its public attributes.
+        steps: What acts on the model, in its order.  Lightning's own callbacks and an object whose class says
+            ``affects_weights = False`` are left out; one with ``constructor_arguments`` is told by them, any other by
+            its public attributes.
         model: Before anything is changed, or after a deterministic change.
         data: Digest of the calibration data.
     """
     given = {key: describe(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
-    listed = [describe_step(step) for step in steps if getattr(type(step), "affects_weights", True)]
+    listed = [describe_step(step) for step in steps if _affects_weights(type(step))]
     configuration = digest({"settings": given, "steps": listed})
     return {
         "configuration": configuration,
@@ -39,6 +40,10 @@ def run_fingerprint(
         "compute dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
         "data": data,
     }
+
+
+def _affects_weights(kind: type) -> bool:
+    return not kind.__module__.startswith("lightning.") and getattr(kind, "affects_weights", True)
 
 
 def describe_step(step: object) -> list[Any]:
@@ -87,6 +92,12 @@ def _public(value: object) -> dict[str, Any]:
 
 def _path_of(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def data_digest(datamodule: Any) -> str:
+    """Digest of the calibration data: of its ``calibration_ids()`` where it has them, else of what its loader gives."""
+    ids = getattr(datamodule, "calibration_ids", None)
+    return batches_digest(datamodule.train_dataloader()) if ids is None else tensor_digest(ids())
 
 
 def batches_digest(batches: Iterable[Mapping[str, Any]]) -> str:

@@ -5,14 +5,14 @@ model and the calibration data.  A restarted run with the same fingerprint loads
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moeq.distributed import gather_lists, rank_and_world
+from moeq.distributed import gather_lists, rank_and_world, wait_for_ranks
 from moeq.fit.block_files import BlockFile, block_path, check_fingerprint, read_block, save_block, take_block
 from moeq.fit.run import Run
 from moeq.fit.solve import change_parameters, commit
-from moeq.models.adapter import Adapter, Site
+from moeq.models.adapter import Adapter
 from moeq.quant.spec import Fallback
 
 DAMAGED = "finished block was damaged"
@@ -26,24 +26,19 @@ class Resume:
         run: Its state; finished blocks are entered into it.
         folder: Of the run.
         fingerprint: Digests of what the blocks depend on, by subject.
-        sites: Sites of every block.
+        restart: Delete the finished blocks first.
     """
 
     def __init__(
-        self,
-        adapter: Adapter,
-        run: Run,
-        folder: Path,
-        fingerprint: Mapping[str, str],
-        sites: Sequence[tuple[Site, ...]],
+        self, adapter: Adapter, run: Run, folder: Path, fingerprint: Mapping[str, str], *, restart: bool = False
     ) -> None:
-        self.adapter, self.run, self.folder, self.sites = adapter, run, folder, sites
+        self.adapter, self.run, self.folder = adapter, run, folder
         self.fingerprint = dict(fingerprint)
+        self.sites = [adapter.sites(block) for block in range(len(adapter.blocks))]
         self.first_block = 0
-
-    def forget(self) -> None:
-        """Delete the finished blocks; one rank does it, before any of them reads."""
-        shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        if restart and rank_and_world()[0] == 0:
+            shutil.rmtree(folder / "blocks", ignore_errors=True)
+        wait_for_ranks()  # no rank reads what another is about to delete
 
     def load(self, announce: Callable[[str], None]) -> int:
         """Read the finished blocks into the run; returns the first block that is not finished.

@@ -1,7 +1,7 @@
 """Walk of the calibration batches through the blocks of a model: one pass after another, one batch at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from moeq.fit.memory import MemoryRow, memory_row
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential, build_schedule
-from moeq.models.adapter import Adapter, Site
+from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.quant.spec import Routing
 
@@ -39,7 +39,6 @@ class Walk:
     Args:
         adapter: The model.
         run: State of the run; it says what the passes are needed for.
-        sites: Sites of every block.
         resume: Its finished blocks.
         spec: How a block is divided into passes.
         announce: Tells the user something, once for all ranks.
@@ -49,11 +48,10 @@ class Walk:
     """
 
     def __init__(
-        self, adapter: Adapter, run: Run, sites: Sequence[tuple[Site, ...]], resume: Resume, spec: WalkSpec,
-        announce: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self, adapter: Adapter, run: Run, resume: Resume, spec: WalkSpec, announce: Callable[[str], None]
+    ) -> None:
         self.adapter, self.run, self.resume = adapter, run, resume
-        first_block = resume.load(announce)
+        first_block, sites = resume.load(announce), resume.sites
         if first_block:
             announce(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {resume.folder}")
         if not run.needs.originals:
