@@ -61,7 +61,7 @@ class Yardstick:
 
     def __init__(self, name: str, texts: Texts | None = None) -> None:
         self.texts = texts or Texts()
-        self.model, self.tokenizer = load_model(name, "auto"), load_tokenizer(name)
+        self.model, self.tokenizer = load_model(name, "auto", "auto"), load_tokenizer(name)
         self.streams = {
             domain: token_stream(read_documents(Path(self.texts.data_dir) / file), self.tokenizer)
             for domain, file in self.texts.domains.items()
