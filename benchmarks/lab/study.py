@@ -116,9 +116,12 @@ class Study(ABC, Generic[CaseT]):
     @classmethod
     def main(cls, args: Sequence[str] | None = None) -> None:
         """Measure what is missing of this share; print the report and write it where one is asked for."""
-        options = cls.parser().parse_args(args)
+        parser = cls.parser()
+        options = parser.parse_args(args)
         if options.quick:
-            vars(options).update(cls.quick)
+            # As defaults: what the command line says all the same is done.
+            parser.set_defaults(**cls.quick)
+            options = parser.parse_args(args)
             if cls.keeps:
                 options.folder = options.folder / "quick"
         if cls.threads is not None:

@@ -15,9 +15,10 @@ ROWS = [
 
 def test_the_shown_rows_come_in_their_order_with_fewer_columns() -> None:
     lines = table(list(reversed(ROWS))).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [method for method, _ in SHOWN]
+    labels = [f"{method} {bits}" for method, bits in SHOWN[1:]]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["original", *labels]
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
-        "RTN",
+        "RTN 3",
         "3.30",
         "5.5",
         "0.0100",

@@ -98,6 +98,8 @@ def test_a_quick_look_is_not_taken_for_the_study(tmp_path: Path) -> None:
     assert Toy.measured == [Case(0, 1)]
     run(Toy, tmp_path, "--sizes", "1", "--seeds", "0")
     assert Toy.measured == [Case(0, 1)] * 2
+    run(Toy, tmp_path, "--quick", "--sizes", "2")
+    assert Toy.measured[2:] == [Case(0, 2)]
 
 
 def test_a_case_without_an_answer_is_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
