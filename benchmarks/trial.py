@@ -91,7 +91,7 @@ def fit(ids_NL: Tensor, callbacks: Sequence[pl.Callback] | None = None, **settin
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     steps = [BitAllocation(), HessianCalibration(), CachedGridGPTQ()] if callbacks is None else list(callbacks)
-    module = MoEQuantModule(**settings)
+    module = MoEQuantModule(**{"damping": 0.01, **settings})  # the papers'; studies that differ say so
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         # Few workers, no logger: advice for training runs.
         warnings.simplefilter("ignore")

@@ -102,6 +102,7 @@ def known_parts(option: str) -> dict[str, type]:
     found: dict[str, type] = {}
     package, base = PARTS.get(option, ("", None))
     waiting: list[type] = [] if base is None else [base]
+    each: type
     while waiting:
         for each in waiting.pop().__subclasses__():
             waiting.append(each)
