@@ -6,14 +6,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.decide import AllocationSpec, Decision, Method, decide
+from moeq.allocation.decide import AllocationSpec, Decision, decide
 from moeq.allocation.evidence import read_evidence
 from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
 from moeq.allocation.plan_report import allocation_report, allocation_to_json
-from moeq.allocation.problem import Budget, BudgetUnit, Floor
 from moeq.allocation.rehearsal import rehearse
-from moeq.allocation.rules import make_rule
-from moeq.allocation.runtime import RuntimeName
 from moeq.disk.atomic import write_json, write_text
 from moeq.fit.block_files import block_path
 from moeq.module import MoEQuantModule
@@ -22,58 +19,16 @@ from moeq.module import MoEQuantModule
 class BitAllocation(Callback):
     """Bits by structure, by named rules, by an allocator under a budget, or as in the allocation.json of another run.
 
-    Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of
-    ``Survey``, which then stands before this callback, or a file of an earlier one.
+    Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of the callback
+    ``Survey``, which then stands before this one, or a file of an earlier run.
 
     Args:
-        attention: Bits of attention linears; null is ``--model.bits`` (or what the allocator chooses).
-        shared: Bits of shared experts.
-        dense: Bits of dense MLP blocks.
-        routed: Bits of routed experts.
-        plan: Path of an allocation.json; the other bits must then be left out.
-        rules: Rules such as {rule: first_blocks, num: 2, bits: 4}; each raises the bits of what it selects.  For the
-            allocator they are least widths.
-        method: "rules", or "allocate": the least predicted damage within a budget.
-        cost: Cost table of the survey that the allocator minimises, for example fisher.
-        budget: Limit of the allocator; of rules or a given plan, checked.
-        budget_unit: "code_bits" or "average_bits" per weight, "bytes", or "active_bytes" (of one token's weights).
-        choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128" and
-            "4g0" (no groups).
-        runtime: What must read the result: "research" (any width by weight), "gptqmodel" (one width per expert), "vllm"
-            (one per block's experts and per fused linear), "uniform_experts" (one for all experts).
-        floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
         survey: Path of the survey.json of an earlier run, in place of a survey in this one.
+        **settings: Those of ``AllocationSpec``.
     """
 
-    def __init__(
-        self,
-        attention: int | None = None,
-        shared: int | None = None,
-        dense: int | None = None,
-        routed: int | None = None,
-        plan: str | None = None,
-        rules: list[dict[str, Any]] | None = None,
-        method: Method = "rules",
-        cost: str | None = None,
-        budget: float | None = None,
-        budget_unit: BudgetUnit = "code_bits",
-        choices: list[int | str] | None = None,
-        runtime: RuntimeName = "research",
-        floors: list[Floor] | None = None,
-        survey: str | None = None,
-    ) -> None:
-        bits = {"attention": attention, "shared": shared, "dense": dense, "routed": routed}
-        self.spec = AllocationSpec(
-            bits_by_kind={kind: value for kind, value in bits.items() if value is not None},
-            plan=None if plan is None else Path(plan),
-            rules=tuple(make_rule(rule) for rule in rules or ()),
-            method=method,
-            cost=cost,
-            budget=None if budget is None else Budget(budget, budget_unit),
-            choices=(2, 3, 4, 8) if choices is None else tuple(choices),
-            runtime=runtime,
-            floors=tuple(floors or ()),
-        )
+    def __init__(self, survey: str | None = None, **settings: Any) -> None:
+        self.spec = AllocationSpec(**settings)
         self.survey = survey
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """Learn the rounding of each finished block, so that it returns what the original block returned."""
 
 import time
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,14 +18,11 @@ class LearnedRounding(Callback):
     Costs about three forward passes of a block per step, in float32, on one batch (``--data.batch_size`` sequences).
 
     Args:
-        num_steps: Steps on each block.
-        level_rate: Step size of the codes, in levels.
-        scale_rate: Step size of the logarithms of the scales.
-        seed: Order of the batches.
+        **settings: Those of ``LearnedSpec``.
     """
 
-    def __init__(self, num_steps: int = 100, level_rate: float = 0.01, scale_rate: float = 1e-3, seed: int = 0) -> None:
-        self.spec = LearnedSpec(num_steps, level_rate, scale_rate, seed)
+    def __init__(self, **settings: Any) -> None:
+        self.spec = LearnedSpec(**settings)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the outputs of the original blocks, and for what the solver knows of each weight."""

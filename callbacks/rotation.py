@@ -1,6 +1,7 @@
 """Rotate the model before it is calibrated: the same function of the tokens, without outliers in its weights."""
 
 import time
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,20 +9,17 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.models.rotation import RotationSpec, rotate
 from moeq.module import MoEQuantModule
-from moeq.quant.hadamard import RotationKind
 
 
 class Rotation(Callback):
     """Absorbs norms and rotates residual stream and values of heads (MoEQuant++); put it first in the list.
 
     Args:
-        kind: "hadamard", or "orthogonal" for widths that no Hadamard matrix is known for.
-        seed: Of the random signs (of the random matrix).
-        value_output: Also rotate the values of each attention head, where that changes nothing.
+        **settings: Those of ``RotationSpec``.
     """
 
-    def __init__(self, kind: RotationKind = "hadamard", seed: int = 0, value_output: bool = True) -> None:
-        self.spec = RotationSpec(kind, seed, value_output)
+    def __init__(self, **settings: Any) -> None:
+        self.spec = RotationSpec(**settings)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is sampled, surveyed or calibrated; a resumed run rotates its model again, alike."""

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.evidence import Promise, read_evidence
-from moeq.allocation.plan import parse_choices
+from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
-from moeq.survey.settings import Similarity, SurveySpec
+from moeq.survey.settings import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
 
 
@@ -19,36 +19,16 @@ class Survey(Callback):
     """Writes survey.json and sets ``run.evidence``; put it before BitAllocation.
 
     Args:
-        costs: Tables of predicted damage: fisher, fisher_kl, hessian, gemq, pmq, block_output, alphaq.
-        scores: Scores without data: outlier, outlier_group, kurtosis, spectral_tail.
         choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
             (no groups).
-        solver: Whose errors fisher, fisher_kl and hessian judge: "gptq" as in the run, or "rtn", which is faster.
-        num_gradient_batches: Batches, of all ranks together, for backward passes and measured changes.
-        num_kl_batches: Of those, batches on which fisher_kl measures.
-        similarity: "residual" compares tokens before and after the FFN with the residual stream, "block" without.
-        predictor: Train the paper's predictor of the similarity, too.
-        seed: Of sampled tokens and of the predictor.
+        **settings: Those of ``SurveyOptions``.
     """
 
-    def __init__(
-        self,
-        costs: Sequence[str] = ("fisher",),
-        scores: Sequence[str] = (),
-        choices: Sequence[int | str] = (2, 3, 4, 8),
-        solver: Literal["gptq", "rtn"] = "gptq",
-        num_gradient_batches: int = 8,
-        num_kl_batches: int = 2,
-        similarity: Similarity = "residual",
-        predictor: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.choices = list(choices)
-        self.settings: dict[str, Any] = {
-            "costs": tuple(costs), "scores": tuple(scores), "solver": solver, "seed": seed, "predictor": predictor,
-            "num_gradient_batches": num_gradient_batches, "num_kl_batches": num_kl_batches, "similarity": similarity,
-        }  # fmt: skip
-        SurveySpec(**self.settings)  # a mistake in the configuration shows before a model is loaded
+    def __init__(self, choices: Sequence[int | str] = DEFAULT_CHOICES, **settings: Any) -> None:
+        self.choices = tuple(choices)
+        self.options = SurveyOptions(**settings)
+        # A mistake in the configuration shows before a model is loaded.
+        SurveySpec(**vars(self.options), choices=parse_choices(self.choices, None))
         self._surveyor: Surveyor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +38,7 @@ class Survey(Callback):
         grid = pl_module.grid
         self._spec = SurveySpec(
             choices=parse_choices(self.choices, grid.group_size), grid=grid, solve=pl_module.solve_spec,
-            affinity_power=float(pl_module.hparams["affinity_power"]), **self.settings,
+            affinity_power=float(pl_module.hparams["affinity_power"]), **vars(self.options),
         )  # fmt: skip
         for choice in self._spec.choices:
             choice.grid(grid)  # raises for widths that no grid has

@@ -12,8 +12,8 @@ from typing_extensions import override
 from datamodules.calibration import CalibrationDataModule
 from moeq.disk.atomic import copy_file
 from moeq.disk.texts import read_documents, token_stream
-from moeq.sampling.balance import Units, is_degenerate
-from moeq.sampling.settings import EBSSSpec, NextToken, PrefixKind, Sampled, SamplingMode, SigmaScope
+from moeq.sampling.balance import is_degenerate
+from moeq.sampling.settings import EBSSSpec, NextToken, Sampled
 from moeq.sampling.text import text_windows
 
 NUM_SHOWN = 3
@@ -23,59 +23,24 @@ class EBSSDataModule(CalibrationDataModule):
     """Self-sampled calibration sequences, kept in the run folder with a report of their balance.
 
     Args:
-        num_sequences: Sequences to write.
-        length: Tokens per sequence.
-        branches: Branches per sequence that the search keeps (w of the paper).
-        tau: Divides the expert imbalance in the cost of a branch; a large tau is little balance.
-        prefix_length: Tokens that are grown before a sequence branches.
-        mode: corpus draws the text and steers the set as a whole toward experts that are still short; stochastic
-            balances each sequence for itself; paper always takes the most likely tokens, and a small model then loops.
-        temperature: Of the drawing.
-        balance: False leaves the expert imbalance out of the cost.
-        seed: Of first tokens and draws.
         sequences_at_once: Sequences (times branches) per forward pass; bounds the memory of the search. In corpus mode
             ranks divide them, in the other modes each rank takes so many.
         cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.
         compare_text: A .txt or .jsonl file; the report then has the same columns for as many tokens of it.
         batch_size: Sequences per step of the calibration.
-        top_p: Draw from the likeliest tokens with this probability in total; 1 draws from all.
-        sigma_units: Usage in sigma is the fraction of tokens (token_fraction) or of routed slots (slot_share).
-        sigma_scope: Sigma of the branch (sequence) or of all sequences with it (corpus).
-        prefix: First tokens of paper mode: greedy or sampled.
-        starts: Beginnings per sequence that corpus mode chooses from; more find rarer domains, at little cost.
-        segment: Tokens after which branches compete in corpus mode.
-        min_tokens_per_expert: Corpus mode stops once every expert has that many effective tokens, after num_sequences
-            at the latest; 0 writes them all.
+        **settings: Those of ``EBSSSpec``.
     """
 
     def __init__(
         self,
-        num_sequences: int = 128,
-        length: int = 512,
-        branches: int = 4,
-        tau: float = 1.2,
-        prefix_length: int = 4,
-        mode: SamplingMode = "corpus",
-        temperature: float = 1.0,
-        balance: bool = True,
-        seed: int = 0,
         sequences_at_once: int = 64,
         cache_dir: str | None = None,
         compare_text: str | None = None,
         batch_size: int = 8,
-        top_p: float = 1.0,
-        sigma_units: Units = "token_fraction",
-        sigma_scope: SigmaScope = "sequence",
-        prefix: PrefixKind = "greedy",
-        starts: int = 32,
-        segment: int = 8,
-        min_tokens_per_expert: float = 0.0,
+        **settings: Any,
     ) -> None:
         super().__init__(batch_size)
-        self.spec = EBSSSpec(
-            num_sequences, length, branches, tau, prefix_length, mode, temperature, balance, seed, top_p, sigma_units,
-            sigma_scope, prefix, starts, segment, min_tokens_per_expert,
-        )  # fmt: skip
+        self.spec = EBSSSpec(**settings)
         if sequences_at_once < 1:
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text

@@ -142,6 +142,8 @@ def first_mistake(error: Exception) -> str:
         option, short = keys[0] if keys else "data", unknown[1].rpartition(".")[2]
         name = short if short in known_parts(option) else unknown[1]
         return f"{'.'.join(keys) or option}: {unknown[2]}; --{option}.help {name} lists its options"
+    if value := re.match(r"Problem with given class_path '[^']+': Parser key \"([^\"]+)\": (.+)", mistake):
+        keys, mistake = [*keys, value[1]], value[2]
     return f"{'.'.join(keys)}: {mistake}" if keys else mistake
 
 

@@ -49,7 +49,7 @@ class MoEQuantModule(L.LightningModule):
         group_size: In-features that share a scale; null is one scale per output channel.
         symmetric: Symmetric grids, without zero points.
         clip_search: Search the clipping range of each group (2.4-norm).
-        damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal; 0.01 in the papers, and 0.1 holds
+        damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal; the papers have 0.01, and 0.1 holds
             better where the calibration data are few or of other domains.
         act_order: GPTQ: quantize columns by decreasing Hessian diagonal (static groups).
         affinity_power: Weight of a token in an expert's Hessian: affinity ** power. 1 is AGQ, 0 plain GPTQ.
@@ -70,10 +70,10 @@ class MoEQuantModule(L.LightningModule):
         reference: str | None = None,
         reference_mode: ReferenceMode = "auto",
         bits: int = 4,
-        group_size: int | None = 64,
+        group_size: int | None = GridSpec.group_size,
         symmetric: bool = False,
         clip_search: bool = True,
-        damping: float = 0.01,
+        damping: float = SolveSpec.damping,
         act_order: bool = True,
         affinity_power: float = 1.0,
         routing: Routing = "routed",

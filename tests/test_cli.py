@@ -1,13 +1,24 @@
 """What the command line knows by name, says about itself, and makes of an error of the parser."""
 
+import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from callbacks.survey import Survey
 from main import import_parts, main
+from moeq.allocation.decide import AllocationSpec
+from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.cli import close_names, first_mistake, known_parts
+from moeq.models.rotation import RotationSpec
+from moeq.module import MoEQuantModule
+from moeq.quant.learned import LearnedSpec
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.sampling.settings import EBSSSpec
+from moeq.survey.settings import SurveyOptions, SurveySpec
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 OWN = ["--config=configs/rtn_w3.yaml"]
@@ -139,6 +150,57 @@ def test_similar_names_are_those_that_contain_a_name_or_are_spelt_like_it() -> N
     assert close_names("hessian", known) == ["HessianCalibration"]
     assert close_names("gtpq", known) == ["GPTQ"]
     assert close_names("", known) == close_names("zzz", known) == []
+
+
+@pytest.mark.parametrize("option", ["trainer.callbacks", "data"])
+def test_every_option_has_a_sentence_in_the_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import_parts()
+    for name in known_parts(option):
+        text = printed(capsys, "fit", f"--{option}.help", name).partition("Help for")[2]
+        entries = re.findall(rf"^  --({option}\.\w+)\b(?!\.help)(.*?)(?=^  --|\Z)", text, re.DOTALL | re.MULTILINE)
+        for given, entry in entries:
+            sentence = re.sub(r"^.*?(?:\s{2,}|\n)", "", entry, count=1).strip()
+            assert re.match(r"[^(]", sentence), f"{name}: {given} has no help"
+
+
+def test_options_told_in_a_dataclass_are_flat_typed_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    import_parts()
+    for option, name, spec in [
+        ("data", "EBSSDataModule", EBSSSpec), ("trainer.callbacks", "Survey", SurveyOptions),
+        ("trainer.callbacks", "BitAllocation", AllocationSpec), ("trainer.callbacks", "Rotation", RotationSpec),
+        ("trainer.callbacks", "LearnedRounding", LearnedSpec),
+    ]:  # fmt: skip
+        text = printed(capsys, "fit", f"--{option}.help", name)
+        for field in fields(spec):
+            assert f"\n  --{option}.{field.name} " in text, field.name
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--data.num_sequence=4"],
+            r"data: Option 'num_sequence' is not accepted; --data.help EBSSDataModule lists its",
+        ),
+        (["--data.mode=random"], r"data.mode: Expected .*'paper', 'stochastic', 'corpus'.* random"),
+        (["--data.num_sequences=many"], "data.num_sequences: Expected .*int"),
+        (["--data.branches=0"], r"branches \(0\) must be at least 1"),
+    ],
+)
+def test_mistakes_in_options_told_in_a_dataclass_are_refused(args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["fit", "--config=configs/moequant_w3.yaml", "--model.name=none", *args])
+
+
+def test_an_option_has_one_default_wherever_it_can_be_given() -> None:
+    model = inspect.signature(MoEQuantModule).parameters
+    assert model["damping"].default == SolveSpec().damping == 0.1
+    assert model["act_order"].default == SolveSpec().act_order
+    for name in ("bits", "group_size", "symmetric", "clip_search"):
+        assert model[name].default == getattr(GridSpec(), name)
+    assert GridSpec().group_size == 64
+    assert Survey().choices == AllocationSpec().choices == DEFAULT_CHOICES == (2, 3, 4, 8)
+    assert SurveySpec().choices == parse_choices(DEFAULT_CHOICES, GridSpec().group_size)
 
 
 MENTION = re.compile(r"\b(?:callbacks|datamodules)(?:\.[a-z_]+)?\.[A-Z]\w+")

@@ -31,7 +31,7 @@ from moeq.allocation.plan import Choice, plan_cost
 from moeq.disk.atomic import write_json
 from moeq.disk.texts import read_documents
 from moeq.module import MoEQuantModule
-from moeq.quant.spec import GridSpec, WeightShape
+from moeq.quant.spec import GridSpec, SolveSpec, WeightShape
 from moeq.survey.settings import MEASURED, SurveySpec
 from moeq.survey.surveyor import survey_model
 from moeq.tasks.arithmetic import Sum, build_problems
@@ -119,6 +119,7 @@ class Allocation(Study[Case]):
         if not path.is_file():
             spec = SurveySpec(
                 costs=tuple(cost for cost in COSTS if cost not in MEASURED), scores=SCORES, grid=GRID, seed=seed,
+                solve=SolveSpec(damping=0.01),
                 choices=tuple(Choice(bits, GROUP) for bits in WIDTHS), num_gradient_batches=4, predictor=True,
             )  # fmt: skip
             # Every weight is rounded alone at every width there: one batch of 2,048 tokens takes as long as all else.

@@ -16,7 +16,7 @@ from moeq.allocation.allocate import allocate
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.heuristics import RULES
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Budget
+from moeq.allocation.problem import Budget, Constraints
 from moeq.quant.spec import GridSpec, WeightShape
 
 Plan = dict[str, GridSpec]
@@ -112,8 +112,8 @@ def make_plan(row: str, budget: float, setting: Setting) -> Plan | None:
     if row == "PMQ":
         return pmq(setting, budget)
     if row.startswith("allocator, "):
-        costs, choices = setting.evidence.costs[row.removeprefix("allocator, ")], _choices(grid, WIDTHS)
-        return allocate(weights, costs, choices, Budget(budget), grid).plan
+        costs = setting.evidence.costs[row.removeprefix("allocator, ")]
+        return allocate(weights, costs, Constraints(_choices(grid, WIDTHS), Budget(budget), grid)).plan
     return fill(setting, HEURISTICS[row](setting), budget, 2, 4)
 
 
@@ -151,10 +151,8 @@ def pmq(setting: Setting, budget: float) -> Plan:
     share = (budget * total - fits[0] * rest_size) / (total - rest_size)
     for block in sorted({w.block for w in routed}):
         members = [w for w in routed if w.block == block]
-        found = allocate(
-            members, setting.evidence.costs["pmq"], _choices(grid, (2, 3, 4)), Budget(share), grid, runtime="gptqmodel"
-        )
-        plan |= found.plan
+        constraints = Constraints(_choices(grid, (2, 3, 4)), Budget(share), grid, runtime="gptqmodel")
+        plan |= allocate(members, setting.evidence.costs["pmq"], constraints).plan
     return {w.name: plan[w.name] for w in weights}
 
 

@@ -5,12 +5,12 @@ the damage one accepts for being readable by more systems is a number.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeq.allocation.evidence import CostTable
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Budget, Floor, build_problem
-from moeq.allocation.runtime import RUNTIMES, find_runtime
+from moeq.allocation.problem import Budget, Constraints, build_problem
+from moeq.allocation.runtime import RUNTIMES
 from moeq.allocation.solver import SolverName, solve
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -51,58 +51,46 @@ class RuntimePrice:
 
 
 def allocate(
-    weights: Sequence[WeightShape], costs: CostTable, choices: Sequence[Choice], budget: Budget, like: GridSpec, *,
-    runtime: str = "research", floors: Sequence[Floor] = (), minimum_bits: Mapping[str, int] | None = None,
-    fixed: Mapping[str, GridSpec] | None = None, solver: SolverName = "auto",
-) -> Allocation:  # fmt: skip
+    weights: Sequence[WeightShape], costs: CostTable, constraints: Constraints, solver: SolverName = "auto"
+) -> Allocation:
     """The plan of least predicted damage within a budget.
 
     Args:
         weights: All quantizable weights of the model.
         costs: Predicted damage by weight and choice.
-        choices: Bits and group sizes that a weight may get.
-        budget: The limit, over all weights.
-        like: Grid whose symmetry and clip search the chosen grids have.
-        runtime: A name of ``runtime.RUNTIMES``: which weights share a width.
-        floors: Experts of each block that must stay wide.
-        minimum_bits: Least bits of some weights, by name.
-        fixed: Grids of weights that are not chosen, by name.
+        constraints: What the plan has to keep to.
         solver: "exact", "lagrangian", or "auto" by the number of variables.
 
     Raises:
         ValueError: The budget cannot be met (the nearest reachable ones are named), or a cost is missing.
     """
-    fixed = fixed or {}
-    problem = build_problem(
-        weights, costs, choices, budget, find_runtime(runtime), like, floors=floors, minimum_bits=minimum_bits,
-        fixed=fixed,
-    )  # fmt: skip
+    problem = build_problem(weights, costs, constraints)
     solution = solve(problem, solver)
     chosen = {
-        weight.name: problem.choices[index].grid(like)
+        weight.name: problem.choices[index].grid(constraints.like)
         for unit, index in zip(problem.units, solution.choice_U.tolist(), strict=True)
         for weight in unit
     }
-    plan = {weight.name: fixed.get(weight.name) or chosen[weight.name] for weight in weights}
     return Allocation(
-        plan, runtime, solution.cost, solution.gap, problem.amount(solution.size), budget, solution.solver,
-        len(problem.units),
-    )  # fmt: skip
+        plan={weight.name: constraints.fixed.get(weight.name) or chosen[weight.name] for weight in weights},
+        runtime=constraints.runtime,
+        predicted=solution.cost,
+        gap=solution.gap,
+        used=problem.amount(solution.size),
+        budget=constraints.budget,
+        solver=solution.solver,
+        num_units=len(problem.units),
+    )
 
 
 def runtime_prices(
-    weights: Sequence[WeightShape], costs: CostTable, choices: Sequence[Choice], budget: Budget, like: GridSpec, *,
-    floors: Sequence[Floor] = (), minimum_bits: Mapping[str, int] | None = None,
-    fixed: Mapping[str, GridSpec] | None = None, solver: SolverName = "auto",
-) -> list[RuntimePrice]:  # fmt: skip
-    """Predicted damage of the best plan for every runtime, at the same budget; arguments are those of ``allocate``."""
+    weights: Sequence[WeightShape], costs: CostTable, constraints: Constraints, solver: SolverName = "auto"
+) -> list[RuntimePrice]:
+    """Predicted damage of the best plan for every runtime, all else as ``constraints``; arguments of ``allocate``."""
     prices = []
     for runtime in RUNTIMES:
         try:
-            found = allocate(
-                weights, costs, choices, budget, like, runtime=runtime, floors=floors, minimum_bits=minimum_bits,
-                fixed=fixed, solver=solver,
-            )  # fmt: skip
+            found = allocate(weights, costs, replace(constraints, runtime=runtime), solver)
         except ValueError as error:
             prices.append(RuntimePrice(runtime, None, None, str(error)))
         else:

@@ -6,16 +6,17 @@ method "allocate"              the program of ``problem.py``; structures with bi
                                the rules select is a least width
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
 from moeq.allocation.evidence import CostTable, Evidence
-from moeq.allocation.plan import check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
-from moeq.allocation.problem import Budget, Floor
-from moeq.allocation.rules import Rule, RuleEffect, apply_rules
+from moeq.allocation.plan import DEFAULT_CHOICES, check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.problem import Budget, BudgetUnit, Constraints, Floor
+from moeq.allocation.rules import Rule, RuleEffect, apply_rules, make_rule
 from moeq.allocation.runtime import RuntimeName, check_runtime, find_runtime
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -24,34 +25,46 @@ Method = Literal["rules", "allocate"]
 
 @dataclass(frozen=True)
 class AllocationSpec:
-    """What a run asks for.
+    """What a run asks for, in the words of its configuration.
 
     Attributes:
-        bits_by_kind: Bits of some structures: "attention", "shared", "dense", "routed".
-        plan: File of a plan, or None.
-        rules: Rules, in order.
-        method: "rules" or "allocate".
-        cost: Name of the survey's cost table that the allocator minimises.
-        budget: Limit; needed by the allocator, checked for rules and given plans.
-        choices: Bits, or labels such as "4g64", that the allocator may give.
-        runtime: Which runtime must be able to read the plan.
-        floors: Experts of each block that must stay wide.
+        attention: Bits of attention linears; null is ``--model.bits`` (or what the allocator chooses).
+        shared: Bits of shared experts.
+        dense: Bits of dense MLP blocks.
+        routed: Bits of routed experts.
+        plan: Path of an allocation.json; the other bits must then be left out.
+        rules: Rules such as {rule: first_blocks, num: 2, bits: 4}; each raises the bits of what it selects.  For the
+            allocator they are least widths.
+        method: "rules", or "allocate": the least predicted damage within a budget.
+        cost: Cost table of the survey that the allocator minimises, for example fisher.
+        budget: Limit of the allocator; of rules or a given plan, checked.
+        budget_unit: "code_bits" or "average_bits" per weight, "bytes", or "active_bytes" (of one token's weights).
+        choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128" and
+            "4g0" (no groups).
+        runtime: What must read the result: "research" (any width by weight), "gptqmodel" (one width per expert), "vllm"
+            (one per block's experts and per fused linear), "uniform_experts" (one for all experts).
+        floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
     """
 
-    bits_by_kind: Mapping[str, int]
-    plan: Path | None = None
-    rules: tuple[Rule, ...] = ()
+    attention: int | None = None
+    shared: int | None = None
+    dense: int | None = None
+    routed: int | None = None
+    plan: str | None = None
+    rules: tuple[dict[str, Any], ...] = ()
     method: Method = "rules"
     cost: str | None = None
-    budget: Budget | None = None
-    choices: tuple[int | str, ...] = (2, 3, 4, 8)
+    budget: float | None = None
+    budget_unit: BudgetUnit = "code_bits"
+    choices: tuple[int | str, ...] = DEFAULT_CHOICES
     runtime: RuntimeName = "research"
     floors: tuple[Floor, ...] = ()
 
     def __post_init__(self) -> None:
         find_runtime(self.runtime)
-        if self.plan is not None and (self.bits_by_kind or self.rules or self.method == "allocate"):
-            asked = [*self.bits_by_kind, *(["rules"] if self.rules else []), *(["method"] if self.cost else [])]
+        bits, rules = self.bits_by_kind, self.parsed_rules
+        if self.plan is not None and (bits or rules or self.method == "allocate"):
+            asked = [*bits, *(["rules"] if rules else []), *(["method"] if self.cost else [])]
             raise ValueError(f"plan ({self.plan}) already states all bits; leave out {', '.join(asked) or 'method'}")
         if self.method == "allocate" and (self.cost is None or self.budget is None):
             raise ValueError(
@@ -60,13 +73,29 @@ class AllocationSpec:
             )
         if self.method == "rules" and (self.cost is not None or self.floors):
             raise ValueError(f"cost ({self.cost}) and floors belong to the allocator; set method: allocate")
-        if self.floors and "routed" in self.bits_by_kind:
-            raise ValueError(f"floors and routed ({self.bits_by_kind['routed']}) both decide experts; leave out one")
+        if self.floors and self.routed is not None:
+            raise ValueError(f"floors and routed ({self.routed}) both decide experts; leave out one")
+
+    @cached_property
+    def bits_by_kind(self) -> dict[str, int]:
+        """Bits of the structures that have their own."""
+        kinds = {"attention": self.attention, "shared": self.shared, "dense": self.dense, "routed": self.routed}
+        return {kind: bits for kind, bits in kinds.items() if bits is not None}
+
+    @cached_property
+    def parsed_rules(self) -> tuple[Rule, ...]:
+        """The rules, checked; raises ValueError for one that does not exist or lacks an option."""
+        return tuple(make_rule(rule) for rule in self.rules)
+
+    @property
+    def limit(self) -> Budget | None:
+        """The budget with its unit."""
+        return None if self.budget is None else Budget(self.budget, self.budget_unit)
 
     @property
     def needs_evidence(self) -> bool:
         """Whether a survey must come before the decision."""
-        return self.method == "allocate" or any(rule.needs_evidence for rule in self.rules)
+        return self.method == "allocate" or any(rule.needs_evidence for rule in self.parsed_rules)
 
 
 @dataclass(frozen=True)
@@ -96,16 +125,16 @@ def decide(
     if spec.method == "allocate":
         return _allocate(spec, weights, grid, evidence)
     if spec.plan is not None:
-        plan = plan_from_json(spec.plan)
+        plan = plan_from_json(Path(spec.plan))
         check_plan(plan, weights)
         decision = Decision(plan)
     else:
         base = uniform_plan(weights, grid, spec.bits_by_kind)
-        plan, effects = apply_rules(base, spec.rules, weights, evidence)
+        plan, effects = apply_rules(base, spec.parsed_rules, weights, evidence)
         decision = Decision(plan, tuple(effects))
     check_runtime(plan, weights, find_runtime(spec.runtime))
-    if spec.budget is not None:
-        check_budget(plan, weights, spec.budget)
+    if spec.limit is not None:
+        check_budget(plan, weights, spec.limit)
     return decision
 
 
@@ -130,26 +159,45 @@ def find_costs(evidence: Evidence | None, name: str) -> CostTable:
     return tables[name]
 
 
-def fixed_and_least(
-    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
-) -> tuple[dict[str, GridSpec], dict[str, int]]:
-    """What bounds the allocator: grids of structures with bits of their own, and the least widths that rules state."""
+def make_constraints(
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, minimum_bits: Mapping[str, int]
+) -> Constraints:
+    """What the allocator has to keep to: structures with bits of their own are fixed.
+
+    Args:
+        spec: What is asked for, with a budget.
+        weights: All quantizable weights.
+        grid: Base width, group size and symmetry.
+        minimum_bits: What ``least_bits`` found.
+    """
+    assert spec.limit is not None
     base = uniform_plan(weights, grid, spec.bits_by_kind)
+    return Constraints(
+        choices=parse_choices(spec.choices, grid.group_size),
+        budget=spec.limit,
+        like=grid,
+        runtime=spec.runtime,
+        floors=spec.floors,
+        minimum_bits=minimum_bits,
+        fixed={w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind},
+    )
+
+
+def least_bits(rules: Iterable[Rule], weights: Sequence[WeightShape], evidence: Evidence | None) -> dict[str, int]:
+    """The least widths that rules state for the allocator, by name of weight."""
     minimum: dict[str, int] = {}
-    for rule in spec.rules:
+    for rule in rules:
         for name in rule.apply(weights, evidence):
             minimum[name] = max(rule.bits, minimum.get(name, 0))
-    return {w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind}, minimum
+    return minimum
 
 
 def _allocate(
     spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
 ) -> Decision:
     assert spec.cost is not None
-    assert spec.budget is not None
-    fixed, minimum = fixed_and_least(spec, weights, grid, evidence)
-    given = (find_costs(evidence, spec.cost), parse_choices(spec.choices, grid.group_size), spec.budget, grid)
-    found = allocate(weights, *given, runtime=spec.runtime, floors=spec.floors, minimum_bits=minimum, fixed=fixed)
+    constraints = make_constraints(spec, weights, grid, least_bits(spec.parsed_rules, weights, evidence))
+    costs = find_costs(evidence, spec.cost)
+    found = allocate(weights, costs, constraints)
     check_runtime(found.plan, weights, find_runtime(spec.runtime))
-    prices = runtime_prices(weights, *given, floors=spec.floors, minimum_bits=minimum, fixed=fixed)
-    return Decision(found.plan, allocation=found, prices=tuple(prices))
+    return Decision(found.plan, allocation=found, prices=tuple(runtime_prices(weights, costs, constraints)))

@@ -18,6 +18,8 @@ from typing import Any
 from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
+# What a weight may get where a run does not say: bits, in groups of the model's group_size.
+DEFAULT_CHOICES: tuple[int | str, ...] = (2, 3, 4, 8)
 
 
 @total_ordering

@@ -12,7 +12,7 @@ Shapes: U units, C choices.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moeq.allocation.evidence import CostTable
 from moeq.allocation.plan import Choice, storage_bits
-from moeq.allocation.runtime import Runtime, shared_width_units
+from moeq.allocation.runtime import find_runtime, shared_width_units
 from moeq.quant.spec import GridSpec, WeightShape
 
 BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes"]
@@ -47,6 +47,29 @@ class Floor:
 
     bits: int
     num_experts: int
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a plan is made of and has to keep to.
+
+    Attributes:
+        choices: Bits and group sizes that a weight may get; those that the runtime cannot read are left out.
+        budget: The limit, over all weights, fixed ones included.
+        like: Grid whose symmetry (which decides the overhead) and clip search the chosen grids have.
+        runtime: A name of ``runtime.RUNTIMES``: which weights share a width.
+        floors: Experts of each block that must stay wide.
+        minimum_bits: Least bits of some weights, by name.
+        fixed: Grids of weights that are not to be chosen, by name.
+    """
+
+    choices: Sequence[Choice]
+    budget: Budget
+    like: GridSpec
+    runtime: str = "research"
+    floors: Sequence[Floor] = ()
+    minimum_bits: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, GridSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,28 +112,19 @@ class AllocationProgram:
         return (size + self.fixed_size) / self.parts
 
 
-def build_problem(
-    weights: Sequence[WeightShape], costs: CostTable, choices: Sequence[Choice], budget: Budget, runtime: Runtime,
-    like: GridSpec, *, floors: Sequence[Floor] = (), minimum_bits: Mapping[str, int] | None = None,
-    fixed: Mapping[str, GridSpec] | None = None,
-) -> AllocationProgram:  # fmt: skip
+def build_problem(weights: Sequence[WeightShape], costs: CostTable, constraints: Constraints) -> AllocationProgram:
     """The program of a model.
 
     Args:
         weights: All quantizable weights.
         costs: Predicted damage by weight and choice.
-        choices: What a weight may get; those that the runtime cannot read are left out.
-        budget: The limit, over all weights, fixed ones included.
-        runtime: Which weights share a width.
-        like: Grid whose symmetry the choices have (it decides the overhead).
-        floors: Experts that must stay wide.
-        minimum_bits: Least bits of some weights, by name.
-        fixed: Grids of weights that are not to be chosen, by name.
+        constraints: What a plan has to keep to.
 
     Raises:
         ValueError: No choice fits a unit, a cost is missing or not finite, or a floor cannot be met by any plan.
     """
-    fixed, minimum = fixed or {}, minimum_bits or {}
+    choices, budget, fixed = constraints.choices, constraints.budget, constraints.fixed
+    runtime = find_runtime(constraints.runtime)
     readable = tuple(sorted({choice for choice in choices if runtime.admits(choice)}))
     if not readable:
         raise ValueError(f"{runtime.name} reads none of the choices {', '.join(c.label for c in choices)}; give others")
@@ -119,11 +133,13 @@ def build_problem(
     cost_UC, size_UC = np.full(shape, np.inf), np.zeros(shape, np.int64)
     denominator = _denominator(weights) if budget.unit == "active_bytes" else 1
     for row, unit in enumerate(units):
-        least = max(minimum.get(weight.name, 0) for weight in unit)
+        least = max(constraints.minimum_bits.get(weight.name, 0) for weight in unit)
         for column, choice in enumerate(readable):
             if choice.bits >= least and all(_fits(weight, choice) for weight in unit):
                 cost_UC[row, column] = sum(_cost(costs, weight, choice) for weight in unit)
-                size_UC[row, column] = sum(_size(w, choice.grid(like), budget.unit, denominator) for w in unit)
+                size_UC[row, column] = sum(
+                    _size(w, choice.grid(constraints.like), budget.unit, denominator) for w in unit
+                )
         if not np.isfinite(cost_UC[row]).any():
             raise ValueError(
                 f"{unit[0].name}: none of the choices {', '.join(c.label for c in readable)} has at least {least} bits "
@@ -134,7 +150,7 @@ def build_problem(
     parts = sum(w.numel for w in weights) if budget.unit in ("code_bits", "average_bits") else 8 * denominator
     capacity = math.floor(budget.value * parts * (1 + 1e-12)) - fixed_size
     # The widest first, as experts that meet it also meet the others.
-    ordered = sorted(floors, key=lambda floor: -floor.bits)
+    ordered = sorted(constraints.floors, key=lambda floor: -floor.bits)
     groups = tuple(group for floor in ordered for group in _floor_groups(floor, weights, units, readable, cost_UC))
     return AllocationProgram(tuple(units), readable, cost_UC, size_UC, capacity, parts, budget, fixed_size, groups)
 

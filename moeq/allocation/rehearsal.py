@@ -6,16 +6,14 @@ What depends on real findings, such as which experts a rule makes larger, is lef
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from moeq.allocation.decide import AllocationSpec, find_costs, fixed_and_least
+from moeq.allocation.decide import AllocationSpec, find_costs, least_bits, make_constraints
 from moeq.allocation.evidence import Evidence, Promise, num_experts_by_path
-from moeq.allocation.plan import parse_choices, uniform_plan
+from moeq.allocation.plan import uniform_plan
 from moeq.allocation.problem import build_problem
 from moeq.allocation.rules import apply_rules
-from moeq.allocation.runtime import find_runtime
 from moeq.allocation.solver import check_reachable
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -30,16 +28,12 @@ def rehearse(spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpe
         promised: What the survey will hold.
     """
     findings = placeholder(promised, weights)
-    apply_rules(uniform_plan(weights, grid, spec.bits_by_kind), spec.rules, weights, findings)
+    apply_rules(uniform_plan(weights, grid, spec.bits_by_kind), spec.parsed_rules, weights, findings)
     if spec.cost is None or spec.budget is None:
         return
-    certain = replace(spec, rules=tuple(rule for rule in spec.rules if not rule.needs_evidence))
-    fixed, minimum = fixed_and_least(certain, weights, grid, None)
-    problem = build_problem(
-        weights, find_costs(findings, spec.cost), parse_choices(spec.choices, grid.group_size), spec.budget,
-        find_runtime(spec.runtime), grid, floors=spec.floors, minimum_bits=minimum, fixed=fixed,
-    )  # fmt: skip
-    check_reachable(problem)
+    certain = [rule for rule in spec.parsed_rules if not rule.needs_evidence]
+    constraints = make_constraints(spec, weights, grid, least_bits(certain, weights, None))
+    check_reachable(build_problem(weights, find_costs(findings, spec.cost), constraints))
 
 
 def placeholder(promised: Promise, weights: Sequence[WeightShape]) -> Evidence:

@@ -48,8 +48,8 @@ class RotationSpec:
 
     Attributes:
         kind: "hadamard", or "orthogonal" for widths that no Hadamard matrix is known for.
-        seed: Of the signs, or of the matrix.
-        value_output: Also rotate the values of each head, where that changes nothing.
+        seed: Of the random signs, or of the random matrix.
+        value_output: Also rotate the values of each attention head, where that changes nothing.
     """
 
     kind: RotationKind = "hadamard"

@@ -34,8 +34,8 @@ class LearnedSpec:
     """Settings of learned rounding.
 
     Attributes:
-        num_steps: Steps of Adam on each block, one batch each; rates fall linearly to zero.
-        level_rate: Step size of the latent levels, in levels.
+        num_steps: Steps of Adam on each block, one batch each; step sizes fall linearly to zero.
+        level_rate: Step size of the latent codes, in levels.
         scale_rate: Step size of the logarithms of the scales.
         seed: Order of the batches.
     """

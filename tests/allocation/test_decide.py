@@ -10,7 +10,7 @@ from moeq.allocation.decide import AllocationSpec, decide
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import plan_cost, plan_from_json, uniform_plan
 from moeq.allocation.plan_report import allocation_report, allocation_to_json, describe
-from moeq.allocation.problem import Budget, Floor
+from moeq.allocation.problem import Floor
 from moeq.allocation.rules import make_rule
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import toy_evidence, toy_weights
@@ -21,7 +21,7 @@ GRID = GridSpec(bits=2, group_size=16)
 
 
 def allocate_spec(**changes: Any) -> AllocationSpec:
-    given = {"bits_by_kind": {}, "method": "allocate", "cost": "fisher", "budget": Budget(2.5)}
+    given = {"method": "allocate", "cost": "fisher", "budget": 2.5}
     return AllocationSpec(**{**given, **changes})
 
 
@@ -33,7 +33,7 @@ def write_plan(folder: Path, plan: dict[str, GridSpec]) -> Path:
 
 
 def test_allocated_plan_keeps_the_budget_and_predicts_less_error_than_a_uniform_one() -> None:
-    decision = decide(allocate_spec(budget=Budget(3.0)), WEIGHTS, GRID, EVIDENCE)
+    decision = decide(allocate_spec(budget=3.0), WEIGHTS, GRID, EVIDENCE)
     assert plan_cost(decision.plan, WEIGHTS).code_bits <= 3.0
     assert decision.allocation is not None
     predicted = predicted_cost(decision.plan, EVIDENCE.costs["fisher"])
@@ -46,11 +46,11 @@ def test_allocated_plan_keeps_the_budget_and_predicts_less_error_than_a_uniform_
 
 
 def test_for_the_allocator_structures_are_fixed_and_rules_are_least_widths() -> None:
-    rule = make_rule({"rule": "most_used_experts", "num": 1, "bits": 3})
-    spec = allocate_spec(bits_by_kind={"attention": 8}, rules=(rule,), budget=Budget(5.5), floors=(Floor(4, 1),))
+    rule = {"rule": "most_used_experts", "num": 1, "bits": 3}
+    spec = allocate_spec(attention=8, rules=(rule,), budget=5.5, floors=(Floor(4, 1),))
     plan = decide(spec, WEIGHTS, GRID, EVIDENCE).plan
     assert {plan[w.name].bits for w in WEIGHTS if w.kind == "attention"} == {8}
-    assert min(plan[name].bits for name in rule.apply(WEIGHTS, EVIDENCE)) >= 3
+    assert min(plan[name].bits for name in make_rule(rule).apply(WEIGHTS, EVIDENCE)) >= 3
     for block in range(3):
         experts = {w.expert for w in WEIGHTS if w.block == block and w.expert is not None}
         wide = [
@@ -77,7 +77,7 @@ def test_report_prints_what_each_runtime_costs_and_the_json_reads_back(tmp_path:
 
 def test_report_says_what_each_rule_gave_to_whom() -> None:
     rules = ({"rule": "attention", "bits": 4}, {"rule": "first_blocks", "num": 1, "bits": 4, "part": "all"})
-    spec = AllocationSpec({}, rules=tuple(make_rule(rule) for rule in rules))
+    spec = AllocationSpec(rules=rules)
     decision = decide(spec, WEIGHTS, GRID)
     report = allocation_report(decision, WEIGHTS)
     first, second = decision.effects
@@ -104,17 +104,17 @@ def test_counts_of_widths_in_the_report_cover_every_weight() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan": Path("p.json"), "rules": (make_rule({"rule": "shared", "bits": 4}),)}, "leave out rules"),
+        ({"plan": "p.json", "rules": ({"rule": "shared", "bits": 4},)}, "leave out rules"),
         ({"method": "allocate", "cost": "fisher"}, r"method allocate needs cost \(fisher\) and budget \(None\)"),
         ({"cost": "fisher"}, "belong to the allocator; set method: allocate"),
         ({"floors": (Floor(4, 1),)}, "belong to the allocator; set method: allocate"),
         ({"runtime": "tgi"}, r"runtime \(tgi\) must be one of"),
         (
             {
-                "bits_by_kind": {"routed": 2},
+                "routed": 2,
                 "method": "allocate",
                 "cost": "x",
-                "budget": Budget(2),
+                "budget": 2.0,
                 "floors": (Floor(4, 1),),
             },
             r"floors and routed \(2\) both decide experts",
@@ -123,7 +123,7 @@ def test_counts_of_widths_in_the_report_cover_every_weight() -> None:
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AllocationSpec(**{"bits_by_kind": {}, **changes})
+        AllocationSpec(**changes)
 
 
 def test_a_plan_by_hand_is_checked_for_names_runtime_and_budget(tmp_path: Path) -> None:
@@ -131,15 +131,15 @@ def test_a_plan_by_hand_is_checked_for_names_runtime_and_budget(tmp_path: Path) 
     name = "model.layers.1.mlp.experts.2.up_proj"
     plan[name] = replace(plan[name], bits=8)
     path = write_plan(tmp_path, plan)
-    assert decide(AllocationSpec({}, plan=path), WEIGHTS, GRID).plan == plan
+    assert decide(AllocationSpec(plan=str(path)), WEIGHTS, GRID).plan == plan
     with pytest.raises(ValueError, match=rf"{name} has 8g32, .* gptqmodel reads one width"):
-        decide(AllocationSpec({}, plan=path, runtime="gptqmodel"), WEIGHTS, GRID)
+        decide(AllocationSpec(plan=str(path), runtime="gptqmodel"), WEIGHTS, GRID)
     takes = plan_cost(plan, WEIGHTS).code_bits
     with pytest.raises(ValueError, match=rf"the plan takes {takes:.6g} code_bits where the budget is 2"):
-        decide(AllocationSpec({}, plan=path, budget=Budget(2.0)), WEIGHTS, GRID)
+        decide(AllocationSpec(plan=str(path), budget=2.0), WEIGHTS, GRID)
     plan[name.replace("up_proj", "upproj")] = plan.pop(name)
     with pytest.raises(ValueError, match=rf"first '.*upproj'; did you mean '{name}'\?"):
-        decide(AllocationSpec({}, plan=write_plan(tmp_path, plan)), WEIGHTS, GRID)
+        decide(AllocationSpec(plan=str(write_plan(tmp_path, plan))), WEIGHTS, GRID)
 
 
 def test_a_width_that_no_grid_has_names_the_weight(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_width_that_no_grid_has_names_the_weight(tmp_path: Path) -> None:
     content["weights"]["model.layers.0.self_attn.k_proj"]["bits"] = 9
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: bits \(9\) must be between 2 and 8"):
-        decide(AllocationSpec({}, plan=path), WEIGHTS, GRID)
+        decide(AllocationSpec(plan=str(path)), WEIGHTS, GRID)
 
 
 def test_a_cost_that_was_not_gathered_names_those_that_were() -> None:

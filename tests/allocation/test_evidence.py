@@ -51,7 +51,7 @@ def test_a_survey_of_another_kind_is_refused_with_its_path(
 
 
 def test_a_missing_survey_says_who_writes_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"callbacks\.survey\.Survey"):
+    with pytest.raises(ValueError, match=r"the callback Survey"):
         read_evidence(tmp_path / "survey.json")
 
 

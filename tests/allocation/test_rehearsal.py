@@ -4,9 +4,8 @@ import pytest
 
 from moeq.allocation.decide import AllocationSpec, decide
 from moeq.allocation.evidence import Promise, check_evidence
-from moeq.allocation.problem import Budget, Floor
+from moeq.allocation.problem import Floor
 from moeq.allocation.rehearsal import placeholder, rehearse
-from moeq.allocation.rules import make_rule
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import CHOICES, toy_evidence, toy_weights
 
@@ -14,13 +13,11 @@ WEIGHTS = toy_weights()
 EVIDENCE = toy_evidence(WEIGHTS)
 GRID = GridSpec(bits=2, group_size=16)
 PROMISED = Promise(costs=("fisher",), scores=("outlier",), choices=tuple(CHOICES))
-BUDGET = {"method": "allocate", "cost": "fisher", "budget": Budget(2.5)}
+BUDGET = {"method": "allocate", "cost": "fisher", "budget": 2.5}
 
 
 def spec(rules: list[dict[str, Any]], given: dict[str, Any]) -> AllocationSpec:
-    return AllocationSpec(
-        **{"bits_by_kind": {}, **given}, rules=tuple(make_rule({"bits": 4, **rule}) for rule in rules)
-    )
+    return AllocationSpec(**given, rules=tuple({"bits": 4, **rule} for rule in rules))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +26,7 @@ def spec(rules: list[dict[str, Any]], given: dict[str, Any]) -> AllocationSpec:
         ([{"rule": "most_used_experts", "num": 2}, {"rule": "top_scored", "score": "outlier", "share": 0.5}], {}),
         ([{"rule": "least_similar_blocks", "num": 1}], {}),
         ([], BUDGET),
-        ([{"rule": "attention"}], {**BUDGET, "budget": Budget(4.0), "floors": (Floor(4, 1),)}),
+        ([{"rule": "attention"}], {**BUDGET, "budget": 4.0, "floors": (Floor(4, 1),)}),
         # A choice that fits no weight is never looked up, nor is one that the runtime cannot read.
         ([], {**BUDGET, "choices": (2, 4, "4g48")}),
         ([], {**BUDGET, "runtime": "gptqmodel", "choices": (2, 4, 5)}),
@@ -50,8 +47,8 @@ def test_what_can_be_decided_with_findings_can_be_rehearsed_without(
         ([{"rule": "most_similar_blocks", "num": 1, "by": "predicted"}], {}, "set predictor: true"),
         ([], {**BUDGET, "cost": "hessian"}, r"no cost 'hessian' \(it has: fisher\); add hessian to costs of"),
         ([], {**BUDGET, "choices": (2, "4g32")}, r"no 4g32 for .*; add it to choices of"),
-        ([], {**BUDGET, "budget": Budget(1.5)}, "below the smallest plan; the nearest reachable budgets are 2 and"),
-        ([{"rule": "attention"}], {**BUDGET, "budget": Budget(2.1)}, "below the smallest plan"),
+        ([], {**BUDGET, "budget": 1.5}, "below the smallest plan; the nearest reachable budgets are 2 and"),
+        ([{"rule": "attention"}], {**BUDGET, "budget": 2.1}, "below the smallest plan"),
         ([], {**BUDGET, "floors": (Floor(4, 9),)}, "9 experts at 4 bits"),
     ],
 )

@@ -7,8 +7,7 @@ import pytest
 
 from moeq.allocation.lagrangian import _floor_bound
 from moeq.allocation.plan import Choice, plan_cost
-from moeq.allocation.problem import AllocationProgram, Budget, Floor, build_problem
-from moeq.allocation.runtime import find_runtime
+from moeq.allocation.problem import AllocationProgram, Budget, Constraints, Floor, build_problem
 from moeq.allocation.solver import solve
 from moeq.quant.spec import GridSpec, WeightShape
 from tests.allocation.toy import CHOICES, toy_costs, toy_weights
@@ -21,7 +20,7 @@ def problem(
 ) -> AllocationProgram:
     costs = toy_costs(weights, seed, options.pop("choices", CHOICES))  # type: ignore[arg-type]
     choices = sorted(next(iter(costs.values())))
-    return build_problem(weights, costs, choices, budget, find_runtime(runtime), GRID, **options)  # type: ignore[arg-type]
+    return build_problem(weights, costs, Constraints(choices, budget, GRID, runtime, **options))  # type: ignore[arg-type]
 
 
 def plans_with_floors(task: AllocationProgram) -> Iterator[tuple[float, int]]:
@@ -214,4 +213,4 @@ def test_a_missing_or_broken_cost_names_the_weight(change: dict[Choice, float], 
     costs = toy_costs(weights)
     costs["model.layers.0.self_attn.q_proj"] = change
     with pytest.raises(ValueError, match=message):
-        build_problem(weights, costs, CHOICES, Budget(3.0), find_runtime("research"), GRID)
+        build_problem(weights, costs, Constraints(CHOICES, Budget(3.0), GRID))

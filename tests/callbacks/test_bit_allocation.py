@@ -164,9 +164,9 @@ def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Pat
     # A survey of expert usage is none that an allocation can read.
     for before in ([], [ExpertUsage(survey=True)]):
         for callback in (BitAllocation(**ALLOCATE), BitAllocation(rules=rules)):
-            with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before callbacks\.bit_allocation"):
+            with pytest.raises(ValueError, match=r"put Survey before BitAllocation, or give survey: PATH"):
                 fit(model, tmp_path, *before, callback, RTN())
-    with pytest.raises(ValueError, match=r"put callbacks\.survey\.Survey before"):
+    with pytest.raises(ValueError, match=r"put Survey before"):
         fit(model, tmp_path, BitAllocation(**ALLOCATE), Survey(choices=[2, 4]), RTN())
     assert not (tmp_path / "allocation.json").exists()
 
@@ -175,16 +175,16 @@ def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Pat
     ("survey", "allocation", "remedy"),
     [
         ({"costs": ["hessian"]}, ALLOCATE, "add fisher to costs of the callback Survey"),
-        ({"choices": [2, 3]}, ALLOCATE, r"no 4g16 for .*; add it to choices of callbacks\.survey\.Survey"),
+        ({"choices": [2, 3]}, ALLOCATE, r"no 4g16 for .*; add it to choices of the callback Survey"),
         (
             {"scores": ["kurtosis"]},
             {"rules": [{"rule": "top_scored", "score": "outlier", "num": 1, "bits": 4}]},
-            r"no score 'outlier' .* add it to scores of callbacks\.survey\.Survey",
+            r"no score 'outlier' .* add it to scores of the callback Survey",
         ),
         (
             {},
             {"rules": [{"rule": "least_similar_blocks", "by": "predicted", "num": 1, "bits": 4}]},
-            r"set predictor: true in callbacks\.survey\.Survey",
+            r"set predictor: true in the callback Survey",
         ),
     ],
 )
