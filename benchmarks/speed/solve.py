@@ -24,19 +24,14 @@ from statistics import mean
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from benchmarks.lab.study import Study
 from benchmarks.lab.tables import Row, cell, grouped, markdown
-from benchmarks.speed.papers_loop import papers_hessian, papers_solve
-from moeq.quant.gptq import gptq_solve
+from benchmarks.speed.papers_loop import papers_solve
+from benchmarks.speed.solve_linears import GRID, SOLVE, make_linears
 from moeq.quant.grid import dequantize
-from moeq.quant.hessian import HessianState, accumulate, empty_state, mean_hessian
-from moeq.quant.solution import Solution, output_energy
-from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.quant.solution import output_energy
 
-GRID = GridSpec(bits=4, group_size=None, symmetric=True, clip_search=False)
-SOLVE = SolveSpec(damping=0.01, act_order=False, column_block=128)
 # Experts of a block, hidden size, expert width.
 MODELS = {
     "Qwen1.5-MoE": (60, 2048, 1408),
@@ -116,66 +111,6 @@ class Solve(Study[Case]):
         return "\n".join([*parts, *([against_peers(rows, peers)] if peers else [])])
 
 
-class Linear:
-    """Stacked gate and up, or down: weights [E, O, I] and correlated, uneven inputs in batches [E, T, I]."""
-
-    def __init__(
-        self, shape: tuple[int, int, int], batches: int, tokens: int, parts: int, seed: int, device: str
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        experts, _, in_features = shape
-        mixing_II = torch.eye(in_features) + 0.05 * torch.randn(in_features, in_features, generator=generator)
-        scale_I = 0.1 + torch.rand(in_features, generator=generator)
-        sizes = (experts, tokens, in_features)
-        noise = [torch.randn(sizes, generator=generator) for _ in range(batches)]
-        self.batches_ETI = [((x_ETI * scale_I) @ mixing_II).bfloat16().to(device) for x_ETI in noise]
-        self.weight_EOI = (0.02 * torch.randn(shape, generator=generator)).to(device)
-        self.parts = parts
-
-    def our_hessian(self) -> Tensor:
-        """Sums over batches and their mean, as in a calibration pass."""
-        experts, _, in_features = self.weight_EOI.shape
-        state: HessianState = empty_state(experts, in_features, self.weight_EOI.device)
-        for x_ETI in self.batches_ETI:
-            for expert, x_TI in enumerate(x_ETI):
-                accumulate(state, expert, x_TI)
-        return mean_hessian(state)
-
-    def loop_hessian(self) -> None:
-        """One Hessian for each linear of each expert."""
-        for expert in range(len(self.weight_EOI)):
-            for _ in range(self.parts):
-                papers_hessian([x_ETI[expert] for x_ETI in self.batches_ETI])
-
-    def our_solve(self, hessian_EII: Tensor) -> Solution:
-        """Everything a run does: solve, scales, codes, relative error."""
-        return gptq_solve(self.weight_EOI, hessian_EII, GRID, SOLVE, torch.float32)
-
-    def loop_solve(self, hessian_EII: Tensor) -> Tensor:
-        """Dequantized weights [E, O, I], one linear after another."""
-        return torch.stack(
-            [
-                torch.cat([papers_solve(part, hessian_II, GRID, SOLVE) for part in weight_OI.chunk(self.parts)])
-                for weight_OI, hessian_II in zip(self.weight_EOI, hessian_EII, strict=True)
-            ]
-        )
-
-    def hessian_floor(self) -> None:
-        """Half of x^T x per batch and expert."""
-        for x_ETI in self.batches_ETI:
-            for x_TI in x_ETI:
-                rows_TI = x_TI.float()
-                torch.mm(rows_TI[:, : rows_TI.shape[1] // 2].mT, rows_TI)
-
-    def solve_floor(self, hessian_EII: Tensor) -> None:
-        """The feedback in products of 128 rows, and a product of as many operations as the factor."""
-        for weight_OI, hessian_II in zip(self.weight_EOI, hessian_EII, strict=True):
-            weight_IO = weight_OI.mT.contiguous()
-            for stop in range(128, len(weight_IO), 128):
-                torch.mm(hessian_II[stop - 128 : stop, :stop], weight_IO[:stop])
-            torch.mm(hessian_II[:, : len(weight_IO) // 6].mT.contiguous(), hessian_II)
-
-
 def timed(work: Callable[[], object], device: str) -> tuple[float, float]:
     """Wall and processor seconds of one call."""
     if device == "cuda":
@@ -187,15 +122,9 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def make_linears(width: int, expert_width: int, args: argparse.Namespace, seed: int) -> list[Linear]:
-    """Gate and up, which share their input, and down."""
-    shapes = [((args.experts, 2 * expert_width, width), 2), ((args.experts, width, expert_width), 1)]
-    return [Linear(shape, args.batches, args.tokens, parts, seed, args.device) for shape, parts in shapes]
-
-
 def measure(sizes: tuple[int, int, int], args: argparse.Namespace, seed: int) -> Row:
     """Seconds per expert of each phase and way, and by how much the output errors of the two solves differ."""
-    linears = make_linears(*sizes[1:], args, seed)
+    linears = make_linears(sizes, args, seed)
     hessians = [linear.our_hessian() for linear in linears]
     pairs = list(zip(linears, hessians, strict=True))
     works: dict[str, Callable[[], object]] = {
@@ -228,7 +157,7 @@ def measure_peer(
     peer: str, python: str, sizes: tuple[int, int, int], args: argparse.Namespace
 ) -> list[dict[str, float]]:
     """Seconds of one expert by a peer's solve, in its own environment, on the tensors of the first seed."""
-    linears = make_linears(*sizes[1:], args, 0)
+    linears = make_linears(sizes, args, 0)
     tensors = []
     for linear in linears:
         inputs_TI = torch.cat([x_ETI[0] for x_ETI in linear.batches_ETI]).float().cpu()
