@@ -46,6 +46,10 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers begin with what takes long, so that none is left alone with it at the end."""
+    """Several workers begin with what takes long, so that none is left alone with it at the end.
+
+    That is what is marked slow, then the files beside this one, which run whole commands.
+    """
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        here = config.rootpath / "tests"
+        items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.parent != here))

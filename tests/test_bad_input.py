@@ -144,6 +144,7 @@ def test_a_typo_in_the_configuration(in_file: bool, tiny: Path, tmp_path: Path) 
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     done = run(["fit", "--config", str(RTN), "--model.name", str(tmp_path / "none"), *QUIET])
     assert done.returncode == 1

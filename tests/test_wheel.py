@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_library_whole_and_no_other_name(wheel: Path) -> Non
     assert {path for path in files if path.parts[0] == "moeq"} == sources
 
 
+@pytest.mark.slow
 def test_an_export_opens_with_the_wheel_and_no_checkout(wheel: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe")
     write_checkpoint(model, tiny_tokenizer(), round_model(model), tmp_path / "export", metadata={})

@@ -36,6 +36,7 @@ def logits(folder: Path) -> Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -62,6 +63,7 @@ def test_at_8_bits_the_export_is_the_original_with_other_norms(family: str, opti
     assert moved, "no scale was found"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_a_run_that_lost_its_last_block_ends_with_the_same_bytes(rounding: str, tmp_path: Path) -> None:
     model = save_tiny("qwen2_moe", tmp_path / "model")

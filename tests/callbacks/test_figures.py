@@ -116,6 +116,7 @@ def test_other_ranks_draw_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_drawing_module_does_not_import_matplotlib() -> None:
     code = "import sys, moeq.report.figures_fit; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

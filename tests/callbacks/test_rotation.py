@@ -68,6 +68,7 @@ def test_the_time_of_the_rotation_is_in_the_manifest(finished: Path) -> None:
     assert json.loads((finished / "manifest.json").read_text())["seconds"]["rotation"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_continues_behind_its_finished_block_on_the_model_rotated_alike(tied: Path, tmp_path: Path) -> None:
     config = variant(tmp_path, {"seed": 3}, dense=False)
     fit(config, tied, tmp_path / "run")

@@ -100,6 +100,7 @@ def be_killed(folder: Path, num_bytes: int) -> None:
     log.add([result(3), result(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_bytes", "num_finished", "is_torn"),
     [(0, 3, False), (LINE - 1, 3, True), (LINE, 4, False), (LINE + 1, 4, True)],

@@ -54,6 +54,7 @@ def write(small: tuple[nn.Module, dict[str, QuantizedWeight], Path], **arguments
     return folder
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_logits_of_the_dense_model(exports: dict, tmp_path: Path) -> None:
     ids = torch.randint(0, 264, (2, 19))
     torch.save(ids, tmp_path / "ids.pt")

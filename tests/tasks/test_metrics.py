@@ -78,6 +78,7 @@ def test_errors_of_functions_of_the_quotient_follow_the_delta_method(kind: Aggre
     assert found.stderr == pytest.approx(slope * stderr, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_of_repeated_samples() -> None:
     values, errors = [], []
     for seed in range(300):
@@ -209,6 +210,7 @@ def reduce_on_one_rank(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     ranks = [SERVER.Process(target=reduce_on_one_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for each in ranks:
