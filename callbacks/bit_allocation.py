@@ -7,10 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.decide import AllocationSpec, Decision, decide
+from moeq.allocation.dry_run import rehearse
 from moeq.allocation.evidence import read_evidence
 from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
 from moeq.allocation.plan_report import allocation_report, allocation_to_json
-from moeq.allocation.rehearsal import rehearse
 from moeq.disk.atomic import write_json, write_text
 from moeq.fit.block_files import block_path
 from moeq.module import MoEQuantModule

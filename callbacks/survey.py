@@ -11,7 +11,7 @@ from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
-from moeq.survey.settings import SurveyOptions, SurveySpec
+from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
 
 

@@ -13,7 +13,7 @@ from datamodules.calibration import CalibrationDataModule
 from moeq.disk.atomic import copy_file
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import is_degenerate
-from moeq.sampling.settings import EBSSSpec, NextToken, Sampled
+from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled
 from moeq.sampling.text import text_windows
 
 NUM_SHOWN = 3

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
 from moeq.evaluation.records import Records
-from moeq.evaluation.start import result_fingerprint
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation, metric_kinds
+from moeq.evaluation.validation import result_fingerprint
 from moeq.programs.sandbox import check_permission
 from moeq.tasks.documents import Document
 from moeq.tasks.domains import domain_task

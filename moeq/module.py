@@ -15,8 +15,8 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer
-from moeq.evaluation.start import ReferenceMode, start_validation
 from moeq.evaluation.task_evaluation import TaskEvaluation
+from moeq.evaluation.validation import ReferenceMode, start_validation
 from moeq.fit.fingerprint import data_digest, run_fingerprint
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run

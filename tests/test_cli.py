@@ -17,8 +17,8 @@ from moeq.models.rotation import RotationSpec
 from moeq.module import MoEQuantModule
 from moeq.quant.learned import LearnedSpec
 from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.sampling.settings import EBSSSpec
-from moeq.survey.settings import SurveyOptions, SurveySpec
+from moeq.sampling.ebss_spec import EBSSSpec
+from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 OWN = ["--config=configs/rtn_w3.yaml"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-import moeq.evaluation.start
+import moeq.evaluation.validation
 from tests.evaluation_data import write_evaluation_data
 from tests.test_main import fit, validate
 from tests.tiny import save_tiny
@@ -40,13 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each model was loaded."""
     counts: Counter[str] = Counter()
-    load = moeq.evaluation.start.load_model
+    load = moeq.evaluation.validation.load_model
 
     def counted(name: str, *args: Any) -> nn.Module:
         counts[name] += 1
         return load(name, *args)
 
-    monkeypatch.setattr(moeq.evaluation.start, "load_model", counted)
+    monkeypatch.setattr(moeq.evaluation.validation, "load_model", counted)
     return counts
 
 
@@ -112,7 +112,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_stored(
     original: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1 << 28))
-    monkeypatch.setattr("moeq.evaluation.originals.shutil", full)
+    monkeypatch.setattr("moeq.evaluation.reference_logits.shutil", full)
     message = (
         rf"logits need \d\.\d GB in {re.escape(str(tmp_path))}/original, which has 0\.0 GB left; lower num_documents"
     )

@@ -26,7 +26,7 @@ from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import capture_calls, run_block
 from moeq.models.experts import activate, project_down, project_in
-from moeq.models.families import is_router
+from moeq.models.not_quantized import is_router
 from moeq.models.observe import observe
 from moeq.models.storage import in_storage_dtypes
 from moeq.module import MoEQuantModule

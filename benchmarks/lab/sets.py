@@ -19,10 +19,10 @@ from benchmarks.recipes.reference_model.corpus import arithmetic_lines
 from datamodules.ebss import first_token_candidates
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import is_degenerate
+from moeq.sampling.ebss_spec import EBSSSpec
 from moeq.sampling.effective import measure_evidence
 from moeq.sampling.next_token import ModelNextToken
 from moeq.sampling.parts import SetWriter, sample_set
-from moeq.sampling.settings import EBSSSpec
 from moeq.sampling.store import load_sampled, save_sampled
 from moeq.sampling.text import text_windows
 

@@ -32,7 +32,7 @@ from moeq.disk.atomic import write_json
 from moeq.disk.texts import read_documents
 from moeq.module import MoEQuantModule
 from moeq.quant.spec import GridSpec, SolveSpec, WeightShape
-from moeq.survey.settings import MEASURED, SurveySpec
+from moeq.survey.survey_spec import MEASURED, SurveySpec
 from moeq.survey.surveyor import survey_model
 from moeq.tasks.arithmetic import Sum, build_problems
 

@@ -28,7 +28,7 @@ from moeq.quant.grid import choose_qparams, dequantize, quantize
 from moeq.quant.spec import GridSpec
 from moeq.sampling.text import text_windows
 from moeq.scoring.divergence import kl_sum_and_agreement
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
 
 TEXT = Path("assets/reference-moe/texts/wikitext2_validation.txt")

@@ -8,7 +8,7 @@ budget of tokens, and while that is cheaper than a batch of its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeq.scoring.extent import Extent, extent_of, num_common
+from moeq.scoring.pass_cost import Extent, extent_of, num_common
 from moeq.tasks.documents import Document
 
 # Documents that share fewer tokens at their beginning are sorted by size alone.

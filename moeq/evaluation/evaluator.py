@@ -14,7 +14,7 @@ import torch
 
 from moeq.decoding.decoders import Decoding
 from moeq.decoding.generate import NonFiniteLogits, generate
-from moeq.evaluation.originals import LiveOriginal
+from moeq.evaluation.reference_logits import LiveOriginal
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.programs.passk import pass_at_k
 from moeq.programs.sandbox import Limits, Verdict, run_programs

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from moeq.disk.atomic import sync
 from moeq.disk.digest import digest
-from moeq.disk.fingerprint import differences
+from moeq.evaluation.result_digest import differences
 from moeq.tasks.documents import Document, Result
 
 
@@ -55,7 +55,7 @@ class Records:
     Args:
         folder: The run folder, which all ranks share.
         task: Name of the task.
-        fingerprint: See ``moeq.disk.fingerprint``.
+        fingerprint: See ``moeq.evaluation.result_digest``.
         rank: Rank of this process; it writes the files of this rank only.
 
     Attributes:

@@ -17,7 +17,7 @@ from moeq.fit.run import Run
 from moeq.quant.spec import Fallback, QuantizedWeight
 
 RECORDS = "moeq"
-REMEDY = "the block is quantized again"
+_REMEDY = "the block is quantized again"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_block(folder: Path, block: int) -> BlockFile:
         ValueError: It is truncated or damaged.
     """
     path = block_path(folder, block)
-    metadata, tensors = read_checked(path, REMEDY)
+    metadata, tensors = read_checked(path, _REMEDY)
     return BlockFile(path, tensors, json.loads(metadata[RECORDS]))
 
 

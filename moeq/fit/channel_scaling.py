@@ -28,6 +28,7 @@ from moeq.fit.schedule import GIB, Pass, SitePart, whole
 from moeq.fit.solve import change_parameters, commit, make_units, unit_rows
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import HANDED_ON, BlockCall, capture_calls, run_block
+from moeq.models.input_rows import Producer, find_producer
 from moeq.models.norms import (
     NormReaders,
     find_norm_readers,
@@ -36,7 +37,6 @@ from moeq.models.norms import (
     norm_weight,
     reader_weights,
 )
-from moeq.models.producers import Producer, find_producer
 from moeq.quant.awq import Reader, divide_rows, search_scale
 from moeq.quant.coverage import CoverageSpec
 from moeq.quant.spec import Fallback

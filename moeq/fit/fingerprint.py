@@ -31,7 +31,7 @@ def run_fingerprint(
         model: Before anything is changed, or after a deterministic change.
         data: Digest of the calibration data.
     """
-    given = {key: describe(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
+    given = {key: stable_form(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
     listed = [describe_step(step) for step in steps if _affects_weights(type(step))]
     configuration = digest({"settings": given, "steps": listed})
     return {
@@ -50,30 +50,30 @@ def describe_step(step: object) -> list[Any]:
     """Module path and constructor arguments of a step, as JSON-like data."""
     known = getattr(step, "constructor_arguments", None)
     arguments = _public(step) if known is None else known
-    return [_path_of(type(step)), describe(arguments)]
+    return [_path_of(type(step)), stable_form(arguments)]
 
 
-def describe(value: Any) -> Any:
+def stable_form(value: Any) -> Any:
     """JSON-like data that is equal for equal values in any process: no address, no order of a set.
 
     Tensors are told by their content, functions and classes by their place, other objects by the place of their class
     and their public attributes.
     """
-    return _describe(value, ())
+    return _stable_form(value, ())
 
 
-def _describe(value: Any, inside: tuple[int, ...]) -> Any:
+def _stable_form(value: Any, inside: tuple[int, ...]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if id(value) in inside:
         return "(itself)"
     inside = (*inside, id(value))
     if isinstance(value, Mapping):
-        return {str(key): _describe(item, inside) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
+        return {str(key): _stable_form(item, inside) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
     if isinstance(value, list | tuple):
-        return [_describe(item, inside) for item in value]
+        return [_stable_form(item, inside) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_describe(item, inside) for item in value), key=str)
+        return sorted((_stable_form(item, inside) for item in value), key=str)
     if isinstance(value, Tensor):
         return tensor_digest(value)
     if isinstance(value, Path | torch.dtype | torch.device):
@@ -82,7 +82,7 @@ def _describe(value: Any, inside: tuple[int, ...]) -> Any:
         return [_path_of(type(value)), value.name]
     if hasattr(value, "__qualname__"):
         return _path_of(value)
-    return [_path_of(type(value)), _describe(_public(value), inside)]
+    return [_path_of(type(value)), _stable_form(_public(value), inside)]
 
 
 def _public(value: object) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from moeq.models.experts import (
     stacked_weight,
     write_stacked,
 )
-from moeq.models.families import STAGES, is_router, is_router_part, kept_reason, refusal, shared_gate
+from moeq.models.families import STAGES, refusal, shared_gate
+from moeq.models.not_quantized import is_router, is_router_part, kept_reason
 from moeq.models.sites import Site, linear_sites, routed_sites
 from moeq.models.storage import rounded_to_storage, storage_dtype
 from moeq.quant.spec import Fallback, WeightKind

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from moeq.models.adapter import Adapter, own_parameter
+from moeq.models.axis_maps import Steps
 from moeq.models.families import VALUE_LEAVES
-from moeq.models.steps import Steps
 from moeq.quant.hadamard import Basis
 
 

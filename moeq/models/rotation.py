@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.models.adapter import Adapter, is_experts_module, own_parameter
+from moeq.models.axis_maps import Steps
 from moeq.models.blocks import BlockCall, capture_calls
 from moeq.models.heads import ValueHeads, find_value_heads, turn_values
 from moeq.models.norms import (
@@ -30,7 +31,6 @@ from moeq.models.norms import (
     reader_weights,
     set_norm_weight_value,
 )
-from moeq.models.steps import Steps
 from moeq.models.storage import rounded_to_storage
 from moeq.quant.hadamard import Basis, RotationKind, has_hadamard, make_basis
 from moeq.quant.spec import Fallback

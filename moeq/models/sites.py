@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from moeq.models.experts import ExpertSide, num_experts, projections, stacked_shape
-from moeq.models.families import SHARED, is_router, kept_reason, linear_stage
+from moeq.models.families import SHARED, linear_stage
+from moeq.models.not_quantized import is_router, kept_reason
 from moeq.quant.spec import WeightKind
 
 

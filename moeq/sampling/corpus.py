@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moeq.decoding.gumbel import draw_children, tempered
-from moeq.sampling.settings import EBSSSpec, NextToken, Sampled
+from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled
 from moeq.sampling.shortage import pick, weights, worth
 
 

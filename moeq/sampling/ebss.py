@@ -32,7 +32,7 @@ from torch import Tensor
 
 from moeq.decoding.gumbel import draw_children, tempered
 from moeq.sampling.balance import imbalance
-from moeq.sampling.settings import EBSSSpec, NextToken, Sampled, Usage
+from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled, Usage
 
 __all__ = ["EBSSSpec", "NextToken", "Sampled", "Usage", "draw_first_tokens", "search"]
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from moeq.disk.digest import digest
 from moeq.sampling.corpus import search_corpus
 from moeq.sampling.ebss import draw_first_tokens, search
+from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled, Usage
 from moeq.sampling.effective import ExpertEvidence
-from moeq.sampling.settings import EBSSSpec, NextToken, Sampled, Usage
 from moeq.sampling.store import load_part, save_part
 
 REDRAWS = 4

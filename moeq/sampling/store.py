@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from moeq.disk.atomic import write_tensors
 from moeq.disk.digest import digest, model_digest
 from moeq.models.storage import storage_dtype
+from moeq.sampling.ebss_spec import EBSSSpec, Sampled
 from moeq.sampling.effective import ExpertEvidence
-from moeq.sampling.settings import EBSSSpec, Sampled
 
 SET_VERSION = 4
 

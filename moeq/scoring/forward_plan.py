@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moeq.scoring.extent import Extent, Ids, Layout, distinct_rows, extent_of, num_common, row_of
+from moeq.scoring.pass_cost import Extent, Ids, Layout, distinct_rows, extent_of, num_common, row_of
 from moeq.tasks.documents import Request
 
 IGNORED = -100

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moeq.decoding.reorder import reorder_cache
 from moeq.kernels.onednn import linears_by_onednn
-from moeq.scoring.extent import Layout, row_of
 from moeq.scoring.forward_plan import IGNORED, Plan, Segment, plan_requests
+from moeq.scoring.pass_cost import Layout, row_of
 from moeq.scoring.perplexity import CHUNK_TOKENS
 from moeq.tasks.task import Outcome
 

@@ -35,7 +35,7 @@ from moeq.survey.sensitivity import (
     row_energies,
     token_hessians,
 )
-from moeq.survey.settings import FISHER, SurveySpec
+from moeq.survey.survey_spec import FISHER, SurveySpec
 
 # Cost name -> weight name -> choice -> cost.
 Tables = dict[str, dict[str, dict[Choice, float]]]

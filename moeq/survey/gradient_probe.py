@@ -8,7 +8,7 @@ from torch import Tensor
 from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Adapter, Site
 from moeq.survey.fisher import GradientState, add_squares, backward, empty_gradients, observe_gradients, observe_outputs
-from moeq.survey.settings import FISHER, SurveySpec
+from moeq.survey.survey_spec import FISHER, SurveySpec
 
 
 class GradientProbe:

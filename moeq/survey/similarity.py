@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeq.distributed import sum_over_ranks
 from moeq.models.adapter import Adapter
 from moeq.survey.predictor import predicted_similarity, token_similarity, train_predictor
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 
 
 class SimilarityProbe:

@@ -27,13 +27,13 @@ from moeq.models.blocks import capture_calls, run_block
 from moeq.models.families import survey_refusal
 from moeq.models.observe import TokenMask, observe
 from moeq.quant.hessian import HessianState, accumulate, empty_state
-from moeq.survey.anchor import anchor_factors, anchored
 from moeq.survey.cost_tables import BlockFindings, Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage, empty_damage
 from moeq.survey.gradient_probe import GradientProbe
+from moeq.survey.measured_scale import anchor_factors, anchored
 from moeq.survey.sensitivity import round_trip
-from moeq.survey.settings import FISHER, MEASURED, SOLVED, SurveySpec
 from moeq.survey.similarity import SimilarityProbe
+from moeq.survey.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
 from moeq.survey.weight_scores import alphaq_table, weight_scores
 
 

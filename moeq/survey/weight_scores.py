@@ -8,7 +8,7 @@ from moeq.allocation.plan import Choice
 from moeq.distributed import gather_lists, rank_and_world
 from moeq.models.adapter import Adapter, Site
 from moeq.survey.scores import alphaq_costs, hill_alpha, score_weight
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 
 
 def weight_scores(adapter: Adapter, spec: SurveySpec, sites: Sequence[Site]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from callbacks.survey import Survey
 from moeq.allocation.evidence import Evidence, read_evidence
 from moeq.allocation.plan import Choice
 from moeq.module import MoEQuantModule
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
 from tests.tiny import save_tiny
 

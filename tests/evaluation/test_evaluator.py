@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moeq.evaluation.evaluator import Evaluator
-from moeq.evaluation.originals import LiveOriginal
+from moeq.evaluation.reference_logits import LiveOriginal
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.scoring.finite import NonFiniteError
 from moeq.scoring.likelihood import Scorer

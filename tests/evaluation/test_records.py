@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from moeq.disk.fingerprint import result_digest
 from moeq.evaluation import records as module
 from moeq.evaluation.records import Records, reuse
+from moeq.evaluation.result_digest import result_digest
 from moeq.tasks.documents import Document, Result
 from tests.processes import call
 

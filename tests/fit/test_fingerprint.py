@@ -13,7 +13,7 @@ from torch import nn
 from callbacks.expert_usage import ExpertUsage
 from callbacks.gptq import GPTQ
 from callbacks.rotation import Rotation
-from moeq.fit.fingerprint import batches_digest, describe, describe_step, run_fingerprint
+from moeq.fit.fingerprint import batches_digest, describe_step, run_fingerprint, stable_form
 
 
 class Opaque:
@@ -89,12 +89,12 @@ def test_an_attribute_without_a_stable_repr_is_the_same_in_another_process() -> 
 
 
 def test_values_are_told_by_their_content() -> None:
-    assert describe(Opaque(1)) == describe(Opaque(1)) != describe(Opaque(2))
-    assert describe(torch.ones(2)) == describe(torch.ones(2)) != describe(torch.zeros(2))
-    assert describe({"b": 1, "a": {3, 1, 2}}) == describe({"a": {2, 3, 1}, "b": 1})
+    assert stable_form(Opaque(1)) == stable_form(Opaque(1)) != stable_form(Opaque(2))
+    assert stable_form(torch.ones(2)) == stable_form(torch.ones(2)) != stable_form(torch.zeros(2))
+    assert stable_form({"b": 1, "a": {3, 1, 2}}) == stable_form({"a": {2, 3, 1}, "b": 1})
     loop: dict[str, Any] = {}
     loop["self"] = loop
-    assert describe(loop) == {"self": "(itself)"}
+    assert stable_form(loop) == {"self": "(itself)"}
     assert describe_step(GPTQ())[0] == "callbacks.gptq.GPTQ"
 
 

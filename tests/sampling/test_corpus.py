@@ -9,8 +9,8 @@ from moeq.checkpoint.loading import load_model
 from moeq.sampling.balance import imbalance
 from moeq.sampling.corpus import search_corpus, systematic
 from moeq.sampling.ebss import draw_first_tokens, search
+from moeq.sampling.ebss_spec import EBSSSpec, Sampled
 from moeq.sampling.next_token import ModelNextToken
-from moeq.sampling.settings import EBSSSpec, Sampled
 from tests.sampling.tables import TableNextToken
 from tests.sampling.test_ebss import exact_distribution
 

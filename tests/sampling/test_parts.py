@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.sampling.ebss_spec import EBSSSpec, Sampled
 from moeq.sampling.effective import ExpertEvidence
 from moeq.sampling.parts import REDRAWS, SetWriter, sample_set
-from moeq.sampling.settings import EBSSSpec, Sampled
 from tests.sampling.tables import TableNextToken
 
 CPU = torch.device("cpu")

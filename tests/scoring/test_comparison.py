@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moeq.models.experts import is_experts_module
 from moeq.scoring.comparison import Said, ask, compare
-from moeq.scoring.extent import Layout
 from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scorer
+from moeq.scoring.pass_cost import Layout
 from moeq.tasks.documents import Request
 from moeq.tasks.task import Values
 from tests.tiny import tiny_model

@@ -5,8 +5,8 @@ from functools import reduce
 import pytest
 import torch
 
-from moeq.scoring.extent import PASS_TOKENS, Extent, Layout, distinct_rows, extent_of, num_common
 from moeq.scoring.forward_plan import plan_requests
+from moeq.scoring.pass_cost import PASS_TOKENS, Extent, Layout, distinct_rows, extent_of, num_common
 from moeq.tasks.documents import Request
 from tests.scoring.requests import random_documents, random_requests
 

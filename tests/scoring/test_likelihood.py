@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.scoring.extent import Layout
 from moeq.scoring.forward_plan import plan_requests
 from moeq.scoring.likelihood import Scorer, outcomes, run_plan
+from moeq.scoring.pass_cost import Layout
 from moeq.scoring.routing import record_routing, same_routing_by_owner
 from moeq.tasks.documents import Request
 from tests.families import SUPPORTED

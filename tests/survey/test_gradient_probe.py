@@ -6,7 +6,7 @@ import torch
 from moeq.models.adapter import Adapter
 from moeq.survey import gradient_probe
 from moeq.survey.gradient_probe import GradientProbe, batch_seed
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 from tests.tiny import tiny_model
 
 

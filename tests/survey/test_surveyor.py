@@ -9,7 +9,7 @@ from moeq.models.observe import observe_routing
 from moeq.quant.grid import dequantize
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec
-from moeq.survey.settings import COSTS, SurveySpec
+from moeq.survey.survey_spec import COSTS, SurveySpec
 from moeq.survey.surveyor import survey_model
 from tests.tiny import tiny_model
 

@@ -6,7 +6,7 @@ import torch
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import Choice
 from moeq.quant.spec import GridSpec
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ from benchmarks.lab.yardstick import Texts, Yardstick
 from benchmarks.studies.calibration_data import kl_table, ratio_table
 from benchmarks.studies.reach import nearest, signatures
 from moeq.evaluation.evaluator import Evaluator
-from moeq.evaluation.originals import LiveOriginal
+from moeq.evaluation.reference_logits import LiveOriginal
 from moeq.scoring.likelihood import Scorer
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.task import Source, Windows

@@ -22,7 +22,7 @@ from moeq.models.adapter import Adapter, Site
 from moeq.scoring.divergence import kl_sum_and_agreement
 from moeq.survey.cost_tables import BlockFindings, solved_costs
 from moeq.survey.sensitivity import round_trip
-from moeq.survey.settings import SurveySpec
+from moeq.survey.survey_spec import SurveySpec
 
 Factors = dict[tuple[str, Choice], float]
 

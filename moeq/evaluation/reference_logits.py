@@ -24,11 +24,11 @@ import torch
 from moeq.disk.atomic import write_json
 from moeq.disk.checked import read_checked, smallest, write_checked
 from moeq.disk.digest import digest
-from moeq.disk.fingerprint import differences
+from moeq.evaluation.result_digest import differences
 from moeq.scoring.comparison import Said, ask
-from moeq.scoring.extent import Layout
 from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scored, Scorer
+from moeq.scoring.pass_cost import Layout
 
 OriginalPlace = Literal["memory", "disk"]
 # Models need room to run in: activations, caches and logits.
@@ -40,7 +40,7 @@ ROUTING = "ids_TK:"
 SPARE_BYTES = 1 << 28
 # Names, shapes and sums at the beginning of a file.
 HEADER_BYTES = 1 << 15
-REMEDY = "delete it and start again: the original then runs on its batch"
+_REMEDY = "delete it and start again: the original then runs on its batch"
 
 
 def choose_mode(
@@ -107,7 +107,7 @@ class StoredOriginal:
     Args:
         folder: Where they are, or will be.
         fingerprint: Identity of the original and of everything that changes its logits; see
-            ``moeq.disk.fingerprint``.
+            ``moeq.evaluation.result_digest``.
 
     Raises:
         ValueError: The folder holds those of another original, or files that are none.
@@ -168,9 +168,9 @@ class StoredOriginal:
         path = self._path(plan)
         if not path.is_file():
             raise ValueError(f"no logits of the original are stored for this batch ({path}); store it first")
-        metadata, tensors = read_checked(path, REMEDY)
+        metadata, tensors = read_checked(path, _REMEDY)
         if metadata["fingerprint"] != digest(self.fingerprint):
-            raise ValueError(f"{path} holds the logits of another original; {REMEDY}")
+            raise ValueError(f"{path} holds the logits of another original; {_REMEDY}")
         layout = cast(Layout, metadata["layout"])
         ran = plan if plan.layout == layout else plan_requests(plan.requests, plan.owners, layout)
         scored = Scored(ran, tensors.pop(LOGITS))

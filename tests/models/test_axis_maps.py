@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeq.models.steps import Steps
+from moeq.models.axis_maps import Steps
 
 
 def rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moeq.disk.fingerprint import result_digest
-from moeq.evaluation.originals import (
+from moeq.evaluation.reference_logits import (
     HEADER_BYTES,
     SPARE_BYTES,
     LiveOriginal,
@@ -18,10 +17,11 @@ from moeq.evaluation.originals import (
     num_bytes,
     plan_key,
 )
+from moeq.evaluation.result_digest import result_digest
 from moeq.scoring.comparison import ask, compare
-from moeq.scoring.extent import Layout
 from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scorer
+from moeq.scoring.pass_cost import Layout
 from moeq.tasks.documents import Request
 from tests.tiny import tiny_model
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from moeq.quant.hadamard import Basis
 
-Step = Callable[[Tensor], Tensor]
+AxisMap = Callable[[Tensor], Tensor]
 
 
 class Steps:
     """What is to be done to which parameter, by name."""
 
     def __init__(self) -> None:
-        self.by_name: defaultdict[str, list[Step]] = defaultdict(list)
+        self.by_name: defaultdict[str, list[AxisMap]] = defaultdict(list)
 
     def scale(self, name: str, axis: int, factor_D: Tensor) -> None:
         """Multiply along an axis (negative, counted from the end)."""
@@ -49,5 +49,5 @@ class Steps:
             x = step(x)
         return x.float()
 
-    def _along(self, name: str, axis: int, step: Step) -> None:
+    def _along(self, name: str, axis: int, step: AxisMap) -> None:
         self.by_name[name].append(lambda x: step(x.movedim(axis, -1)).movedim(-1, axis))

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from moeq.checkpoint.loading import load_config, load_model, model_bytes
 from moeq.decoding.decoders import Decoding, examine
-from moeq.disk.fingerprint import result_digest
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
-from moeq.evaluation.originals import LiveOriginal, StoredOriginal, choose_mode, num_bytes
+from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, choose_mode, num_bytes
+from moeq.evaluation.result_digest import result_digest
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation
 from moeq.kernels.compute_dtype import compute_dtype
 from moeq.programs.sandbox import protections

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 
 from moeq.allocation.decide import AllocationSpec, decide
+from moeq.allocation.dry_run import placeholder, rehearse
 from moeq.allocation.evidence import Promise, check_evidence
 from moeq.allocation.problem import Floor
-from moeq.allocation.rehearsal import placeholder, rehearse
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import CHOICES, toy_evidence, toy_weights
 

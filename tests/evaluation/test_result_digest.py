@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moeq.disk.fingerprint import differences, result_digest
+from moeq.evaluation.result_digest import differences, result_digest
 
 PARTS: dict[str, Any] = {
     "model": "sha256:aa",
