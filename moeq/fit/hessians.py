@@ -101,8 +101,7 @@ def hessians_of(
     Args:
         hessians: Of the current pass; read here, so all ranks must call it.
         parts: Which of them.
-        coverage: What an expert with few tokens gets; one that is to be rounded to nearest gets the identity, with
-            which GPTQ is rounding to nearest and the error of an output that of the weight.
+        coverage: What an expert with few tokens gets.
 
     Raises:
         ValueError: See ``moeq.quant.coverage.find_uncovered``.
@@ -119,8 +118,6 @@ def hessians_of(
 
     def of(site: Site, experts: Sequence[int]) -> Tensor:
         positions = [expert - first[site.name] for expert in experts]
-        hessian_EII = hessians_to_solve(hessians[site], coverage, positions, hessians.pool(site))
-        hessian_EII[uncovered[site.name][positions]] = torch.eye(site.in_features, device=hessian_EII.device)
-        return hessian_EII
+        return hessians_to_solve(hessians[site], coverage, positions, uncovered[site.name], hessians.pool(site))
 
     return of, fallbacks

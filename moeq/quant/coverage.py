@@ -100,14 +100,22 @@ def find_uncovered(
 
 
 def hessians_to_solve(
-    state: HessianState, spec: CoverageSpec, experts: Sequence[int], pool: HessianState | None = None
+    state: HessianState,
+    spec: CoverageSpec,
+    experts: Sequence[int],
+    use_rtn_E: Tensor,
+    pool: HessianState | None = None,
 ) -> Tensor:
     """Hessians of some experts as the policy wants them, float32 [len(experts), I, I].
+
+    Those to be rounded to nearest get the identity, with which GPTQ is rounding to nearest and the error of an output
+    that of the weight.
 
     Args:
         state: Sums over all calibration tokens.
         spec: The policy.
         experts: Which, by their position in the state.
+        use_rtn_E: Of ``find_uncovered``.
         pool: As for ``find_uncovered``.
     """
     shape = (len(experts), *state.sum_EII.shape[1:])
@@ -124,14 +132,15 @@ def hessians_to_solve(
         else:
             share = samples / (samples + samples_of_pool)
             hessian_II.copy_(torch.lerp(mean_II, state.sum_EII[expert] / weight, share))
+    hessian_EII[use_rtn_E[list(experts)]] = torch.eye(shape[-1], device=hessian_EII.device)
     return hessian_EII
 
 
-def regularize(state: HessianState, spec: CoverageSpec, names: Sequence[str]) -> tuple[Tensor, Tensor, list[Fallback]]:
-    """Hessians to solve with, experts to round to nearest instead, and a record of each departure, for whole sites."""
+def regularize(state: HessianState, spec: CoverageSpec, names: Sequence[str]) -> tuple[Tensor, list[Fallback]]:
+    """Hessians to solve with, float32 [E, I, I], and a record of each departure, for whole sites."""
     pool = pool_of(state) if len(state.num_tokens_E) > 1 else None
     use_rtn_E, fallbacks = find_uncovered(state, spec, names, pool)
-    return hessians_to_solve(state, spec, range(len(names)), pool), use_rtn_E, fallbacks
+    return hessians_to_solve(state, spec, range(len(names)), use_rtn_E, pool), fallbacks
 
 
 def _weight(state: HessianState, expert: int) -> float:

@@ -127,9 +127,8 @@ def measured_costs(spec: SurveySpec, found: BlockFindings) -> Tables:
 def _solver_hessians(site: Site, spec: SurveySpec, found: BlockFindings) -> Tensor:
     """Hessians as the real solve takes them: shrunk for rare experts, the identity for those to be rounded."""
     names = [site.weight_name(expert, site.leaves[0]) for expert in range(site.num_experts)]
-    hessian_EII, use_rtn_E, _ = regularize(found.solver[site.name], spec.coverage, names)
-    identity_II = torch.eye(site.in_features, device=hessian_EII.device)
-    return torch.where(use_rtn_E[:, None, None], identity_II, hessian_EII)
+    hessian_EII, _ = regularize(found.solver[site.name], spec.coverage, names)
+    return hessian_EII
 
 
 def _token_hessians(state: HessianState, found: BlockFindings) -> Tensor:

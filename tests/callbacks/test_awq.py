@@ -84,7 +84,7 @@ def test_hessians_have_to_be_gathered_before(tmp_path: Path) -> None:
     config["trainer"]["callbacks"] = [c for c in callbacks if "Hessian" not in c["class_path"]]
     path = tmp_path / "awq_alone.yaml"
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit, match=r"put HessianCalibration before AWQ"):
+    with pytest.raises(SystemExit, match=r"add HessianCalibration to the list"):
         fit(path, model, tmp_path / "run", *SMALL)
 
 

@@ -37,8 +37,8 @@ class StubSurvey(L.Callback):
     affects_weights = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.survey_requested = True
-        pl_module.run.promised = Promise(costs=("fisher",), choices=(Choice(2, 16), Choice(4, 16)))
+        pl_module.run.needs.survey = True
+        pl_module.run.promise = Promise(costs=("fisher",), choices=(Choice(2, 16), Choice(4, 16)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if pl_module.current_pass.kind == "survey":
@@ -113,7 +113,7 @@ def test_a_run_that_continues_keeps_the_plan_of_its_survey(model: Path, tmp_path
         fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN(), StopAtBlock(1))
     written = (tmp_path / "run/allocation.json").read_bytes()
     module = fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
-    assert all(each.kind == "calibrate" and each.block == 1 for each in module.schedule)
+    assert all(each.kind == "calibrate" and each.block == 1 for each in module.walk.schedule)
     assert widths(module) == widths(whole)
     assert set(widths(module).values()) == {2, 4}
     assert (tmp_path / "run/allocation.json").read_bytes() == written
@@ -145,7 +145,7 @@ def test_a_survey_of_an_earlier_run_needs_none_in_this_one(model: Path, tmp_path
     write_json(tmp_path / "survey.json", evidence(module).to_json())
     surveyed = BitAllocation(**ALLOCATE, survey=str(tmp_path / "survey.json"))
     later = fit(model, tmp_path / "later", surveyed, RTN())
-    assert all(each.kind == "calibrate" for each in later.schedule)
+    assert all(each.kind == "calibrate" for each in later.walk.schedule)
     first = fit(model, tmp_path / "first", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
     assert widths(later) == widths(first)
 

@@ -63,7 +63,7 @@ def same(first: Evidence, second: Evidence) -> None:
 
 def test_a_run_finds_what_a_survey_of_the_model_alone_finds(model: Path, tmp_path: Path) -> None:
     module = fit(model, tmp_path, Survey(costs=COSTS, scores=("kurtosis",), choices=[2, 4]))
-    assert [each.kind for each in module.schedule[:2]] == ["survey", "survey"]
+    assert [each.kind for each in module.walk.schedule[:2]] == ["survey", "survey"]
     spec = SurveySpec(
         costs=COSTS, scores=("kurtosis",), choices=(Choice(2, 16), Choice(4, 16)), grid=module.grid,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_resumed_run_reads_the_survey_of_its_first_part(model: Path, tmp_path:
     first = fit(model, tmp_path, Survey(choices=[2, 4]), steps=True)
     (tmp_path / "blocks" / "block_001.safetensors").unlink()
     second = fit(model, tmp_path, Survey(choices=[2, 4]), steps=True)
-    assert all(each.kind == "calibrate" for each in second.schedule)
+    assert all(each.kind == "calibrate" for each in second.walk.schedule)
     assert first.run.evidence is not None
     assert second.run.evidence is not None
     same(second.run.evidence, first.run.evidence)

@@ -5,7 +5,7 @@ import torch
 
 from moeq.fit.activations import ActivationStore, BlockBatch
 from moeq.fit.learn_block import tune_block
-from moeq.fit.run import Run
+from moeq.fit.run import Needs, Run
 from moeq.fit.solve import quantize_sites
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import capture_calls
@@ -30,7 +30,7 @@ def solved(family: str) -> tuple[Adapter, Run, int, list[BlockBatch]]:
         original_BTD = store.advance(0, block + 1, calls, adapter.blocks)
         batches.append(BlockBatch(hidden_BTD, original_BTD, call, torch.ones(ids.shape, dtype=torch.bool)))
     sites = adapter.sites(block)
-    run = Run(plan={name: GRID for site in sites for name in site.weight_names()}, offsets={})
+    run = Run(plan={name: GRID for site in sites for name in site.weight_names()}, needs=Needs(offsets=True))
     quantize_sites(adapter, run, sites, lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, torch.float32))
     return adapter, run, block, batches
 

@@ -57,11 +57,10 @@ def reference_shrunk(rows: Rows, power: float, kappa: float) -> list[torch.Tenso
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 256.0, "auto"])
 def test_shrinkage_equals_the_formula_token_by_token(kappa: Kappa, power: float) -> None:
     state = covered(power=power)
-    hessian_EII, use_rtn_E, _ = regularize(state, CoverageSpec("shrink", 32, kappa), NAMES)
+    hessian_EII, _ = regularize(state, CoverageSpec("shrink", 32, kappa), NAMES)
     expected = reference_shrunk(tokens_of(), power, SAMPLES_PER_FEATURE * 8 if kappa == "auto" else kappa)
     for expert_II, expected_II in zip(hessian_EII, expected, strict=True):
         torch.testing.assert_close(expert_II.double(), expected_II, rtol=1e-5, atol=1e-6)
-    assert not use_rtn_E.any()
 
 
 def test_shrinkage_does_not_depend_on_the_scale_of_an_experts_affinities() -> None:
@@ -81,14 +80,16 @@ def test_the_pool_may_come_from_elsewhere_and_experts_in_any_selection() -> None
     state, spec = covered(), CoverageSpec()
     together = regularize(state, spec, NAMES)[0]
     some = HessianState(*(tensor[1:3] for tensor in state.tensors()))
-    assert torch.equal(hessians_to_solve(some, spec, [1, 0], pool_of(state)), together[[2, 1]])
+    assert torch.equal(
+        hessians_to_solve(some, spec, [1, 0], torch.zeros(2, dtype=torch.bool), pool_of(state)), together[[2, 1]]
+    )
     use_rtn_E, records = find_uncovered(some, CoverageSpec("rtn", 32), NAMES[1:3], pool_of(state))
     assert use_rtn_E.tolist() == [False, True]
     assert [record.weight for record in records] == NAMES[2:3]
 
 
 def test_experts_below_the_threshold_are_on_record_with_tokens_and_effective_samples() -> None:
-    _, _, fallbacks = regularize(covered(), CoverageSpec("shrink", 32), NAMES)
+    _, fallbacks = regularize(covered(), CoverageSpec("shrink", 32), NAMES)
     assert [fallback.weight for fallback in fallbacks] == NAMES[2:]
     assert [fallback.reason for fallback in fallbacks] == ["few calibration tokens", "no calibration tokens"]
     assert fallbacks[0].detail.startswith("5 tokens (")
@@ -97,8 +98,8 @@ def test_experts_below_the_threshold_are_on_record_with_tokens_and_effective_sam
 
 def test_rtn_policy_flags_the_experts_below_the_threshold_and_leaves_the_others_alone() -> None:
     state = covered()
-    hessian_EII, use_rtn_E, fallbacks = regularize(state, CoverageSpec("rtn", 41), NAMES)
-    assert use_rtn_E.tolist() == [False, True, True, True]
+    hessian_EII, fallbacks = regularize(state, CoverageSpec("rtn", 41), NAMES)
+    assert torch.equal(hessian_EII[1:], torch.eye(8).expand(3, 8, 8))
     assert [fallback.weight for fallback in fallbacks] == NAMES[1:]
     assert all("rounded to nearest" in fallback.detail for fallback in fallbacks)
     torch.testing.assert_close(hessian_EII[0], (state.sum_EII[0] / state.weight_sum_E[0]).float())
@@ -107,31 +108,28 @@ def test_rtn_policy_flags_the_experts_below_the_threshold_and_leaves_the_others_
 def test_fail_policy_names_the_expert_its_tokens_and_remedies() -> None:
     with pytest.raises(ValueError, match=r"experts\.3\.gate_proj has 0 calibration tokens.*1 more.*lower min_tokens"):
         regularize(covered(), CoverageSpec("fail", 32), NAMES)
-    _, use_rtn_E, fallbacks = regularize(covered((9, 8, 7, 6)), CoverageSpec("fail", 6), NAMES)
-    assert not use_rtn_E.any()
+    _, fallbacks = regularize(covered((9, 8, 7, 6)), CoverageSpec("fail", 6), NAMES)
     assert not fallbacks
 
 
 def test_an_expert_without_tokens_gets_the_pool() -> None:
     state = covered()
-    hessian_EII, _, _ = regularize(state, CoverageSpec(), NAMES)
+    hessian_EII, _ = regularize(state, CoverageSpec(), NAMES)
     torch.testing.assert_close(hessian_EII[3], (state.sum_EII.sum(0) / state.weight_sum_E.sum()).float())
 
 
 @pytest.mark.parametrize("policy", ["shrink", "rtn"])
 def test_a_block_without_tokens_is_rounded_to_nearest(policy: str) -> None:
     spec = CoverageSpec(policy, 1)  # type: ignore[arg-type]
-    hessian_EII, use_rtn_E, fallbacks = regularize(empty_state(4, 8, "cpu"), spec, NAMES)
-    assert use_rtn_E.all()
-    assert torch.isfinite(hessian_EII).all()
+    hessian_EII, fallbacks = regularize(empty_state(4, 8, "cpu"), spec, NAMES)
+    assert torch.equal(hessian_EII, torch.eye(8).expand(4, 8, 8))
     assert [fallback.weight for fallback in fallbacks] == NAMES
 
 
 def test_a_single_expert_keeps_its_own_hessian() -> None:
     state = covered((5,))
-    hessian_EII, use_rtn_E, fallbacks = regularize(state, CoverageSpec("shrink", 32), NAMES[:1])
+    hessian_EII, fallbacks = regularize(state, CoverageSpec("shrink", 32), NAMES[:1])
     torch.testing.assert_close(hessian_EII, (state.sum_EII / state.weight_sum_E).float())
-    assert not use_rtn_E.any()
     assert "no peers" in fallbacks[0].detail
 
 
