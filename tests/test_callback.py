@@ -19,7 +19,8 @@ from datamodules.text import TextDataModule
 from moeq.callback import HookedStep, module_of
 from moeq.module import MoEQuantModule
 from moeq.quant.spec import QuantizedWeight
-from tests.fit.test_resume import arguments, run
+from tests.fit.test_resume import arguments
+from tests.processes import TWO_RANKS, run
 from tests.tiny import save_tiny
 
 
@@ -68,15 +69,15 @@ def test_the_order_of_the_callbacks_changes_no_code(
     assert_equal_codes(forward, backward)
 
 
+@pytest.mark.slow
 def test_on_two_ranks_the_order_of_the_callbacks_changes_no_byte(model: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(Path("configs/gptq_text_w3.yaml").read_text())
-    two = ["--trainer.devices=2", "--trainer.strategy=moeq_ddp", "--data.batch_size=1"]
     blocks = []
     for name, steps in (("forward", [HessianCalibration, GPTQ]), ("backward", [GPTQ, HessianCalibration])):
         content["trainer"]["callbacks"] = [{"class_path": f"{step.__module__}.{step.__name__}"} for step in steps]
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
-        done = run([*arguments(path, model, tmp_path / name), *two])
+        done = run([*arguments(path, model, tmp_path / name), *TWO_RANKS, "--data.batch_size=1"])
         assert done.returncode == 0, done.stderr
         blocks.append(quantized_tensors(tmp_path / name))
     assert blocks[0] == blocks[1]

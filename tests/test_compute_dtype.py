@@ -19,6 +19,9 @@ MOEQUANT, TEXT, EVAL = (Path(f"configs/{name}.yaml") for name in ("moequant_w3",
 ROTATED = Path("configs/moequant_rotated_w4.yaml")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("dtype") / "model")

@@ -95,7 +95,17 @@ def logged(folder: Path) -> dict[str, float]:
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if "/" in tag}
 
 
-@pytest.mark.parametrize("config", FIT_CONFIGS, ids=lambda path: path.stem)
+# What an edit needs runs the short ones.
+LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG_CONFIGS else [])
+        for path in FIT_CONFIGS
+    ],
+)
 def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_path: Path) -> None:
     fit(config, tiny, tmp_path)
     for name in ("config.yaml", "manifest.json", "allocation.json", "errors.csv", "fallbacks.json", "summary.md"):

@@ -56,6 +56,7 @@ def test_a_bound_that_cuts_the_experts_gives_the_same_bytes(
     assert any("(2 of" in label for label in passes)
 
 
+@pytest.mark.slow
 def test_with_all_experts_none_has_few_tokens_and_gate_and_up_share_one_hessian(
     config: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_two_ranks_in_chunks_give_the_bytes_of_two_ranks(config: Path, model: Pa
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_run_may_continue_with_another_bound(config: Path, model: Path, tmp_path: Path) -> None:
     fit(config, model, tmp_path)
     whole = results(tmp_path)

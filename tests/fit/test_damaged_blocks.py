@@ -72,7 +72,7 @@ def test_a_damaged_block_is_one_line_and_done_again(
     content = bytearray(whole[path.name])
     content[len(content) // 2] ^= 1
     path.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "empty": b""}[damage])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         again = run_fit(config, model, tmp_path)
     lines = {record.getMessage() for record in caplog.records if "quantized again" in record.getMessage()}
     assert len(lines) == 1

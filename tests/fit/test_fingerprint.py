@@ -80,6 +80,7 @@ sys.stdout.write(configuration(Foreign(Settings())))
 """
 
 
+@pytest.mark.slow
 def test_an_attribute_without_a_stable_repr_is_the_same_in_another_process() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

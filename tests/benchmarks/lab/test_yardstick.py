@@ -25,6 +25,7 @@ def yardstick() -> Yardstick:
     return Yardstick(MODEL, Texts(domains=files, num_windows=2, window_length=LENGTH))
 
 
+@pytest.mark.slow
 def test_a_yardstick_measures_what_validate_measures(yardstick: Yardstick) -> None:
     module = fit(yardstick.unused_windows("gsm8k")[:2], name=MODEL, bits=3)
     found = yardstick.measure(module.model)
