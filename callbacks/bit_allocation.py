@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.decide import AllocationSpec, Decision, decide
@@ -11,12 +11,13 @@ from moeq.allocation.dry_run import rehearse
 from moeq.allocation.evidence import read_evidence
 from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
 from moeq.allocation.plan_report import allocation_report, allocation_to_json
+from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json, write_text
 from moeq.fit.block_files import block_path
 from moeq.module import MoEQuantModule
 
 
-class BitAllocation(Callback):
+class BitAllocation(Step):
     """Bits by structure, by named rules, by an allocator under a budget, or as in the allocation.json of another run.
 
     Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of the callback
@@ -33,16 +34,15 @@ class BitAllocation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide, or make sure that a survey comes first and holds what the decision needs."""
-        assert isinstance(pl_module, MoEQuantModule)
-
-        weights, run = pl_module.weight_shapes(), pl_module.run
+        module = module_of(pl_module)
+        weights, run = module.weight_shapes(), module.run
         if self.survey is not None:
             run.evidence = read_evidence(Path(self.survey), weights)
         if not self.spec.needs_evidence or run.evidence is not None:
-            self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, run.evidence))
-        elif block_path(pl_module.run_dir, 0).exists() and not pl_module.hparams["restart"]:
+            self._take(trainer, module, decide(self.spec, weights, module.grid, run.evidence))
+        elif block_path(module.run_dir, 0).exists() and not module.hparams["restart"]:
             # A run that continues has no survey: finished blocks follow the plan that it made then.
-            run.plan = plan_from_json(pl_module.run_dir / "allocation.json")
+            run.plan = plan_from_json(module.run_dir / "allocation.json")
             check_plan(run.plan, weights)
         elif run.promise is None:
             raise ValueError(
@@ -51,28 +51,28 @@ class BitAllocation(Callback):
             )
         else:
             run.needs.evidence = True
-            rehearse(self.spec, weights, pl_module.grid, run.promise)
+            rehearse(self.spec, weights, module.grid, run.promise)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
-        assert isinstance(pl_module, MoEQuantModule)
-        run = pl_module.run
+        module = module_of(pl_module)
+        run = module.run
         for name, weight in run.quantized.items():
             if (weight.bits, weight.group_size) != (run.plan[name].bits, run.plan[name].group_size):
                 raise ValueError(
                     f"{name} was quantized to {weight.bits} bits before this run continued, the plan in "
-                    f"{pl_module.run_dir} now says {run.plan[name].bits}; put the old value back, or set "
+                    f"{module.run_dir} now says {run.plan[name].bits}; put the old value back, or set "
                     "--model.restart true"
                 )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide at the end of the last pass of the survey."""
-        assert isinstance(pl_module, MoEQuantModule)
-        epoch, schedule = pl_module.current_epoch, pl_module.walk.schedule
+        module = module_of(pl_module)
+        epoch, schedule = module.current_epoch, module.walk.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
-            weights = pl_module.weight_shapes()
-            self._take(trainer, pl_module, decide(self.spec, weights, pl_module.grid, pl_module.run.evidence))
+            weights = module.weight_shapes()
+            self._take(trainer, module, decide(self.spec, weights, module.grid, module.run.evidence))
 
     def _take(self, trainer: Trainer, module: MoEQuantModule, decision: Decision) -> None:
         """Make a decision the plan of the run, and write it down."""

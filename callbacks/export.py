@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
+from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
 
@@ -16,7 +17,7 @@ from moeq.module import MoEQuantModule
 UNFINISHED = "export.unfinished"
 
 
-class Export(Callback):
+class Export(Step):
     """Packed checkpoint in ``export/`` of the run folder, dense copy in ``dense/``, both verified.
 
     Args:
@@ -31,9 +32,9 @@ class Export(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before any work what would be refused at the end."""
-        assert isinstance(pl_module, MoEQuantModule)
-        for folder in self._folders(pl_module.run_dir):
-            if folder.exists() and any(folder.iterdir()) and not self._may_replace(pl_module.run_dir):
+        module = module_of(pl_module)
+        for folder in self._folders(module.run_dir):
+            if folder.exists() and any(folder.iterdir()) and not self._may_replace(module.run_dir):
                 raise ValueError(
                     f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
                     "or overwrite: true for the callback Export"
@@ -41,9 +42,9 @@ class Export(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and verify, on the first rank; the others wait, as the exported folder is one."""
-        assert isinstance(pl_module, MoEQuantModule)
+        module = module_of(pl_module)
         if trainer.is_global_zero:
-            self._export(pl_module)
+            self._export(module)
         trainer.strategy.barrier("moeq_export")
 
     def _may_replace(self, run_dir: Path) -> bool:

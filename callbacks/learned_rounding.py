@@ -3,16 +3,16 @@
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from moeq.callback import SolveStep, Step, module_of
 from moeq.fit.learn_block import tune_block
-from moeq.module import MoEQuantModule
 from moeq.quant.learned import LearnedSpec
 from moeq.quant.spec import Fallback
 
 
-class LearnedRounding(Callback):
+class LearnedRounding(Step):
     """Moves codes and scales of a block along gradients of its output error; put it after a method such as GPTQ.
 
     Costs about three forward passes of a block per step, in float32, on one batch (``--data.batch_size`` sequences).
@@ -26,26 +26,30 @@ class LearnedRounding(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the outputs of the original blocks, and for what the solver knows of each weight."""
-        assert isinstance(pl_module, MoEQuantModule)
-        pl_module.run.needs.originals = pl_module.run.needs.offsets = True
+        module = module_of(pl_module)
+        order = list(trainer.callbacks)  # type: ignore[attr-defined]
+        if late := [step for step in order[order.index(self) :] if isinstance(step, SolveStep)]:
+            name = type(late[0]).__name__
+            raise ValueError(f"LearnedRounding starts from what {name} has solved; put {name} before LearnedRounding")
+        module.run.needs.originals = module.run.needs.offsets = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tune a block after its last pass."""
-        assert isinstance(pl_module, MoEQuantModule)
-        current, run = pl_module.current_pass, pl_module.run
+        module = module_of(pl_module)
+        current, run = module.current_pass, module.run
         if not current.ends_block:
             return
-        names = [name for site in pl_module.adapter.sites(current.block) for name in site.weight_names()]
+        names = [name for site in module.adapter.sites(current.block) for name in site.weight_names()]
         if not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "
                 "put a method such as GPTQ before LearnedRounding"
             )
         start = time.perf_counter()
-        before, after = tune_block(pl_module.adapter, run, current.block, pl_module.walk.block_batches(), self.spec)
+        before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.spec)
         run.offsets.clear()
         rank_zero_info(f"Block {current.block}: output error {before:.4g} -> {min(before, after):.4g}")
-        pl_module.log_dict(
+        module.log_dict(
             {"learned_rounding/error_before": before, "learned_rounding/error_after": min(before, after)},
             rank_zero_only=True,
         )

@@ -4,17 +4,18 @@ import time
 from collections import Counter, defaultdict
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.plan import plan_cost
+from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_csv, write_json, write_text
 from moeq.disk.versions import installed_versions
 from moeq.fit.memory import MemoryRow, peak_memory_bytes, start_peak
 from moeq.module import MoEQuantModule
 
 
-class Record(Callback):
+class Record(Step):
     """Writes manifest.json, errors.csv, fallbacks.json, memory.csv and summary.md, and prints the summary.
 
     memory.csv compares the peak of every pass with what it was expected to take.  Put it last: what callbacks after it
@@ -44,39 +45,39 @@ class Record(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean relative error of what this pass quantized, as a curve over passes."""
-        assert isinstance(pl_module, MoEQuantModule)
-        names = {name for site in pl_module.current_pass.sites for name in site.weight_names()}
-        errors = [row["relative_error"] for row in pl_module.run.errors if row["weight"] in names]
+        module = module_of(pl_module)
+        names = {name for site in module.current_pass.sites for name in site.weight_names()}
+        errors = [row["relative_error"] for row in module.run.errors if row["weight"] in names]
         if errors:
-            pl_module.log("fit/relative_error", sum(errors) / len(errors), rank_zero_only=True)
-        peak_bytes = peak_memory_bytes(pl_module.device)
+            module.log("fit/relative_error", sum(errors) / len(errors), rank_zero_only=True)
+        peak_bytes = peak_memory_bytes(module.device)
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
-        self._memory.append(pl_module.walk.memory_row(pl_module.device, peak_bytes - self._base_bytes))
-        pl_module.log("fit/peak_memory_gb", peak_bytes / 1e9, rank_zero_only=True)
+        self._memory.append(module.walk.memory_row(module.device, peak_bytes - self._base_bytes))
+        module.log("fit/peak_memory_gb", peak_bytes / 1e9, rank_zero_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""
-        assert isinstance(pl_module, MoEQuantModule)
+        module = module_of(pl_module)
         if not trainer.is_global_zero:
             return
-        folder, run = pl_module.run_dir, pl_module.run
+        folder, run = module.run_dir, module.run
         manifest = {
             "versions": installed_versions(),
-            "device": str(pl_module.device),
-            "dtype": str(pl_module.adapter.storage_dtype).removeprefix("torch."),
-            "compute_dtype": str(pl_module.model.dtype).removeprefix("torch."),
+            "device": str(module.device),
+            "dtype": str(module.adapter.storage_dtype).removeprefix("torch."),
+            "compute_dtype": str(module.model.dtype).removeprefix("torch."),
             "seed": torch.initial_seed(),
-            "model": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},
-            "fingerprint": pl_module.walk.resume.fingerprint,
+            "model": {k: v for k, v in module.hparams.items() if not k.startswith("_")},
+            "fingerprint": module.walk.resume.fingerprint,
             "seconds_total": time.perf_counter() - self._start,
             "seconds": run.seconds,
-            "peak_memory_bytes": max(self._peak_bytes, peak_memory_bytes(pl_module.device)),
+            "peak_memory_bytes": max(self._peak_bytes, peak_memory_bytes(module.device)),
         }
         write_json(folder / "manifest.json", manifest)
         write_csv(folder / "errors.csv", run.errors)
         write_csv(folder / "memory.csv", [dict(row) for row in self._memory])
         write_json(folder / "fallbacks.json", [vars(fallback) for fallback in run.fallbacks])
-        summary = summary_table(pl_module)
+        summary = summary_table(module)
         write_text(folder / "summary.md", summary)
         rank_zero_info(summary)
 

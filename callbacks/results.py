@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from moeq.callback import Step, module_of
 from moeq.disk.digest import model_digest
 from moeq.disk.folder import MANIFEST
 from moeq.disk.versions import installed_versions
@@ -23,7 +24,7 @@ from moeq.report.task_tables import markdown_tasks
 BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16": 16.0}
 
 
-class Results(Callback):
+class Results(Step):
     """Writes results.json, results.md and figures after validate, and prints the tables.
 
     Reads ``pl_module.validation.reports``, which all ranks have put together; the module logs the numbers themselves.
@@ -33,13 +34,13 @@ class Results(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first rank writes."""
-        assert isinstance(pl_module, MoEQuantModule)
-        reports = pl_module.validation.reports
+        module = module_of(pl_module)
+        reports = module.validation.reports
         if not trainer.is_global_zero:
             return
-        row = result_row(reports, **describe_model(pl_module))
-        write_results([row], pl_module.run_dir, reports, setting(trainer, pl_module))
-        draw(reports, trainer, pl_module.run_dir)
+        row = result_row(reports, **describe_model(module))
+        write_results([row], module.run_dir, reports, setting(trainer, module))
+        draw(reports, trainer, module.run_dir)
         rank_zero_info(f"\n{markdown_table([row])}\n{markdown_tasks(reports)}")
 
 

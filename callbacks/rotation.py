@@ -4,14 +4,14 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from moeq.callback import Step, module_of
 from moeq.models.rotation import RotationSpec, rotate
-from moeq.module import MoEQuantModule
 
 
-class Rotation(Callback):
+class Rotation(Step):
     """Absorbs norms and rotates residual stream and values of heads (MoEQuant++); put it first in the list.
 
     Args:
@@ -23,12 +23,12 @@ class Rotation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is sampled, surveyed or calibrated; a resumed run rotates its model again, alike."""
-        assert isinstance(pl_module, MoEQuantModule)
+        module = module_of(pl_module)
         start = time.perf_counter()
 
-        model = pl_module.model.to(pl_module.device)
+        model = module.model.to(module.device)
         vocabulary = model.config.get_text_config().vocab_size
         probe = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
-        pl_module.run.fallbacks += rotate(pl_module.adapter, probe.to(pl_module.device), self.spec)
-        pl_module.run.seconds["rotation"] = time.perf_counter() - start
+        module.run.fallbacks += rotate(module.adapter, probe.to(module.device), self.spec)
+        module.run.seconds["rotation"] = time.perf_counter() - start
         rank_zero_info(f"Rotation: {self.spec.kind} of size {model.get_input_embeddings().weight.shape[-1]}")

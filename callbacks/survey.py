@@ -4,18 +4,18 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
+from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
-from moeq.module import MoEQuantModule
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
 
 
-class Survey(Callback):
+class Survey(Step):
     """Writes survey.json and sets ``run.evidence``; put it before BitAllocation.
 
     Args:
@@ -33,40 +33,39 @@ class Survey(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the passes of a survey, and say what it will hold."""
-        assert isinstance(pl_module, MoEQuantModule)
-
-        grid = pl_module.grid
+        module = module_of(pl_module)
+        grid = module.grid
         self._spec = SurveySpec(
-            choices=parse_choices(self.choices, grid.group_size), grid=grid, solve=pl_module.solve_spec,
-            affinity_power=float(pl_module.hparams["affinity_power"]), **vars(self.options),
+            choices=parse_choices(self.choices, grid.group_size), grid=grid, solve=module.solve_spec,
+            affinity_power=float(module.hparams["affinity_power"]), **vars(self.options),
         )  # fmt: skip
         for choice in self._spec.choices:
             choice.grid(grid)  # raises for widths that no grid has
-        Surveyor(pl_module.adapter, self._spec)  # raises where no choice fits a weight
-        pl_module.run.needs.survey = True
+        Surveyor(module.adapter, self._spec)  # raises where no choice fits a weight
+        module.run.needs.survey = True
         spec = self._spec
-        pl_module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
+        module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run makes no survey: it reads the one of its first part."""
-        assert isinstance(pl_module, MoEQuantModule)
-        run, path = pl_module.run, pl_module.run_dir / "survey.json"
-        if any(each.kind == "survey" for each in pl_module.walk.schedule):
+        module = module_of(pl_module)
+        run, path = module.run, module.run_dir / "survey.json"
+        if any(each.kind == "survey" for each in module.walk.schedule):
             if not run.needs.evidence and trainer.is_global_zero:
                 logging.getLogger(__name__).warning(
                     f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
                 )
         elif path.exists():
-            run.evidence = read_evidence(path, pl_module.weight_shapes())
+            run.evidence = read_evidence(path, module.weight_shapes())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the block of a survey pass."""
-        assert isinstance(pl_module, MoEQuantModule)
-        if pl_module.current_pass.kind != "survey":
+        module = module_of(pl_module)
+        if module.current_pass.kind != "survey":
             return
         if self._surveyor is None:
-            self._surveyor = Surveyor(pl_module.adapter, self._spec, pl_module.device)
-        self._surveyor.open_block(pl_module.current_pass.block)
+            self._surveyor = Surveyor(module.adapter, self._spec, module.device)
+        self._surveyor.open_block(module.current_pass.block)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Backward passes on the first batches of the first block; padding does not count."""
@@ -76,18 +75,18 @@ class Survey(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish a block; after the last one write what was found."""
-        assert isinstance(pl_module, MoEQuantModule)
+        module = module_of(pl_module)
         if self._surveyor is None:
             return
         self._surveyor.finish_block()
-        if pl_module.current_pass.block + 1 < len(pl_module.adapter.blocks):
+        if module.current_pass.block + 1 < len(module.adapter.blocks):
             return
-        evidence = pl_module.run.evidence = self._surveyor.evidence()
+        evidence = module.run.evidence = self._surveyor.evidence()
         self._surveyor = None
         found = [*evidence.costs, *evidence.scores, *(["predictor"] if self._spec.predictor else [])]
         rank_zero_info(f"Survey: {', '.join(found) or 'expert usage and similarity'}")
         if trainer.is_global_zero:
-            write_json(pl_module.run_dir / "survey.json", evidence.to_json())
+            write_json(module.run_dir / "survey.json", evidence.to_json())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Hooks come off whatever happens."""

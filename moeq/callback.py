@@ -2,7 +2,7 @@
 
 import inspect
 from abc import abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar, Self
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,12 +29,13 @@ class Step(Callback):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Write the arguments down; a wrong one is ``__init__``'s to refuse."""
         step = super().__new__(cls)
-        try:
-            bound = inspect.signature(cls).bind(*args, **kwargs)
-            bound.apply_defaults()
-            step.constructor_arguments = dict(bound.arguments)
-        except TypeError:
-            step.constructor_arguments = {}
+        step.constructor_arguments = {}
+        if cls.__init__ is not object.__init__:
+            with suppress(TypeError):
+                bound = inspect.signature(cls.__init__).bind(step, *args, **kwargs)
+                bound.apply_defaults()
+                _, *given = bound.arguments.items()
+                step.constructor_arguments = dict(given)
         return step
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.awq import AWQ
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
+from callbacks.learned_rounding import LearnedRounding
 from callbacks.router_calibration import RouterCalibration
 from callbacks.rtn import RTN
 from datamodules.text import TextDataModule
@@ -99,6 +100,7 @@ def quantized_tensors(folder: Path) -> dict[str, bytes]:
     [
         ([GPTQ], "GPTQ needs Hessians, which no callback gathers; add HessianCalibration to the list"),
         ([AWQ], "AWQ needs Hessians"),
+        ([HessianCalibration, LearnedRounding, GPTQ], "put GPTQ before LearnedRounding"),
         ([HessianCalibration, GPTQ, RTN], "GPTQ and RTN both quantize every weight; keep one of them"),
     ],
 )
@@ -146,6 +148,8 @@ def test_hooks_see_the_batches_and_nothing_that_others_run_after_them(model: Pat
 
 
 def test_constructor_arguments_are_known_with_their_defaults() -> None:
+    assert LearnedRounding(num_steps=3).constructor_arguments == {"settings": {"num_steps": 3}}
+    assert RTN().constructor_arguments == {}
     assert RouterCalibration(0.5).constructor_arguments == {"ridge": 0.5}
     assert GPTQ(min_tokens=3).constructor_arguments == {"coverage": "shrink", "min_tokens": 3, "kappa": "auto"}
     with pytest.raises(TypeError, match="unexpected keyword"):

@@ -1,6 +1,7 @@
 """Imports go one way: one table of rooms, and who may import whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_room_imports_rooms_below_it_and_no_lightning(room: str) -> None:
     for path in python_files(f"moeq/{room}"):
         assert rooms_of(path) <= allowed, f"{path}: {sorted(rooms_of(path) - allowed)}"
         assert not roots_of(path) & (LIGHTNING | {"callbacks", "datamodules", "main", "tests", "benchmarks"}), path
+
+
+def test_the_page_on_architecture_draws_the_table() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf8")
+    drawn = {room: set(below.split(", ")) for room, below in re.findall(r"^(\w+) +->  ([\w, ]+)$", page, re.MULTILINE)}
+    for room, below in MAY_IMPORT.items():
+        assert drawn.get(room, set()) == below, room
 
 
 def test_the_table_has_no_circle() -> None:

@@ -2,12 +2,13 @@
 
     out = softmax(scaling Q K^T) V        Q [G, D] the queries of the G heads that share a key head, K and V [C, D]
 
-The fused CPU kernel takes 3 times as long in bfloat16 with so few queries, and batched products take 4 times as long
-on the first T positions of a larger store as on all C of it (a strided batch leaves the fast path of the matrix
-library): so the products run over all C positions, and positions T to C get probability 0.  Scores are rounded to
-bfloat16 and the softmax is in float32, which is what eager attention of transformers does.  A mask says which
-positions a row sees, where prompts were padded.  In every other case (prefill, other masks, dtypes and devices, other
-caches) this is transformers' ``sdpa``, which in float32 takes 0.4 to 1 times as long as the two products.
+The fused CPU kernel took 3 times as long in bfloat16 with so few queries on the processor that this was written on, and
+0.35 to 1.4 times on a later one; batched products take 4 times as long on the first T positions of a larger store as on
+all C of it (a strided batch leaves the fast path of the matrix library): so the products run over all C positions, and
+positions T to C get probability 0. Scores are rounded to bfloat16 and the softmax is in float32, which is what eager
+attention of transformers does. A mask says which positions a row sees, where prompts were padded. In every other case
+(prefill, other masks, dtypes and devices, other caches) this is transformers' ``sdpa``, which in float32 takes 0.4 to
+1.2 times as long as the two products.
 
 Legend: R rows, H key-value heads, G query heads per key-value head, T positions, C of the store, D head size, B R * H.
 """
