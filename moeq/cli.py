@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
+from moeq.disk.atomic import write_text
 from moeq.module import MoEQuantModule
 from moeq.progress import PassProgressBar
 
@@ -31,10 +32,8 @@ class RunFolderConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ("config.yaml" if stage == "fit" else "config_validate.yaml")
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        name = "config.yaml" if stage == "fit" else "config_validate.yaml"
+        write_text(Path(trainer.default_root_dir) / name, self.parser.dump(self.config, skip_none=False))
 
 
 class MoEQuantCLI(LightningCLI):

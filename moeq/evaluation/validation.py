@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from moeq.checkpoint.loading import load_config, load_model, model_bytes
+from moeq.checkpoint.packed import keep_dequantized
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
@@ -124,6 +125,8 @@ def start_validation(
     model = load_model(name, *how).to(device)
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()
+    # Half of what is free: passes need the rest.
+    keep_dequantized(model, free_bytes(device) / 2)
     confine(evaluations, announce)
     workers = max(1, (os.cpu_count() or 1) - 1)
     evaluator = Evaluator(Scorer(model), tokenizer, original, sampling, decoding, num_workers=workers)

@@ -11,6 +11,7 @@ from moeq.checkpoint.packed import (
     PackedFormat,
     PackedLinear,
     dequantize_codes,
+    keep_dequantized,
     packed_tensors,
 )
 from moeq.models.experts import expert_weight, is_experts_module, projections, stacked_weight
@@ -150,3 +151,39 @@ def test_hooks_see_packed_experts_as_experts() -> None:
     with experts.register_forward_pre_hook(lambda module, args: seen.append([tuple(a.shape) for a in args])):
         experts(torch.randn(3, 64), *routing(3, 8, torch.float32))
     assert seen == [[(3, 64), (3, 2), (3, 2)]]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "nemotron_h"])
+@torch.no_grad()
+def test_kept_weights_are_dequantized_once_and_give_the_same_outputs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = experts_of(family, torch.float32)
+    experts = pack_experts(source, torch.float32)
+    linear = packed_linear(round_weight(torch.randn(64, 64), 4, 16, False))
+    hidden = torch.randn(6, stacked_weight(source, "into").shape[-1])
+    ids, weights = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3], [4, 5], [6, 7]]), torch.rand(6, 2)
+
+    def outputs() -> list[Tensor]:
+        return [experts(hidden, ids, weights), linear(torch.ones(2, 64))]
+
+    calls: list[QuantizedWeight] = []
+    make = packed_module.dequantize_weight
+    monkeypatch.setattr(
+        packed_module, "dequantize_weight", lambda weight, dtype: (calls.append(weight), make(weight, dtype))[1]
+    )
+    expected = outputs()
+    per_pass = len(calls)
+    both = nn.ModuleList([experts, linear])
+    assert not keep_dequantized(both, 1000.0)
+    outputs()
+    assert len(calls) == 2 * per_pass
+    assert keep_dequantized(both, 1e9)
+    for _ in range(3):
+        for output, before in zip(outputs(), expected, strict=True):
+            assert torch.equal(output, before)
+    assert len(calls) == 3 * per_pass
+
+
+def test_a_model_without_packed_weights_keeps_none() -> None:
+    assert not keep_dequantized(nn.Linear(4, 4), 1e9)
