@@ -1,12 +1,12 @@
 """Quantize the bundled Mixture-of-Experts model in several ways and print one table.
 
     python -m benchmarks.quickstart
-    python -m benchmarks.quickstart --json benchmarks/results/quickstart.json    # what README shows a part of
+    python -m benchmarks.quickstart --json benchmarks/results/quickstart.json    # what README shows
+    python -m benchmarks.quickstart --all                                        # two rows more, of other samplers
 
-Rows: the original, and at each bit width round-to-nearest (RTN), GPTQ calibrated on prose, and MoEQuant (EBSS
-calibration data, AGQ); at the lowest width also MoEQuant with the deterministic search of the paper; at 3 bits with the
-bits divided among the weights by the global allocator, 3 on average, and on top of that with routers refitted and
-rounding learned.  Every row is a ``main.py fit`` followed by a ``main.py validate`` of its export, and can be repeated
+Rows: the original, and at each bit width round-to-nearest (RTN) and MoEQuant (EBSS calibration data, AGQ); at the
+lowest width also GPTQ calibrated on prose; at 3 bits with the bits divided among the weights by the global allocator, 3
+on average, and on top of that with routers refitted and rounding learned.  Every row is a ``main.py fit`` followed by a ``main.py validate`` of its export, and can be repeated
 with the command that is printed.
 """
 
@@ -82,12 +82,17 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything is written")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4], help="bit widths")
     parser.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="options for every fit, as --data.x=1")
+    parser.add_argument(
+        "--all", action="store_true", help="also EBSS as in the paper, and GPTQ on prose at every width"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well, and .md beside it")
     options = parser.parse_args(args)
     start = time.perf_counter()
     rows = [validate("assets/reference-moe", "original", options.folder / "original")]
     for bits in options.bits:
-        recipes = [RTN, GPTQ_PROSE, *([MOEQUANT_PAPER] if bits == min(options.bits) else []), MOEQUANT]
+        lowest = bits == min(options.bits)
+        recipes = [RTN, *([GPTQ_PROSE] if lowest or options.all else []), MOEQUANT]
+        recipes += [MOEQUANT_PAPER] if lowest and options.all else []
         # Their configurations state their own budget.
         recipes += [ALLOCATED, BEST] if bits == 3 else []
         rows += [fit_and_validate(recipe, bits, options.folder, options.fit) for recipe in recipes]
