@@ -6,8 +6,8 @@
 
 Rows: the original, and at each bit width round-to-nearest (RTN) and MoEQuant (EBSS calibration data, AGQ); at the
 lowest width also GPTQ calibrated on prose; at 3 bits with the bits divided among the weights by the global allocator, 3
-on average, and on top of that with routers refitted and rounding learned.  Every row is a ``main.py fit`` followed by a ``main.py validate`` of its export, and can be repeated
-with the command that is printed.
+on average, and on top of that with routers refitted and rounding learned.  Every row is a ``main.py fit`` followed by a
+``main.py validate`` of its export, and can be repeated with the command that is printed.
 """
 
 import argparse
