@@ -49,11 +49,9 @@ class LearnedRounding(Step):
         before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.spec)
         run.offsets.clear()
         rank_zero_info(f"Block {current.block}: output error {before:.4g} -> {min(before, after):.4g}")
-        module.log_dict(
-            {"learned_rounding/error_before": before, "learned_rounding/error_after": min(before, after)},
-            rank_zero_only=True,
-        )
-        run.seconds[f"block {current.block} learned rounding"] = time.perf_counter() - start
+        # Not into run.seconds, where the pass that it ends counts it already.
+        measured = {"error_before": before, "error_after": min(before, after), "seconds": time.perf_counter() - start}
+        module.log_dict({f"learned_rounding/{key}": value for key, value in measured.items()}, rank_zero_only=True)
         if not after < before:
             # By a weight of the block, as its file keeps the records of its weights for a resumed run.
             detail = f"output error of block {current.block} {before:.4g} -> {after:.4g}; all of it kept as solved"
