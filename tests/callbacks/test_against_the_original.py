@@ -142,7 +142,7 @@ def test_steps_in_an_order_that_cannot_work_are_refused(model: Path, tmp_path: P
     config["trainer"]["callbacks"] = [learned, *(each for each in steps if each is not learned)]
     path = tmp_path / "moequant_order.yaml"
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit, match="put a method such as"):
+    with pytest.raises(SystemExit, match="put GPTQ before LearnedRounding"):
         fit(path, model, tmp_path / "run")
 
 
