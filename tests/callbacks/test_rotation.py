@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from callbacks.rotation import Rotation
+from moeq.fit.fingerprint import describe_step
 from tests.test_main import fit
 from tests.tiny import save_tiny
 
