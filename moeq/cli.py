@@ -136,6 +136,8 @@ def first_mistake(error: Exception) -> str:
     *outer, errors = text.split("Errors:\n")
     items = re.findall(r"^\s*- (.+?)(?=^\s*- |\Z)", errors, re.DOTALL | re.MULTILINE)
     keys = re.findall(r'Parser key "([^"]+)"', "".join(outer))
+    # Older versions of jsonargparse name first what the value was not meant to be: nothing at all.
+    items = [item for item in items if "Expected a <class 'NoneType'>" not in item] or items
     mistake = " ".join(items[0].split()) if items else text
     if unknown := re.search(r"given class_path '([^']+)':.*(Option '.+' is not accepted)", text, re.DOTALL):
         option, short = keys[0] if keys else "data", unknown[1].rpartition(".")[2]
