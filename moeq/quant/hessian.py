@@ -89,6 +89,8 @@ def _add_gram(sums: list[Tensor], rows_TI: Tensor) -> None:
     for start in range(0, rows_TI.shape[1], PANEL):
         panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
         product_II = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
+        square_II = product_II[:, start:]  # not every matrix library returns it symmetric to the last bit
+        square_II.copy_(square_II.tril() + square_II.tril(-1).mT)
         for sum_II in sums:
             sum_II[panel, : panel.stop] += product_II
             sum_II[:start, panel] = sum_II[panel, :start].mT
