@@ -123,6 +123,13 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Quantized]:
     return runs
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal, but for the order of sums that MKL leaves open below AVX-512."""
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0.0, atol=1e-5 * float(other.abs().max()))
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     model.set_experts_implementation("eager")
@@ -138,10 +145,10 @@ def test_reloaded_logits_equal_the_dense_export_and_the_model_in_memory(
     run = quantized[family]
     reloaded = torch.load(run.folder / "reloaded.pt")
     assert reloaded.isfinite().all()
-    assert torch.equal(reloaded, logits(AutoModelForCausalLM.from_pretrained(run.folder / "dense")))
+    assert same(reloaded, logits(AutoModelForCausalLM.from_pretrained(run.folder / "dense")))
     with in_storage_dtypes(run.module.model):
-        assert torch.equal(reloaded, logits(run.module.model))
-    assert not torch.equal(reloaded, logits(run.original))
+        assert same(reloaded, logits(run.module.model))
+    assert not same(reloaded, logits(run.original))
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
