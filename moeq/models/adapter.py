@@ -10,6 +10,7 @@ linears stands in ``families.py``.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from moeq.models.experts import (
 )
 from moeq.models.families import STAGES, refusal, shared_gate
 from moeq.models.not_quantized import is_router, is_router_part, kept_reason
+from moeq.models.residency import InMemory, Residency
 from moeq.models.sites import Site, linear_sites, routed_sites
 from moeq.models.storage import rounded_to_storage, storage_dtype
 from moeq.quant.spec import Fallback, WeightKind
@@ -52,19 +54,22 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class Adapter:
     """Answers where things are in one model, whose modules stay the ones it was made with.
 
-    Where its parameters are, on the meta device for example, matters only to what reads or writes weights.
+    Where its parameters are, on the meta device for example, matters only to what reads, writes or runs weights: that
+    happens while their block is ``resident``.
 
     Args:
         model: A causal LM of transformers v5.
+        residency: Where the weights of its blocks are; None is in memory, all of them.
 
     Raises:
         ValueError: The model has no routed experts, experts that cannot be taken apart, or blocks that cannot be run
             one at a time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, residency: Residency | None = None) -> None:
         self.model = model
         self.block_prefix, self.blocks = find_blocks(model)
+        self.residency = residency or InMemory(model, len(self.blocks))
         self._sites: dict[int, tuple[Site, ...]] = {}
         self._experts = experts = expert_modules(model)
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -79,6 +84,10 @@ class Adapter:
             raise ValueError(
                 f"{family} cannot be quantized by moeq: {problems[0]}; docs/families.md lists the families that can"
             )
+
+    def resident(self, block: int) -> AbstractContextManager[None]:
+        """Within, the weights of a block are on the device; see ``moeq.models.residency``."""
+        return self.residency.resident(block)
 
     def expert_modules(self) -> dict[str, nn.Module]:
         """Every experts module by path, in block order."""
