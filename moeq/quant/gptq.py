@@ -34,11 +34,9 @@ from moeq.quant.grid import QParams, choose_qparams, dequantize, lowest_level
 from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
+from moeq.quant.workspace import FEW_ROWS, num_together
 
 LARGE_PRODUCT = 1 << 28  # multiplications
-GPU_WORKSPACE_BYTES = 8 << 30
-# On a CPU weights of at most so many rows are swept together, as many as have TOGETHER_ROWS in all.
-FEW_ROWS, TOGETHER_ROWS = 1024, 8192
 
 
 def gptq_solve(
@@ -75,10 +73,7 @@ def gptq_solve(
         )
     if qparams is not None and grid.group_size is not None and not solve.act_order:
         raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
-    if weight_EOI.device.type == "cpu":
-        size = max(1, TOGETHER_ROWS // out_features) if out_features <= FEW_ROWS else 1
-    else:
-        size = max(1, GPU_WORKSPACE_BYTES // (4 * in_features * (3 * in_features + 6 * out_features)))
+    size = num_together(out_features, in_features, weight_EOI.device.type)
     if energy_E is None:
         # The normaliser of a reported error: its last digits are not worth a third of the time of a large solve.
         large = out_features * in_features**2 > LARGE_PRODUCT
