@@ -133,7 +133,7 @@ class WaitingStates:
                 self._file = self._open()
             vacant = self._vacant.get(value.nbytes)
             place = _Place(vacant[-1] if vacant else self._end, value.nbytes, value.dtype, value.shape)
-            view, done = memoryview(_bytes(value).numpy()), 0
+            view, done = memoryview(_bytes(value).numpy()), 0  # type: ignore[arg-type]
             while done < place.num_bytes:
                 done += os.pwrite(self._file, view[done:], place.start + done)
         except OSError as error:
@@ -150,7 +150,7 @@ class WaitingStates:
     def _read(self, place: _Place) -> Tensor:
         assert self._file is not None
         value = torch.empty(place.shape, dtype=place.dtype)
-        view, done = memoryview(_bytes(value).numpy()), 0
+        view, done = memoryview(_bytes(value).numpy()), 0  # type: ignore[arg-type]
         while done < place.num_bytes:
             count = os.preadv(self._file, [view[done:]], place.start + done)
             if count == 0:
