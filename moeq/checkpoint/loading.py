@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from moeq.kernels.compute_dtype import ComputeDType, compute_dtype
 from moeq.models.storage import storage_dtype, widen
@@ -90,10 +90,12 @@ def align(model: nn.Module) -> None:
     """Move parameters to aligned memory.
 
     ``from_pretrained`` maps files into memory, where tensors start at any multiple of 8 bytes, and matrix products in
-    float32 on a CPU may sum in another order for such operands: equal weights would give unequal results.
+    float32 on a CPU may sum in another order for such operands: equal weights would give unequal results.  The same goes
+    for those that are aligned by chance: as long as one is left in a file, all pages of it that were read stay resident.
     """
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+        mapped = parameter.untyped_storage().nbytes() > parameter.nbytes
+        if parameter.device.type == "cpu" and (mapped or parameter.data_ptr() % _ALIGNMENT):
             parameter.data = parameter.data.clone()
 
 
@@ -159,12 +161,17 @@ def check_finite_weights(module: nn.Module, prefix: str = "") -> None:
         prefix: Path of the part, with a dot at its end.
     """
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not is_finite(parameter):
             count = int((~torch.isfinite(parameter)).sum())
             raise ValueError(
                 f"{prefix}{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
                 "the checkpoint is damaged, download it again"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; its extremes tell, and take no memory."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _not_found(what: str, name: str) -> str:
