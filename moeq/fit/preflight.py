@@ -1,0 +1,163 @@
+"""What a fit is going to take, phase by phase, from its schedule and the shapes of its model."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds, stages_of
+from moeq.fit.memory import (
+    DataShape,
+    ModelBytes,
+    forward_bytes,
+    gather_bytes,
+    hessian_bytes,
+    hidden_bytes,
+    stack_bytes,
+    working_bytes,
+)
+from moeq.fit.run import Needs
+from moeq.fit.schedule import Pass, SitePart
+from moeq.models.adapter import Adapter
+from moeq.preflight.phases import Moment, Phase
+from moeq.quant.workspace import workspace_bytes
+
+
+@dataclass(frozen=True)
+class FitWork:
+    """What is known of a fit before it starts.
+
+    Attributes:
+        adapter: The model, of which shapes are read.
+        schedule: Its passes.
+        model: Its bytes.
+        data: The calibration data.
+        block_files: Bytes of the file of every block.
+        experts_per_token: K.
+        needs: What the steps ask for.
+        hidden_bytes: Bound on hidden states that wait in memory.
+        device_type: Where the model computes: "cpu" or "cuda".
+        solved: Whether a step solves the weights.
+        num_ranks: Ranks that divide batches and solves.
+        speed: What was measured; None where nothing was.
+    """
+
+    adapter: Adapter
+    schedule: tuple[Pass, ...]
+    model: ModelBytes
+    data: DataShape
+    block_files: tuple[int, ...]
+    experts_per_token: int
+    needs: Needs
+    hidden_bytes: int
+    device_type: str
+    solved: bool
+    num_ranks: int = 1
+    speed: Speed | None = None
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Hidden states that wait in main memory, by name."""
+        return {"hidden states": min(self.hidden_bytes, self._states)}
+
+    @property
+    def waiting_on_disk(self) -> int:
+        """Hidden states that do not: in a file without a name, which is gone in the end."""
+        return max(0, self._states - self.hidden_bytes)
+
+    @property
+    def num_batches(self) -> int:
+        """Steps of one sweep on one rank."""
+        return -(-self.data.num_batches // self.num_ranks)
+
+    def codes(self, parts: Iterable[SitePart]) -> dict[str, int]:
+        """Codes of parts that are solved, by name; on the CPU until their block is finished."""
+        numel = sum(sum(part.site.rows) * part.site.in_features * len(part.experts) for part in parts)
+        return {"codes": numel, "places in cells": 2 * numel if self.needs.offsets else 0}
+
+    @property
+    def _states(self) -> int:
+        """All hidden states of this rank."""
+        tokens = self.num_batches * self.data.batch_tokens
+        return hidden_bytes(self.adapter, min(tokens, self.data.num_tokens)) * (2 if self.needs.originals else 1)
+
+
+def fit_phases(work: FitWork, replaced: Mapping[str, Phase] | None = None) -> tuple[Phase, ...]:
+    """Phases of the passes of a fit, in their order.
+
+    Args:
+        work: What is known.
+        replaced: Phases that stand for the sweep of a pass, by its label.
+    """
+    phases: list[Phase] = []
+    solved: list[SitePart] = []
+    resident = None
+    for current in work.schedule:
+        if work.model.streamed and current.block != resident:
+            phases.append(load_phase(work, current.block))
+        resident = current.block
+        phases.append((replaced or {}).get(current.label) or sweep_phase(work, current, solved))
+        if current.kind == "calibrate" and work.solved:
+            phases.append(solve_phase(work, current, solved))
+            solved += current.parts
+        if current.ends_block and work.solved:
+            phases.append(block_file_phase(work, current.block, solved))
+            solved = []
+    return tuple(phases)
+
+
+def load_phase(work: FitWork, block: int) -> Phase:
+    """A block comes from the files."""
+    held = Moment(work.model.held(block), {**work.waiting, "parts from files": work.model.loading[block]})
+    seconds = None if work.speed is None else work.model.stored[block] / work.speed.read
+    return Phase("load block", f"block {block} load", (held,), seconds=seconds)
+
+
+def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -> Phase:
+    """All batches run through a block, as far as the pass needs it; ``solved`` is what is solved of it already."""
+    tokens = work.data.batch_tokens
+    held = {
+        **work.model.held(current.block),
+        **hessian_bytes(current.parts),
+        "activations": forward_bytes(work.adapter, current.block, tokens, work.experts_per_token)
+        + gather_bytes(current.parts, tokens),
+    }
+    kind = f"calibrate {stages_of(current)}" if current.kind == "calibrate" else current.kind
+    seconds = None
+    if work.speed is not None:
+        products = block_products(work.adapter.sites(current.block), tokens, work.experts_per_token)
+        seconds = pass_seconds(current, work.speed, work.num_batches, products)
+    return Phase(kind, current.label, (Moment(held, {**work.waiting, **work.codes(solved)}),), seconds=seconds)
+
+
+def solve_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -> Phase:
+    """The weights of a pass are solved on its Hessians, one stack after another."""
+    codes = work.codes([*solved, *current.parts])
+    moments = [_solve_moment(work, current, part, codes) for part in current.parts]
+    seconds = None if work.speed is None else solve_seconds(current.parts, work.speed) / work.num_ranks
+    return Phase("solve", f"{current.label} solve", tuple(moments), seconds=seconds)
+
+
+def _solve_moment(work: FitWork, current: Pass, part: SitePart, codes: Mapping[str, int]) -> Moment:
+    site, rows = part.site, sum(part.site.rows)
+    num_experts = -(-len(part.experts) // work.num_ranks)
+    held = {
+        **work.model.held(current.block),
+        **hessian_bytes(current.parts),
+        **working_bytes([part]),
+        "weights to solve": stack_bytes(work.adapter, site, num_experts),
+        "workspace": workspace_bytes(num_experts, rows, site.in_features, work.device_type),
+        "codes of the stack": num_experts * rows * site.in_features,
+    }
+    return Moment(held, {**work.waiting, **codes})
+
+
+def block_file_phase(work: FitWork, block: int, solved: Sequence[SitePart]) -> Phase:
+    """The codes of a finished block are packed, written, and leave memory."""
+    size = work.block_files[block]
+    moment = Moment(work.model.held(block), {**work.waiting, **work.codes(solved), "packed codes": 2 * size})
+    seconds = None if work.speed is None else size / work.speed.write
+    return Phase("block file", f"block {block} file", (moment,), disk=size, seconds=seconds)
+
+
+def largest_hessians(schedule: Sequence[Pass]) -> int:
+    """Hessians of the largest pass of a schedule, as its bound counts them."""
+    return max((sum(part.bytes for part in current.parts) for current in schedule), default=0)
