@@ -1,7 +1,7 @@
 """What a fit is going to take, phase by phase, from its schedule and the shapes of its model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds, stages_of
 from moeq.fit.memory import (
@@ -15,7 +15,7 @@ from moeq.fit.memory import (
     working_bytes,
 )
 from moeq.fit.run import Needs
-from moeq.fit.schedule import Pass, SitePart
+from moeq.fit.schedule import Pass, SitePart, whole
 from moeq.models.adapter import Adapter
 from moeq.preflight.phases import Moment, Phase
 from moeq.quant.workspace import workspace_bytes
@@ -161,3 +161,9 @@ def block_file_phase(work: FitWork, block: int, solved: Sequence[SitePart]) -> P
 def largest_hessians(schedule: Sequence[Pass]) -> int:
     """Hessians of the largest pass of a schedule, as its bound counts them."""
     return max((sum(part.bytes for part in current.parts) for current in schedule), default=0)
+
+
+def least_hessians(schedule: Sequence[Pass]) -> int:
+    """Hessians of the largest single expert, without which no pass can be made."""
+    sites = {part.site for current in schedule for part in current.parts}
+    return max((replace(whole(site), experts=range(1)).bytes for site in sites), default=0)

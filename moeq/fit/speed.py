@@ -4,19 +4,18 @@ One block is loaded, a batch of the run's shape is run through it as its calibra
 of every shape is solved; each operation once to warm up where that is quick, and once for the clock.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeq.disk.atomic import sync
+from moeq.disk.atomic import write_tensors
 from moeq.fit.duration import Speed, block_products, stages_of
 from moeq.fit.hessians import Hessians
+from moeq.fit.memory import model_bytes
 from moeq.fit.schedule import Pass, SitePart
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
@@ -39,6 +38,7 @@ def measure_speed(
     routing: Routing,
     experts_per_token: int,
     try_solve: TrySolve | None,
+    read: float | None = None,
 ) -> Speed:
     """Time the operations of a fit on the block that most passes are like: the largest one.
 
@@ -50,6 +50,7 @@ def measure_speed(
         routing: Which tokens the Hessians of routed experts are made of.
         experts_per_token: K.
         try_solve: Solves one expert; None where no step solves.
+        read: Bytes of files per second, where it is known from loading the model.
     """
     block = max({each.block for each in schedule}, key=lambda block: _numel(adapter, block))
     start = time.perf_counter()
@@ -71,7 +72,7 @@ def measure_speed(
                 _time_solves(adapter, current.parts, hessians, try_solve, solves)
     return Speed(
         block=block,
-        read=_stored_bytes(adapter, block) / max(load, 1e-6),
+        read=read or model_bytes(adapter, streamed=True).stored[block] / max(load, 1e-6),
         write=_write_rate(folder),
         forward=forward,
         sweeps=sweeps,
@@ -131,25 +132,15 @@ def _settle(device: torch.device) -> None:
 
 def _write_rate(folder: Path) -> float:
     """Bytes per second that the disk of a folder takes, forced to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".preflight.{os.getpid()}.tmp"
-    data = os.urandom(1 << 20) * (PROBE_BYTES >> 20)
+    path, data = folder / "preflight.tmp", {"probe": torch.zeros(PROBE_BYTES, dtype=torch.uint8)}
     start = time.perf_counter()
     try:
-        with path.open("wb") as file:
-            file.write(data)
-        sync(path)
+        write_tensors(path, data, shared=True)
         return PROBE_BYTES / max(time.perf_counter() - start, 1e-6)
     finally:
-        with suppress(OSError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _numel(adapter: Adapter, block: int) -> int:
     return sum(parameter.numel() for parameter in adapter.blocks[block].parameters())
 
-
-def _stored_bytes(adapter: Adapter, block: int) -> int:
-    from moeq.fit.memory import model_bytes
-
-    return model_bytes(adapter, streamed=True).stored[block]
