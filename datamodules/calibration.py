@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
+from moeq.fit.memory import DataShape
+
 
 class BatchShare(Sampler[list[int]]):
     """Batches rank, rank + world_size, ... of the batches that one rank alone would see, in their order.
@@ -53,6 +55,10 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
     def _tokenizer(self) -> Any:
         assert self.trainer is not None, "the data are made by a Trainer"
         return self.trainer.lightning_module.tokenizer
+
+    @abstractmethod
+    def shape(self) -> DataShape:
+        """How many sequences of how many tokens there are going to be (at most), known before they are made."""
 
     @abstractmethod
     def make_ids(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from datamodules.calibration import CalibrationDataModule
 from moeq.disk.atomic import copy_file
 from moeq.disk.texts import read_documents, token_stream
+from moeq.fit.memory import DataShape
 from moeq.sampling.balance import is_degenerate
 from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled
 from moeq.sampling.text import text_windows
@@ -44,6 +45,10 @@ class EBSSDataModule(CalibrationDataModule):
         if sequences_at_once < 1:
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text
+
+    @override
+    def shape(self) -> DataShape:
+        return DataShape(self.spec.num_sequences, self.spec.length, self.batch_size)
 
     @override
     def make_ids(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from datamodules.calibration import CalibrationDataModule
 from moeq.disk.texts import read_documents, token_stream
+from moeq.fit.memory import DataShape
 from moeq.sampling.text import text_windows
 
 
@@ -47,6 +48,10 @@ class TextDataModule(CalibrationDataModule):
         self.path, self.dataset, self.dataset_config = path, dataset, dataset_config
         self.split, self.field = split, field
         self.num_windows, self.length, self.seed = num_windows, length, seed
+
+    @override
+    def shape(self) -> DataShape:
+        return DataShape(self.num_windows, self.length, self.batch_size)
 
     @override
     def make_ids(self) -> Tensor:

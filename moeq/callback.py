@@ -2,15 +2,18 @@
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, ClassVar, Self
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from moeq.fit.preflight import FitWork
 from moeq.fit.solve import Solver, quantize_sites
 from moeq.models.observe import TokenMask
 from moeq.module import MoEQuantModule
+from moeq.preflight.phases import Phase
 
 
 class Step(Callback):
@@ -37,6 +40,10 @@ class Step(Callback):
                 _, *given = bound.arguments.items()
                 step.constructor_arguments = dict(given)
         return step
+
+    def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
+        """What this step adds to a run, for the preflight; one with the label of a pass stands for its sweep."""
+        return ()
 
 
 class SolveStep(Step):

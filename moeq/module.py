@@ -1,9 +1,10 @@
 """The LightningModule: forwards the hooks of Lightning to the walk of a fit, or to the validation of a model."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -25,9 +26,12 @@ from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
+from moeq.forecast import preflight_fit
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
+from moeq.preflight.meter import resident_bytes
+from moeq.preflight.phases import Forecast
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
 from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
@@ -60,11 +64,12 @@ class MoEQuantModule(L.LightningModule):
             "all_experts" all tokens, each with weight 1 (affinity_power then acts on shared experts alone).
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
         hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
-            with one sweep of the data for each, and the same codes.
+            with one sweep of the data for each, and the same codes. "auto" takes what is free.
         hidden_gib: Bound on the hidden states that wait in memory between passes, in GiB; beyond it they wait in the
             run folder.
         placement: Where the weights are: "memory" is all of them on the device; "stream" reads the blocks from the
             model's files one at a time, with the same codes; "auto" is stream where the model does not fit.
+        preflight: Stop after saying what the run is going to take: memory, disk and time.
         restart: Start over in a run folder that holds finished blocks or documents.
         label: Name of this run in result tables; null is the name of the model.
     """
@@ -85,9 +90,10 @@ class MoEQuantModule(L.LightningModule):
         affinity_power: float = 1.0,
         routing: Routing = "routed",
         sequential: Sequential = "stage",
-        hessian_gib: float = 16.0,
+        hessian_gib: float | Literal["auto"] = "auto",
         hidden_gib: float = WalkSpec.hidden_gib,
         placement: Asked = "auto",
+        preflight: bool = False,
         restart: bool = False,
         label: str | None = None,
     ) -> None:
@@ -96,10 +102,11 @@ class MoEQuantModule(L.LightningModule):
         self.automatic_optimization = False
         self.grid = GridSpec(bits, group_size, symmetric, clip_search)
         self.solve_spec = SolveSpec(damping, act_order)
-        self.walk_spec = WalkSpec(sequential, routing, hessian_gib, hidden_gib)
+        self.walk_spec = WalkSpec(sequential, routing, math.inf if hessian_gib == "auto" else hessian_gib, hidden_gib)
         if affinity_power < 0:
             raise ValueError(f"affinity_power ({affinity_power}) must not be negative; 1 is AGQ, 0 is plain GPTQ")
         self.run = Run()
+        self.forecast: Forecast | None = None
         self.walk: Walk
         self._models: dict[str, Any] = {}
 
@@ -125,9 +132,12 @@ class MoEQuantModule(L.LightningModule):
         self.placement = choose_placement(self.hparams["placement"], name, need, free, stream_obstacle(name))
         if self.placement.kind == "stream":
             rank_zero_info(f"Placement: {self.placement.reason}")
-            self._models["model"], self._models["residency"] = stream_model(name, *how)
-        else:
-            self._models["model"] = load_model(name, *how)
+        self.run.meter.device, self.run.meter.process_bytes = device, resident_bytes()
+        with self.run.meter.phase("load model", "model"):
+            if self.placement.kind == "stream":
+                self._models["model"], self._models["residency"] = stream_model(name, *how)
+            else:
+                self._models["model"] = load_model(name, *how)
 
     @property
     def model(self) -> Any:
@@ -181,6 +191,8 @@ class MoEQuantModule(L.LightningModule):
         self.adapter.residency.place(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
+        self.run.meter.folder = self.run_dir
+        self.forecast = preflight_fit(self)
         resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), restart=self.hparams["restart"])
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
@@ -189,7 +201,8 @@ class MoEQuantModule(L.LightningModule):
         """Of the configuration, the model and the data, which may have to be sampled first."""
         trainer: Any = self.trainer
         start = time.perf_counter()
-        data = data_digest(trainer.datamodule)
+        with self.run.meter.phase("sampling", "calibration data"):
+            data = data_digest(trainer.datamodule)
         self.run.seconds["calibration data"] = time.perf_counter() - start
         batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
         settings = {**self.settings, "batches": batches}

@@ -90,8 +90,8 @@ def align(model: nn.Module) -> None:
     """Move parameters to aligned memory.
 
     ``from_pretrained`` maps files into memory, where tensors start at any multiple of 8 bytes, and matrix products in
-    float32 on a CPU may sum in another order for such operands: equal weights would give unequal results.  The same goes
-    for those that are aligned by chance: as long as one is left in a file, all pages of it that were read stay resident.
+    float32 on a CPU may sum in another order for such operands: equal weights would give unequal results.  Those that
+    are aligned by chance move, too: as long as one is left in a file, all of it that was read stays resident.
     """
     for parameter in model.parameters():
         mapped = parameter.untyped_storage().nbytes() > parameter.nbytes

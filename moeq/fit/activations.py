@@ -21,7 +21,6 @@ from moeq.disk.waiting import WaitingStates
 from moeq.models.blocks import BlockCall, fill_in, hand_on
 
 
-
 @dataclass(frozen=True)
 class BlockBatch:
     """One batch at a block: what the block reads now, and what the original model's returned there.
@@ -121,10 +120,6 @@ class ActivationStore:
     def at(self, batch: int, device: torch.device | str) -> Tensor:
         """Input of the block that a batch has reached."""
         return self._waiting.read((batch, "hidden"), device)
-
-    def num_bytes(self, device: torch.device) -> int:
-        """Bytes of the states that wait in the memory of a device."""
-        return self._waiting.bytes_in_memory if device.type == "cpu" else 0
 
     def clear(self) -> None:
         """Forget everything: the next pass starts from the embeddings."""

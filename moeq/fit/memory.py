@@ -149,7 +149,7 @@ def forward_bytes(adapter: Adapter, block: int, num_tokens: int, experts_per_tok
 
 
 def gather_bytes(parts: Sequence[SitePart], num_tokens: int) -> int:
-    """Most that adding a batch to the Hessians holds: rows in float32, plain and weighted, and panels of the product."""
+    """Most that adding a batch to the Hessians holds: rows in float32, plain and weighted, panels of the product."""
     return max((8 * (num_tokens + PANEL) * part.site.in_features for part in parts), default=0)
 
 
@@ -186,9 +186,7 @@ def block_file_bytes(
     return tuple(totals)
 
 
-def choose_hessian_gib(
-    free_bytes: int, other_bytes: int, largest_need_bytes: int, least_need_bytes: int = 0
-) -> float:
+def choose_hessian_gib(free_bytes: int, other_bytes: int, largest_need_bytes: int, least_need_bytes: int = 0) -> float:
     """Bound on the Hessians of a pass, in GiB, where the user gave none; codes do not depend on it.
 
     What remains after everything else, in whole eighths of a GiB, so that a few bytes less of free memory rarely make

@@ -120,12 +120,18 @@ def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -
         "activations": forward_bytes(work.adapter, current.block, tokens, work.experts_per_token)
         + gather_bytes(current.parts, tokens),
     }
-    kind = f"calibrate {stages_of(current)}" if current.kind == "calibrate" else current.kind
     seconds = None
     if work.speed is not None:
         products = block_products(work.adapter.sites(current.block), tokens, work.experts_per_token)
         seconds = pass_seconds(current, work.speed, work.num_batches, products)
-    return Phase(kind, current.label, (Moment(held, {**work.waiting, **work.codes(solved)}),), seconds=seconds)
+    return Phase(
+        sweep_kind(current), current.label, (Moment(held, {**work.waiting, **work.codes(solved)}),), seconds=seconds
+    )
+
+
+def sweep_kind(current: Pass) -> str:
+    """What the table calls the sweep of a pass."""
+    return f"calibrate {stages_of(current)}" if current.kind == "calibrate" else current.kind
 
 
 def solve_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -> Phase:

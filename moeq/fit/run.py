@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeq.allocation.evidence import Evidence, Promise
 from moeq.fit.hessians import Hessians
+from moeq.preflight.meter import Meter
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 
 
@@ -46,6 +47,7 @@ class Run:
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
+        meter: Peaks of memory, bytes on disk and time, by phase.
     """
 
     needs: Needs = field(default_factory=Needs)
@@ -60,3 +62,4 @@ class Run:
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)

@@ -143,4 +143,3 @@ def _write_rate(folder: Path) -> float:
 
 def _numel(adapter: Adapter, block: int) -> int:
     return sum(parameter.numel() for parameter in adapter.blocks[block].parameters())
-

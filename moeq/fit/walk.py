@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeq.disk.waiting import WaitingStates
 from moeq.fit.activations import ActivationStore, BlockBatch, BlockBatches
-from moeq.fit.memory import MemoryRow, memory_row
 from moeq.fit.probe import Probe
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import GIB, Pass, Sequential, build_schedule
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
+from moeq.models.residency import InMemory
 from moeq.quant.spec import Routing
 
 
@@ -115,7 +114,8 @@ class Walk:
         seconds = time.perf_counter() - self._pass_start
         self.run.seconds[current.label] = seconds
         if current.ends_block:
-            self.resume.save(current.block)
+            with self.run.meter.phase("block file", f"block {current.block} file"):
+                self.resume.save(current.block)
         if current.kind == "advance":
             self.probe.advance(current.block)
         self._position, self._pass_start = self._position + 1, time.perf_counter()
@@ -134,18 +134,14 @@ class Walk:
         self._originals.clear()
         self._calls.clear()
 
-    def memory_row(self, device: torch.device, measured: int) -> MemoryRow:
-        """Expected and measured memory of the current pass on a device, in bytes."""
-        waiting = sum(store.num_bytes(device) for store in (self._activations, self._originals))
-        model: Any = self.adapter.model
-        return memory_row(self.current_pass, model, waiting, measured)
-
     def _enter_pass(self, before: int | None) -> None:
         """Make the block of the current pass resident, as it is at the beginning of that pass."""
         block = self.current_pass.block
         if block != before:
             self._resident.close()
-            self._resident.enter_context(self.adapter.resident(block))
+            loading = self.run.meter.phase("load block", f"block {block} load")
+            with nullcontext() if isinstance(self.adapter.residency, InMemory) else loading:
+                self._resident.enter_context(self.adapter.resident(block))
             following = (each.block for each in self.schedule[self._position :] if each.block != block)
             self.adapter.residency.read_ahead(next(following, len(self.adapter.blocks)))
         if self.current_pass.kind == "advance" and block < self.resume.first_block:

@@ -52,7 +52,12 @@ def check_room(forecast: Forecast, room: Room, remedies: Mapping[str, Sequence[s
 
 
 def _refusal(
-    forecast: Forecast, phase: Phase, resource: Resource, need: int, available: int, remedies: Mapping[str, Sequence[str]]
+    forecast: Forecast,
+    phase: Phase,
+    resource: Resource,
+    need: int,
+    available: int,
+    remedies: Mapping[str, Sequence[str]],
 ) -> str:
     """Such as "calibrate mlp_in needs 31.2 GB of main memory, which has 24.0 GB: model 20.1 GB, ...; set ..."."""
     if resource == "disk":

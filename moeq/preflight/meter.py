@@ -47,15 +47,19 @@ class _Open:
 
 
 class Meter:
-    """Measures phases, which may contain others: a peak inside counts for both, time and disk for the inner alone.
+    """Measures phases, which may contain others: what happens in an inner one counts for it alone.
 
-    Args:
-        folder: Of the run.
+    Attributes:
+        device: Where the model computes.
+        folder: Of the run; None counts no bytes on disk.
+        process_bytes: Resident set of the process before a model was opened.
+        measured: Phases that have ended, in the order in which they did.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.folder: Path | None = None
+        self.process_bytes = resident_bytes()
         self.measured: list[Measured] = []
         self._open: list[_Open] = []
 
@@ -83,7 +87,6 @@ class Meter:
         self.measured.append(Measured(ended.kind, ended.label, ended.host, ended.device, disk, seconds))
         if self._open:
             outer = self._open[-1]
-            outer.host, outer.device = max(outer.host, ended.host), max(outer.device, ended.device)
             outer.start, outer.disk = outer.start + seconds, outer.disk + disk
         start_peak(self.device)
 
@@ -121,10 +124,10 @@ def resident_bytes() -> int:
         return peak_host_bytes()
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path | None) -> int:
     """Bytes of all files below a folder; 0 where there is none."""
     total = 0
-    for path in folder.rglob("*") if folder.is_dir() else ():
+    for path in folder.rglob("*") if folder is not None and folder.is_dir() else ():
         with suppress(OSError):  # a temporary file that is gone by now
             total += path.lstat().st_size
     return total

@@ -18,7 +18,7 @@ def workspace_of_one(out_features: int, in_features: int) -> int:
 
 
 def num_together(out_features: int, in_features: int, device_type: str) -> int:
-    """Experts that advance together: on a CPU where they have few rows, on an accelerator as many as its workspace holds."""
+    """Experts that advance together: on a CPU where they have few rows, elsewhere as many as the workspace holds."""
     if device_type == "cpu":
         return max(1, TOGETHER_ROWS // out_features) if out_features <= FEW_ROWS else 1
     return max(1, GPU_WORKSPACE_BYTES // workspace_of_one(out_features, in_features))
