@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "quant", "kernels", "disk"},
     "allocation": {"quant"},
     "sampling": {"decoding", "models", "disk"},
-    "fit": {"allocation", "models", "quant", "disk"},
+    "preflight": set(),
+    "fit": {"allocation", "models", "quant", "disk", "preflight"},
     "survey": {"allocation", "scoring", "fit", "models", "quant"},
     "export": {"checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
@@ -30,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
 OPEN_TO_ALL = "distributed"
-SHELL = {"callback", "cli", "module", "progress", "strategy"}
+SHELL = {"callback", "cli", "forecast", "module", "progress", "strategy"}
 WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

@@ -131,7 +131,10 @@ def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -
 
 def sweep_kind(current: Pass) -> str:
     """What the table calls the sweep of a pass."""
-    return f"calibrate {stages_of(current)}" if current.kind == "calibrate" else current.kind
+    if current.kind != "calibrate":
+        return current.kind
+    stages = {site.stage for site in current.observed}
+    return f"calibrate {stages.pop() if len(stages) == 1 else 'block'}"
 
 
 def solve_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -> Phase:

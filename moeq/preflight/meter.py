@@ -3,6 +3,7 @@
 The resident set is that of the whole process, as a limit on it counts: libraries and pages of mapped files included.
 """
 
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -129,7 +130,8 @@ def folder_bytes(folder: Path | None) -> int:
     total = 0
     for path in folder.rglob("*") if folder is not None and folder.is_dir() else ():
         with suppress(OSError):  # a temporary file that is gone by now
-            total += path.lstat().st_size
+            found = path.lstat()
+            total += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
     return total
 
 

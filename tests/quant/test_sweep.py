@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeq.kernels import onednn
-from moeq.quant import gptq, sweep
+from moeq.quant import gptq, sweep, workspace
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams
 from moeq.quant.solution import Solution
@@ -84,7 +84,8 @@ def test_large_products_through_onednn_give_the_codes_of_the_other_path(
     assert spy.by_onednn > 0
     through = dataclasses.replace(spy)
     monkeypatch.setattr(onednn, "ONEDNN_ROWS", 1 << 30)
-    monkeypatch.setattr(gptq, "FEW_ROWS", WIDE_ROWS)
+    for module in (gptq, workspace):
+        monkeypatch.setattr(module, "FEW_ROWS", WIDE_ROWS)
     expected = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16)
     assert spy.together > 0
     assert (spy.alone, spy.by_onednn) == (through.alone, through.by_onednn)
@@ -111,7 +112,7 @@ def test_how_many_experts_advance_together_does_not_matter(
 
     _solve_together = gptq._solve_together
     monkeypatch.setattr(gptq, "_solve_together", counted)
-    monkeypatch.setattr(gptq, "TOGETHER_ROWS", 20)  # of 10 rows each
+    monkeypatch.setattr(workspace, "TOGETHER_ROWS", 20)  # of 10 rows each
     in_pairs = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16, qparams=known)
     assert sizes == [2, 2, 1]
     for name, expected in vars(together).items():
