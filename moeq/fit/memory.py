@@ -118,39 +118,41 @@ def hidden_bytes(adapter: Adapter, num_tokens: int) -> int:
     return num_tokens * width * itemsize
 
 
-def forward_bytes(adapter: Adapter, block: int, num_tokens: int, experts_per_token: int) -> int:
-    """Most that running one block holds beside its weights.
+def forward_bytes(adapter: Adapter, block: int, data: DataShape, experts_per_token: int) -> int:
+    """Most that running one batch through a block holds beside its weights.
 
     Attention: the residual stream, its normed input, what the linears give (twice: rotated, and for a while as it was),
-    and their input on the way out.  Feed-forward: the residual stream, its normed input and its output, with the inner
-    activations (gate, up and their product).  Routed experts see a token K times, and what they read and return is as
-    wide as the model, before and after it is weighted.
+    and their input on the way out; scores of all pairs of tokens, three times, where no fused kernel serves a family.
+    Feed-forward: the residual stream, its normed input and its output, with the inner activations (gate, up and their
+    product).  Routed experts see a token K times, and what they read and return is as wide as the model, before and
+    after it is weighted.
 
-        attention = s N (2 D + 2 O + I)      dense = s N (3 D + 3/2 O)      routed = s N (3 D + K (3 D + 3/2 O))
+        attention = s N (2 D + 2 O + I + 3 T heads)     dense = s N (3 D + 3/2 O)    routed = s N (3 D + K (3 D + 3/2 O))
 
     Args:
         adapter: The model.
         block: Which block.
-        num_tokens: N.
+        data: Its batches have N tokens, in sequences of T.
         experts_per_token: K.
     """
     width, itemsize = _width(adapter)
-    attention = inner = 0
+    attention, inner = 3 * data.length * _heads_with_scores(adapter), 0
     for site in adapter.sites(block):
         rows = sum(site.rows)
-        if site.stage == "attention_in":
-            attention += 2 * rows
-        elif site.stage == "attention_out":
+        if site.stage == "attention_out":
             attention += site.in_features
+        elif site.stage.startswith("attention"):
+            attention += 2 * rows
         elif site.stage == "mlp_in":
             routed = site.kind == "routed"
             inner = max(inner, (experts_per_token if routed else 1) * (rows * 3 // 2 + (3 * width if routed else 0)))
-    return itemsize * num_tokens * max(2 * width + attention, 3 * width + inner)
+    return itemsize * data.batch_tokens * max(2 * width + attention, 3 * width + inner)
 
 
 def gather_bytes(parts: Sequence[SitePart], num_tokens: int) -> int:
-    """Most that adding a batch to the Hessians holds: rows in float32, plain and weighted, panels of the product."""
-    return max((8 * (num_tokens + PANEL) * part.site.in_features for part in parts), default=0)
+    """Most that adding a batch to the Hessians holds: rows in float32, with their weighted copy or a panel's product."""
+    rows = num_tokens + max(num_tokens, 2 * PANEL)
+    return max((4 * rows * part.site.in_features for part in parts), default=0)
 
 
 def hessian_bytes(parts: Sequence[SitePart]) -> dict[str, int]:
@@ -209,6 +211,15 @@ def _width(adapter: Adapter) -> tuple[int, int]:
     model = adapter.model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(model.config.get_text_config().hidden_size), dtype.itemsize  # type: ignore[operator, union-attr]
+
+
+def _heads_with_scores(adapter: Adapter) -> int:
+    """Heads whose scores are made as a tensor: those of eager attention, and of values narrower than their keys."""
+    config = adapter.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    key = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0)
+    uneven = key and key != getattr(config, "v_head_dim", key)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return int(config.num_attention_heads) if uneven or eager else 0
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds, stages_of
+from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds
 from moeq.fit.memory import (
     DataShape,
     ModelBytes,
@@ -117,7 +117,7 @@ def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -
     held = {
         **work.model.held(current.block),
         **hessian_bytes(current.parts),
-        "activations": forward_bytes(work.adapter, current.block, tokens, work.experts_per_token)
+        "activations": forward_bytes(work.adapter, current.block, work.data, work.experts_per_token)
         + gather_bytes(current.parts, tokens),
     }
     seconds = None

@@ -53,10 +53,9 @@ def forecast_table(forecast: Forecast) -> str:
 
 
 def comparison_table(forecast: Forecast, measured: Sequence[Measured]) -> str:
-    """Markdown: expected beside measured for each kind of phase that was measured."""
+    """Markdown: for each kind of phase what was expected, and beside it what it took."""
     expected = {row.kind: row for row in forecast.rows()}
-    place = "host" if forecast.on_cpu else "device"
-    head = ["phase", "times", f"{place} expected", "measured", "disk expected", "measured", "time expected", "measured"]
+    head = ["phase", "times", "host" if forecast.on_cpu else "device", "took", "disk", "took", "time", "took"]
     body = []
     for kind in dict.fromkeys(each.kind for each in measured):
         found = [each for each in measured if each.kind == kind]

@@ -13,7 +13,7 @@ REMEDIES = {
 }
 PHASES = (
     Phase("load model", "model", (Moment({"model": 20 * GB}),), disk=0),
-    Phase("solve", "block 3 mlp_in solve", (Moment({"model": 20 * GB, "Hessians": 9 * GB}, {"codes": GB}),), disk=5 * GB),
+    Phase("solve", "block 3 solve", (Moment({"model": 20 * GB, "Hessians": 9 * GB}, {"codes": GB}),), disk=5 * GB),
     Phase("export", "export", (Moment({"model": 20 * GB}),), disk=6 * GB),
 )
 
@@ -30,7 +30,7 @@ def test_a_run_that_fits_passes_and_so_does_one_of_which_nothing_is_known() -> N
 
 def test_too_little_main_memory_names_the_phase_its_parts_and_the_options_of_the_largest() -> None:
     message = (
-        r"this run does not fit: solve \(block 3 mlp_in solve\) needs 31\.0 GB of main memory, where 30\.0 GB are free: "
+        r"this run does not fit: solve \(block 3 solve\) needs 31\.0 GB of main memory, where 30\.0 GB are free: "
         r"model 20\.0 GB, Hessians 9\.0 GB, codes 1\.0 GB; set --model\.placement stream or set a smaller "
         r"--model\.hessian_gib"
     )
