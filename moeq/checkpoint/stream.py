@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -64,11 +65,9 @@ class BlockStream:
     def place(self, device: torch.device | str) -> None:
         """Move what is always there, and the blocks that are resident; others come to this device."""
         self._device = torch.device(device)
-        for module in self._model.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.device.type != "meta":
-                    tensor.data = tensor.data.to(self._device)
-                    assert getattr(module, name).device.type == self._device.type
+        for _, tensor in _named(self._model):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(self._device)
 
     @contextmanager
     def resident(self, block: int) -> Iterator[None]:
@@ -84,9 +83,11 @@ class BlockStream:
                 self._unload_block(block)
 
     def read_ahead(self, block: int) -> None:
-        """Read a block's files into the cache of the system."""
+        """Let the system read a block's files into its cache, which is memory that it takes back where it needs it."""
         if block < len(self.blocks) and not self._depth[block]:
-            read_ahead(tensor for name in self._names(block) for tensor, _ in self._sources[name].tensors)
+            tensors = [tensor for name in self._names(block) for tensor, _ in self._sources[name].tensors]
+            # The system may make the caller wait while its queue is full.
+            Thread(target=read_ahead, args=(tensors,), daemon=True).start()
 
     def change_blocks(self, change: BlockChange) -> None:
         """Change the blocks that are resident now, others when they come."""

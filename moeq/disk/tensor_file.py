@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> None:
     for tensor in tensors:
         by_path.setdefault(tensor.path, []).append(tensor)
     for path, parts in by_path.items():
-        with path.open("rb", buffering=0) as file:
+        # What is wrong with a file shows when it is read.
+        with suppress(OSError), path.open("rb", buffering=0) as file:
             for start, length in _joined(parts):
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
