@@ -154,7 +154,9 @@ def _shared_dtype(model: PreTrainedModel, grids: Mapping[str, PackedFormat]) -> 
     experts = expert_modules(model)
     dtypes = {_stored_dtype(model, name, experts) for name in grids}
     if len(dtypes) > 1:
-        raise ValueError(f"weights have dtypes {sorted(map(str, dtypes))}; quantize a model whose weights share a dtype")
+        raise ValueError(
+            f"weights have dtypes {sorted(map(str, dtypes))}; quantize a model whose weights share a dtype"
+        )
     return dtypes.pop()
 
 

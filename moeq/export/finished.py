@@ -3,7 +3,7 @@
 In memory or streamed, the blocks are visited in the same order by the same code, so that both give the same files.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,11 +25,8 @@ def silent(blocks: Sequence[int], label: str) -> Iterable[int]:
 class QuantizedBlocks(Protocol):
     """What a fit has made of the blocks of a model."""
 
-    def finished_names(self) -> Collection[str]:
-        """Canonical names of the quantized weights of all finished blocks."""
-
     def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:
-        """Codes of the weights of one block, on the CPU, by canonical name."""
+        """Codes of the weights of one finished block, on the CPU, by canonical name."""
 
     def commit(self, block: int) -> None:
         """Write the dequantized weights and the changed parameters of a block, which is resident, into the model."""
@@ -86,10 +83,6 @@ class HeldBlocks:
         self._prefix, self._quantized = prefix, quantized
         if outside := [name for name in quantized if not name.startswith(f"{prefix}.")]:
             raise ValueError(f"{outside[0]} lies outside of {prefix}; quantize linears and experts of blocks")
-
-    def finished_names(self) -> Collection[str]:
-        """Names of all codes."""
-        return self._quantized.keys()
 
     def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:
         """Codes of one block."""
