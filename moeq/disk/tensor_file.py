@@ -116,8 +116,10 @@ class TensorFileWriter:
                 f"{name} of {self._path} is {tensor.dtype} {tuple(tensor.shape)}, declared was {declared.dtype} "
                 f"{declared.shape}; write what was declared"
             )
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        view, done = memoryview(content), 0
+        flat = tensor.detach().cpu().contiguous()
+        # A dimension of one may have any stride, which a view as bytes refuses.
+        octets = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+        view, done = memoryview(octets.numpy()), 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], start + done)
         self._waiting.remove(name)

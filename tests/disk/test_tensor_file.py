@@ -47,8 +47,10 @@ def test_a_file_is_the_one_of_the_library_to_the_byte_whatever_the_order(
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
 
 
-def test_what_is_not_contiguous_is_written_as_its_values(tmp_path: Path) -> None:
-    tensor = torch.arange(12).view(3, 4).T
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(12).view(3, 4).T, torch.arange(12)[5:], torch.arange(64).as_strided((1, 1), (8, 8), 3)]
+)
+def test_what_does_not_lie_row_by_row_is_written_as_its_values(tensor: Tensor, tmp_path: Path) -> None:
     write(tmp_path / "a", declare({"x": tensor}), ("x", tensor))
     assert torch.equal(load_file(tmp_path / "a")["x"], tensor)
 
