@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from moeq.allocation.plan import plan_cost
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
+from moeq.fit.preflight import FitWork
 from moeq.module import MoEQuantModule
+from moeq.preflight.phases import Phase
 from moeq.quant.spec import Fallback
 
 # Stands in the run folder while exports are written and verified: what a killed run left may be replaced.
@@ -41,6 +44,14 @@ class Export(Step):
                     f"{folder} exists and is not empty; set --trainer.default_root_dir to a new folder, "
                     "or overwrite: true for the callback Export"
                 )
+
+    def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
+        """Both folders, written and read back."""
+        from moeq.export.preflight import Rates, export_phases
+        from moeq.forecast import export_sizes
+
+        rates = None if work.speed is None else Rates(work.speed.read, work.speed.write)
+        return export_phases(export_sizes(work), dense=self.dense, streamed=work.model.streamed, rates=rates)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and verify, on the first rank; the others wait, as the exported folder is one."""
@@ -101,13 +112,18 @@ class Export(Step):
         def bar(kind: str) -> Progress:
             return lambda blocks, label: tqdm(blocks, desc=f"{kind} export, {label}", unit="block", disable=hidden)
 
-        report = write_packed(
-            source, module.tokenizer, grids, packed, metadata=metadata, measured=seconds, overwrite=replace,
-            progress=bar("packed"),
-        )  # fmt: skip
-        verified = {"checkpoint": verify_packed(packed, source, probe, progress=bar("packed")).to_dict()}
+        meter = run.meter
+        with meter.phase("export", "export"):
+            report = write_packed(
+                source, module.tokenizer, grids, packed, metadata=metadata, measured=seconds, overwrite=replace,
+                progress=bar("packed"),
+            )  # fmt: skip
+        with meter.phase("export verified", "export verified"):
+            verified = {"checkpoint": verify_packed(packed, source, probe, progress=bar("packed")).to_dict()}
         verified["written"] = report.to_dict()
         if self.dense:
-            write_dense(source, module.tokenizer, dense, overwrite=replace, progress=bar("dense"))
-            verified["dense"] = verify_dense(dense, source, probe, progress=bar("dense")).to_dict()
+            with meter.phase("dense copy", "dense copy"):
+                write_dense(source, module.tokenizer, dense, overwrite=replace, progress=bar("dense"))
+            with meter.phase("dense copy verified", "dense copy verified"):
+                verified["dense"] = verify_dense(dense, source, probe, progress=bar("dense")).to_dict()
         return verified

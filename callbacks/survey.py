@@ -11,6 +11,10 @@ from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
+from moeq.fit.preflight import FitWork
+from moeq.module import MoEQuantModule
+from moeq.preflight.phases import Phase
+from moeq.survey.preflight import survey_phases
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
 
@@ -45,6 +49,10 @@ class Survey(Step):
         module.run.needs.survey = True
         spec = self._spec
         module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
+
+    def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
+        """Its passes."""
+        return survey_phases(work, self._spec)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run makes no survey: it reads the one of its first part."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.disk.atomic import write_json, write_text
 from moeq.distributed import gather_lists
+from moeq.export.preflight import ExportSizes
 from moeq.fit.block_files import block_path
 from moeq.fit.duration import Speed, block_products
 from moeq.fit.memory import DataShape, block_file_bytes, choose_hessian_gib, model_bytes
@@ -61,14 +62,14 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
     """
     trainer: Any = module.trainer
     data = data_shape(trainer)
-    work = _work(module, data or DataShape(1, 1, 1))
-    room = _room(module)
+    work, room = _work(module, data or DataShape(1, 1, 1)), _room(module)
     if module.hparams["hessian_gib"] == "auto":
         bound = min(gather_lists([_choose_bound(module, work, room)]))
         module.walk_spec = replace(module.walk_spec, hessian_gib=bound)
         work = replace(work, schedule=_schedule(module, bound))
     if data is None:
         return None
+    check_room(_forecast(module, work), room, REMEDIES)
     if is_long(work):
         rank_zero_info("Preflight: measuring a few operations on one block ...")
         work = replace(work, speed=_measure(module, work))
@@ -78,7 +79,6 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
     if trainer.is_global_zero:
         write_json(module.run_dir / "preflight.json", forecast_json(forecast))
         write_text(module.run_dir / "preflight.md", forecast_table(forecast))
-    check_room(forecast, room, REMEDIES)
     if stops:
         raise SystemExit(0)
     return forecast
@@ -242,3 +242,21 @@ def _try_solve(module: "MoEQuantModule") -> TrySolve:
         return quantize(weight_EOI, choose_qparams(weight_EOI, grid, dtype), grid)
 
     return try_solve
+
+
+def export_sizes(work: FitWork) -> ExportSizes:
+    """Bytes of a fit's model and of its exports; of one block those of the largest."""
+    model, adapter = work.model, work.adapter
+    largest = max(range(len(model.blocks)), key=model.stored.__getitem__)
+    source = model.outside_stored + sum(model.stored)
+    quantized = sum(sum(site.rows) * site.in_features * site.num_experts for site in adapter.all_sites())
+    return ExportSizes(
+        held=model.held(largest),
+        loading=model.loading[largest] if model.streamed else 0,
+        outside=model.outside_stored,
+        block=model.stored[largest],
+        block_file=work.block_files[largest],
+        source=source,
+        packed=source - quantized * adapter.storage_dtype.itemsize + sum(work.block_files),
+        widening=model.total / source,
+    )

@@ -72,6 +72,7 @@ class ModelBytes:
 
     Attributes:
         outside: Embeddings, last norm, head.
+        outside_stored: The same in the files.
         blocks: Each block.
         stored: Each block in the files.
         loading: What loading each block holds beside it for a moment, where blocks are streamed.
@@ -79,6 +80,7 @@ class ModelBytes:
     """
 
     outside: int
+    outside_stored: int
     blocks: tuple[int, ...]
     stored: tuple[int, ...]
     loading: tuple[int, ...]
@@ -100,7 +102,7 @@ def model_bytes(adapter: Adapter, *, streamed: bool) -> ModelBytes:
     """Bytes of a model on any device, the meta device included."""
     model, blocks = adapter.model, adapter.blocks
     inside = {id(tensor) for _, tensor in _tensors(blocks)}
-    outside = sum(tensor.nbytes for _, tensor in _tensors(model) if id(tensor) not in inside)
+    outside = {name: tensor for name, tensor in _tensors(model) if id(tensor) not in inside}
     held, stored, loading = [], [], []
     for index, block in enumerate(blocks):
         named = [(f"{adapter.block_prefix}.{index}.{name}", tensor) for name, tensor in _tensors(block)]
@@ -109,7 +111,9 @@ def model_bytes(adapter: Adapter, *, streamed: bool) -> ModelBytes:
         held.append(sum(tensor.nbytes for _, tensor in named))
         stored.append(sum(in_files))
         loading.append(max(stacks, default=0))
-    return ModelBytes(outside, tuple(held), tuple(stored), tuple(loading), streamed)
+    outside_bytes = sum(tensor.nbytes for tensor in outside.values())
+    outside_stored = sum(tensor.numel() * storage_dtype(model, name).itemsize for name, tensor in outside.items())
+    return ModelBytes(outside_bytes, outside_stored, tuple(held), tuple(stored), tuple(loading), streamed)
 
 
 def hidden_bytes(adapter: Adapter, num_tokens: int) -> int:
@@ -127,7 +131,7 @@ def forward_bytes(adapter: Adapter, block: int, data: DataShape, experts_per_tok
     product).  Routed experts see a token K times, and what they read and return is as wide as the model, before and
     after it is weighted.
 
-        attention = s N (2 D + 2 O + I + 3 T heads)     dense = s N (3 D + 3/2 O)    routed = s N (3 D + K (3 D + 3/2 O))
+        attention = s N (2 D + 2 O + I + 3 T heads)    dense = s N (3 D + 3/2 O)    routed = s N (3 D + K (3 D + 3/2 O))
 
     Args:
         adapter: The model.
@@ -150,7 +154,7 @@ def forward_bytes(adapter: Adapter, block: int, data: DataShape, experts_per_tok
 
 
 def gather_bytes(parts: Sequence[SitePart], num_tokens: int) -> int:
-    """Most that adding a batch to the Hessians holds: rows in float32, with their weighted copy or a panel's product."""
+    """Most that adding a batch to the Hessians holds: float32 rows, with their weighted copy or a panel's product."""
     rows = num_tokens + max(num_tokens, 2 * PANEL)
     return max((4 * rows * part.site.in_features for part in parts), default=0)
 
