@@ -41,6 +41,8 @@ class CountingGPTQ(GPTQ):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MoEQuantModule)
+        if pl_module.current_pass.kind != "calibrate":
+            return
         hessians, sites = pl_module.run.hessians, [part.site for part in pl_module.current_pass.parts]
         states = [state for site in sites for state in (hessians[site], hessians.pool(site)) if state is not None]
         # Storages, so that one Hessian that all experts share counts once.
