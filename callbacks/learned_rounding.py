@@ -1,6 +1,7 @@
 """Learn the rounding of each finished block, so that it returns what the original block returned."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,6 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.callback import SolveStep, Step, module_of
 from moeq.fit.learn_block import tune_block
+from moeq.fit.preflight import FitWork, learning_phases
+from moeq.module import MoEQuantModule
+from moeq.preflight.phases import Phase
 from moeq.quant.learned import LearnedSpec
 from moeq.quant.spec import Fallback
 
@@ -33,6 +37,10 @@ class LearnedRounding(Step):
             raise ValueError(f"LearnedRounding starts from what {name} has solved; put {name} before LearnedRounding")
         module.run.needs.originals = module.run.needs.offsets = True
 
+    def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
+        """Each block is learned after its last solve."""
+        return learning_phases(work, self.spec.num_steps)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tune a block after its last pass."""
         module = module_of(pl_module)
@@ -46,7 +54,8 @@ class LearnedRounding(Step):
                 "put a method such as GPTQ before LearnedRounding"
             )
         start = time.perf_counter()
-        before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.spec)
+        with run.meter.phase("learned rounding", f"block {current.block} learned rounding"):
+            before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.spec)
         run.offsets.clear()
         rank_zero_info(f"Block {current.block}: output error {before:.4g} -> {min(before, after):.4g}")
         # Not into run.seconds, where the pass that it ends counts it already.

@@ -167,6 +167,33 @@ def block_file_phase(work: FitWork, block: int, solved: Sequence[SitePart]) -> P
     return Phase("block file", f"block {block} file", (moment,), disk=size, seconds=seconds)
 
 
+def learning_phases(work: FitWork, num_steps: int) -> tuple[Phase, ...]:
+    """Learned rounding of every block that is finished in this run.
+
+    In float32 for each weight: latent level, its gradient and two moments of Adam, the weights as they were, those that
+    the latents stand for, and two of what the gradients pass through; and the block itself, where it is not float32.
+    Activations are float32, too, and kept for the way back.
+    """
+    blocks = sorted({current.block for current in work.schedule if current.ends_block})
+    return tuple(_learning_phase(work, block, num_steps) for block in blocks)
+
+
+def _learning_phase(work: FitWork, block: int, num_steps: int) -> Phase:
+    sites = work.adapter.sites(block)
+    numel = sum(sum(site.rows) * site.in_features * site.num_experts for site in sites)
+    itemsize = work.adapter.dtype_of(sites[0]).itemsize
+    held = {
+        **work.model.held(block),
+        "latents": 16 * numel,
+        "weights in float32": (16 if itemsize == 4 else 20) * numel,
+        "activations": 8 // itemsize * forward_bytes(work.adapter, block, work.data, work.experts_per_token),
+    }
+    codes = work.codes([whole(site) for site in sites])
+    seconds = None if work.speed is None else 3 * num_steps * work.speed.forward
+    moment = Moment(held, {**work.waiting, **codes})
+    return Phase("learned rounding", f"block {block} learned rounding", (moment,), seconds=seconds)
+
+
 def largest_hessians(schedule: Sequence[Pass]) -> int:
     """Hessians of the largest pass of a schedule, as its bound counts them."""
     return max((sum(part.bytes for part in current.parts) for current in schedule), default=0)

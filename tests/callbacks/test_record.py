@@ -10,15 +10,19 @@ import pytest
 from torch import Tensor
 
 import moeq.forecast
+from callbacks import learned_rounding
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.record import Record
+from moeq.fit.learn_block import tune_block
 from moeq.fit.memory import DataShape
 from moeq.fit.solve import Unit
+from moeq.models.adapter import Adapter
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Forecast
 from moeq.quant.solution import Solution
 from tests.callbacks.test_bit_allocation import Batches
+from tests.live_bytes import LiveBytes
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -60,12 +64,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("record") / "model")
 
 
-def fit(model: Path, folder: Path, **settings: Any) -> tuple[CountingGPTQ, Forecast]:
+def fit(model: Path, folder: Path, *more: L.Callback, **settings: Any) -> tuple[CountingGPTQ, Forecast]:
     """Run a fit; returns what was counted and what was expected."""
     gptq = CountingGPTQ()
     module = MoEQuantModule(name=str(model), group_size=16, clip_search=False, **settings)
     trainer = L.Trainer(
-        default_root_dir=folder, accelerator="cpu", callbacks=[HessianCalibration(), gptq, Record()], logger=False,
+        default_root_dir=folder, accelerator="cpu", callbacks=[HessianCalibration(), gptq, *more, Record()], logger=False,
         max_epochs=-1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=Shaped())
@@ -125,6 +129,35 @@ def test_every_phase_is_measured_beside_what_was_expected(model: Path, tmp_path:
         assert int(row["disk_expected"]) < int(row["disk_measured"]) < int(row["disk_expected"]) + 100_000
     assert "| block file " in (tmp_path / "summary.md").read_text()
     assert "hessian_gib" in json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_learned_rounding_takes_what_is_expected_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[int] = []
+
+    def tracked(adapter: Adapter, *rest: Any) -> tuple[float, float]:
+        with LiveBytes() as live:
+            found = tune_block(adapter, *rest)
+        peaks.append(live.peak)
+        return found
+
+    monkeypatch.setattr(learned_rounding, "tune_block", tracked)
+    _, forecast = fit(model, tmp_path, learned_rounding.LearnedRounding(num_steps=2), compute_dtype="stored")
+    phases = [phase for phase in forecast.phases if phase.kind == "learned rounding"]
+    assert len(phases) == len(peaks) == 2
+    for phase, peak in zip(phases, peaks, strict=True):
+        (moment,) = phase.moments
+        assert moment.device["latents"] + moment.device["weights in float32"] == pytest.approx(peak, rel=0.15)
+
+
+def test_a_long_run_is_measured_on_one_block_and_says_how_long(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moeq.forecast, "LONG_PRODUCTS", 0)
+    _, forecast = fit(model, tmp_path, placement="stream")
+    assert all(phase.seconds is not None for phase in forecast.phases if phase.kind not in ("load model", "sampling"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_preflight_says_and_writes_and_stops(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
