@@ -18,11 +18,12 @@ from moeq.distributed import gather_lists
 from moeq.export.preflight import ExportSizes
 from moeq.fit.block_files import block_path
 from moeq.fit.duration import Speed, block_products
-from moeq.fit.memory import DataShape, block_file_bytes, choose_hessian_gib, model_bytes
+from moeq.fit.memory import DataShape, block_file_bytes, choose_hessian_gib
 from moeq.fit.preflight import FitWork, fit_phases, largest_hessians, least_hessians
 from moeq.fit.schedule import GIB, Pass, build_schedule
 from moeq.fit.speed import TrySolve, measure_speed
 from moeq.models.shapes import experts_per_token
+from moeq.models.sizes import model_bytes
 from moeq.preflight.limits import Room, check_room
 from moeq.preflight.meter import resident_bytes
 from moeq.preflight.phases import Forecast, Moment, Phase
@@ -62,7 +63,7 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
     """
     trainer: Any = module.trainer
     data = data_shape(trainer)
-    work, room = _work(module, data or DataShape(1, 1, 1)), _room(module)
+    work, room = _work(module, data or DataShape(1, 1, 1)), room_of(module)
     if module.hparams["hessian_gib"] == "auto":
         bound = min(gather_lists([_choose_bound(module, work, room)]))
         module.walk_spec = replace(module.walk_spec, hessian_gib=bound)
@@ -141,7 +142,7 @@ def _schedule(module: "MoEQuantModule", hessian_gib: float) -> tuple[Pass, ...]:
     )  # fmt: skip
 
 
-def _room(module: "MoEQuantModule") -> Room:
+def room_of(module: "MoEQuantModule") -> Room:
     """What there is for this run, with what it holds already."""
     host, device, folder = torch.device("cpu"), module.device, module.run_dir.absolute()
     on_device = None

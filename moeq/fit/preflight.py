@@ -4,19 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds
-from moeq.fit.memory import (
-    DataShape,
-    ModelBytes,
-    forward_bytes,
-    gather_bytes,
-    hessian_bytes,
-    hidden_bytes,
-    stack_bytes,
-    working_bytes,
-)
+from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, stack_bytes, working_bytes
 from moeq.fit.run import Needs
 from moeq.fit.schedule import Pass, SitePart, whole
 from moeq.models.adapter import Adapter
+from moeq.models.sizes import ModelBytes, forward_bytes, hidden_bytes
 from moeq.preflight.phases import Moment, Phase
 from moeq.quant.workspace import workspace_bytes
 
@@ -117,7 +109,7 @@ def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -
     held = {
         **work.model.held(current.block),
         **hessian_bytes(current.parts),
-        "activations": forward_bytes(work.adapter, current.block, work.data, work.experts_per_token)
+        "activations": forward_bytes(work.adapter, current.block, tokens, work.data.length)
         + gather_bytes(current.parts, tokens),
     }
     seconds = None
@@ -186,7 +178,7 @@ def _learning_phase(work: FitWork, block: int, num_steps: int) -> Phase:
         **work.model.held(block),
         "latents": 16 * numel,
         "weights in float32": (16 if itemsize == 4 else 20) * numel,
-        "activations": 8 // itemsize * forward_bytes(work.adapter, block, work.data, work.experts_per_token),
+        "activations": 8 // itemsize * forward_bytes(work.adapter, block, work.data.batch_tokens, work.data.length),
     }
     codes = work.codes([whole(site) for site in sites])
     seconds = None if work.speed is None else 3 * num_steps * work.speed.forward

@@ -15,11 +15,11 @@ from torch import Tensor
 from moeq.disk.atomic import write_tensors
 from moeq.fit.duration import Speed, block_products, stages_of
 from moeq.fit.hessians import Hessians
-from moeq.fit.memory import model_bytes
 from moeq.fit.schedule import Pass, SitePart
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.models.observe import observe
+from moeq.models.sizes import model_bytes
 from moeq.quant.hessian import mean_hessian
 from moeq.quant.spec import Routing
 

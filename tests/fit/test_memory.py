@@ -12,16 +12,15 @@ from moeq.fit.memory import (
     DataShape,
     block_file_bytes,
     choose_hessian_gib,
-    forward_bytes,
     gather_bytes,
-    model_bytes,
     stack_bytes,
 )
 from moeq.fit.schedule import GIB, whole
 from moeq.fit.solve import make_units, solve_unit
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import capture_calls, run_block
-from moeq.models.shapes import experts_per_token, weight_shapes
+from moeq.models.shapes import weight_shapes
+from moeq.models.sizes import forward_bytes, model_bytes
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.hessian import accumulate, empty_state
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -62,7 +61,7 @@ def test_activations_of_a_block_stay_below_what_is_expected_and_not_far(family: 
     call = capture_calls(model, adapter.blocks, {"input_ids": ids_BT})[block]
     with LiveBytes() as live, torch.no_grad():
         run_block(adapter.blocks[block], call.hidden, call)
-    expected = forward_bytes(adapter, block, DataShape(4, 128, 4), experts_per_token(model.config))
+    expected = forward_bytes(adapter, block, 512, 128)
     assert 0.3 * expected <= live.peak <= 1.2 * expected
 
 

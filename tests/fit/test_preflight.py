@@ -7,12 +7,13 @@ import torch
 
 from moeq.allocation.plan import uniform_plan
 from moeq.fit.duration import Speed
-from moeq.fit.memory import DataShape, block_file_bytes, hidden_bytes, model_bytes
+from moeq.fit.memory import DataShape, block_file_bytes
 from moeq.fit.preflight import FitWork, fit_phases, largest_hessians, least_hessians
 from moeq.fit.run import Needs
 from moeq.fit.schedule import build_schedule
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
+from moeq.models.sizes import hidden_bytes, model_bytes
 from moeq.preflight.phases import Moment, Phase
 from moeq.quant.spec import GridSpec
 from tests.tiny import tiny_model
