@@ -131,6 +131,7 @@ class EvaluationDataModule(L.LightningDataModule):
             trainer.strategy.barrier("moeq_restart")
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
         evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.limit = trainer.limit_val_batches
         on_cpu = trainer.strategy.root_device.type == "cpu"
         evaluation.batches = batches(
             evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size,

@@ -5,7 +5,7 @@ the same plan.  Generation tasks write text, which is judged as text or, for pro
 compared along the text that would be right, since two models that write different texts share no other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from moeq.scoring.comparison import compare
 from moeq.scoring.finite import check_finite, first_non_finite, non_finite_error
 from moeq.scoring.forward_plan import Plan, plan_requests
 from moeq.scoring.likelihood import Scored, outcomes
+from moeq.scoring.pass_cost import Layout
 from moeq.scoring.scorer import Said, Scorer
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.task import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
@@ -126,10 +127,11 @@ class Evaluator:
         return [_pass_rates(samples, list(islice(verdicts, len(samples))), self.sampling.k) for samples in texts]
 
 
-def plan_documents(documents: Sequence[Document]) -> Plan:
-    """The passes for all requests of a batch."""
+def plan_documents(documents: Sequence[Document], without: Collection[Layout] = ()) -> Plan:
+    """The cheapest passes for all requests of a batch, except for some layouts."""
     owners = [i for i, document in enumerate(documents) for _ in document.requests]
-    return plan_requests([request for document in documents for request in document.requests], owners)
+    requests = [request for document in documents for request in document.requests]
+    return plan_requests(requests, owners, without=without)
 
 
 def ask_checked(

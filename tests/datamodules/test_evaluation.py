@@ -52,6 +52,7 @@ def opened(folder: Path, rank: int = 0, world_size: int = 1, restart: bool = Fal
     barriers: list[str] = []
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=module, global_rank=rank, world_size=world_size, is_global_zero=rank == 0,
+        limit_val_batches=1.0,
         strategy=SimpleNamespace(barrier=barriers.append, root_device=torch.device("cpu")),
     )  # fmt: skip
     data.loaders = data.val_dataloader()  # type: ignore[attr-defined]
