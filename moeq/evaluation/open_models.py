@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from moeq.checkpoint.loading import load_config, load_model
+from moeq.checkpoint.loading import load_config, load_model, stream_model
 from moeq.checkpoint.placement import Placement, weights_folder
-from moeq.checkpoint.stream import open_stream
 from moeq.disk.folder import check_integrity
 from moeq.evaluation.placing import waiting_in
 from moeq.kernels.compute_dtype import compute_dtype
 from moeq.scoring.pass_cost import Layout
 from moeq.scoring.scorer import Scorer
 from moeq.scoring.streamed import StreamedScorer
+
+GIB = 1 << 30
 
 
 def open_scorer(
@@ -43,12 +44,11 @@ def open_scorer(
     dtype, compute = settings["dtype"], settings["compute_dtype"]
     if placement.kind == "memory":
         return Scorer(load_model(name, dtype, compute, device).to(device), without)
-    files = weights_folder(name)
-    check_integrity(files)
-    stored = None if dtype == "auto" else getattr(torch, dtype)
-    model, stream = open_stream(files, stored, lambda stored: compute_dtype(compute, stored, device))
+    check_integrity(weights_folder(name))
+    model, stream = stream_model(name, dtype, compute, device)
     stream.place(device)
-    return StreamedScorer(model, stream, waiting_in(folder, reserved_bytes), without)
+    waiting = waiting_in(folder, int(settings["hidden_gib"] * GIB), reserved_bytes)
+    return StreamedScorer(model, stream, waiting, without)
 
 
 def computed_in(settings: Mapping[str, Any], name: str, device: torch.device) -> str:

@@ -23,8 +23,7 @@ from moeq.scoring.scorer import TWO_PASSES
 from moeq.scoring.streamed import Waiting
 from moeq.tasks.task import Generation
 
-# Hidden states that wait in memory, and the share of the free memory that they may take at most.
-WAITING_BYTES = 1 << 30
+# The share of the free memory that waiting hidden states may take at most, whatever their bound.
 WAITING_SHARE = 1 / 8
 
 
@@ -43,9 +42,14 @@ class Places:
     mode: OriginalPlace | None
 
     @property
+    def by_role(self) -> dict[str, Placement]:
+        """That of the "model" and, where there is one, of the "reference"."""
+        return {"model": self.model} | ({} if self.original is None else {"reference": self.original})
+
+    @property
     def streamed(self) -> list[Placement]:
         """Those that are streamed."""
-        return [each for each in (self.model, self.original) if each is not None and each.kind == "stream"]
+        return [placement for placement in self.by_role.values() if placement.kind == "stream"]
 
     @property
     def without(self) -> Collection[Layout]:
@@ -85,15 +89,16 @@ def choose_places(settings: Mapping[str, Any], evaluations: Sequence[TaskEvaluat
     return Places(places.model, places.original, mode)
 
 
-def waiting_in(folder: Path, reserved_bytes: int = 0) -> Waiting:
-    """Where and how many hidden states wait in a run folder.
+def waiting_in(folder: Path, bound_bytes: int, reserved_bytes: int = 0) -> Waiting:
+    """Where and how many hidden states wait.
 
     Args:
-        folder: The run folder; it is made where there is none.
+        folder: Where those wait that do not in memory; it is made where there is none.
+        bound_bytes: Bound on those in memory.
         reserved_bytes: What else is going to be written there in the meantime.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    memory = min(WAITING_BYTES, int(WAITING_SHARE * free_bytes(torch.device("cpu"))))
+    memory = min(bound_bytes, int(WAITING_SHARE * free_bytes(torch.device("cpu"))))
     free = max(0, shutil.disk_usage(folder).free - SPARE_BYTES - reserved_bytes)
     # The other half is for the experts that were chosen, what blocks hand on, and whoever else uses the disk.
     return Waiting(folder, memory, memory + free // 2)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config
 from moeq.checkpoint.packed import keep_dequantized
+from moeq.checkpoint.placement import Placement
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
@@ -59,10 +60,13 @@ class Validation:
     Args:
         evaluations: One per task, in the order of the loaders.
         evaluator: Runs batches.
+        placements: Where its models are: "model" and, where it is compared with one, "reference".
     """
 
-    def __init__(self, evaluations: Sequence[TaskEvaluation], evaluator: Evaluator) -> None:
-        self.evaluations, self.evaluator = evaluations, evaluator
+    def __init__(
+        self, evaluations: Sequence[TaskEvaluation], evaluator: Evaluator, placements: Mapping[str, Placement]
+    ) -> None:
+        self.evaluations, self.evaluator, self.placements = evaluations, evaluator, placements
         self.reports: list[TaskReport] = []
         for evaluation in evaluations:
             evaluation.metrics.to(evaluator.scorer.device)
@@ -132,7 +136,7 @@ def start_validation(
     confine(evaluations, announce)
     workers = max(1, (os.cpu_count() or 1) - 1)
     evaluator = Evaluator(scorer, tokenizer, original, sampling, decoding, num_workers=workers)
-    return Validation(evaluations, evaluator)
+    return Validation(evaluations, evaluator, places.by_role)
 
 
 def check_vocabulary(name: str, reference: str) -> None:
@@ -168,7 +172,7 @@ def run_original(
     vocab_size = load_config(reference).get_text_config().vocab_size
     needed = sum(num_bytes(plan, vocab_size, getattr(torch, computed)) for plan in plans)
     stored.check_room(needed)
-    announce(f"The original {reference} runs first, as both models do not fit: its logits go to {folder}")
+    announce(f"The original {reference} runs before the model: its logits go to {folder}")
     assert places.original is not None
     scorer = open_scorer(settings, reference, places.original, places.without, device, folder, needed)
     with torch.no_grad(), tqdm(total=len(plans), desc="original", unit="batch", disable=None) as bar:

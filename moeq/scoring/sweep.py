@@ -66,7 +66,7 @@ def bytes_per_token(model: Any, plan: Plan) -> float:
     """Bytes of the hidden states of a token between two blocks, as a plan with passes has them."""
     segment = plan.segments[0]
     _, blocks = find_blocks(model)
-    calls = capture_calls(model, blocks, pass_inputs(model, segment))
+    calls = capture_calls(model, blocks, pass_inputs(model, segment), 0)
     return calls[0].hidden.nbytes / segment.ids_BL.numel()
 
 
@@ -76,7 +76,7 @@ def _advance(
     """Run a block on a batch, whose states wait before and after; returns the paths of its experts modules."""
     with linears_by_onednn(model), record_routing(model) as routing:
         # What embeds a batch is cheap; masks of all batches are not small enough to be kept.
-        calls = capture_calls(model, blocks, pass_inputs(model, segment))
+        calls = capture_calls(model, blocks, pass_inputs(model, segment), number)
         device = calls[0].hidden.device
         hidden = waiting.take((batch, "hidden"), device) if number else calls[0].hidden
         handed = waiting.take((batch, "handed"), device) if (batch, "handed") in waiting else None
