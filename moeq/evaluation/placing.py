@@ -16,6 +16,7 @@ import torch
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config, model_bytes
 from moeq.checkpoint.placement import Placement, choose_placement, stream_obstacle
+from moeq.distributed import gather_lists
 from moeq.evaluation.reference_logits import ROOM, SPARE_BYTES, OriginalPlace, choose_mode
 from moeq.evaluation.task_evaluation import TaskEvaluation
 from moeq.scoring.pass_cost import Layout
@@ -57,24 +58,22 @@ class Places:
         return TWO_PASSES if self.streamed else ()
 
 
-def choose_places(settings: Mapping[str, Any], evaluations: Sequence[TaskEvaluation], device: torch.device) -> Places:
-    """Where the models go, before anything is loaded.
+def choose_places(settings: Mapping[str, Any], device: torch.device) -> Places:
+    """Where the models go, before anything is loaded; every rank must call it, and has the same answer.
 
     Args:
         settings: Hyper-parameters of the module.
-        evaluations: The tasks.
         device: Where models run.
 
     Raises:
-        ValueError: A model can be neither held nor streamed, or a streamed one would have to write text, or to run
-            beside the other one.
+        ValueError: A model can be neither held nor streamed, or a streamed one would have to run beside the other one.
     """
     name, reference = settings["name"], settings["reference"]
     how = settings["dtype"], settings["compute_dtype"], device
-    free = min(free_bytes(device), free_bytes(torch.device("cpu")))
+    # Ranks share their documents as batches are cut, and batches are cut for the passes of these places.
+    free = min(gather_lists([min(free_bytes(device), free_bytes(torch.device("cpu")))]))
     sizes = {each: model_bytes(each, *how) for each in (name, reference) if each is not None}
     model, *original = (_place(settings, each, size, free) for each, size in sizes.items())
-    _refuse_generation(model, evaluations)
     if reference is None:
         return Places(model, None, None)
     places = Places(model, original[0] if original else model, "disk")
@@ -85,8 +84,18 @@ def choose_places(settings: Mapping[str, Any], evaluations: Sequence[TaskEvaluat
         )
     if places.streamed:
         return places
-    mode = choose_mode(settings["reference_mode"], sizes[name], sizes[reference], free_bytes(device))
+    mode = choose_mode(settings["reference_mode"], sizes[name], sizes[reference], free)
     return Places(places.model, places.original, mode)
+
+
+def refuse_generation(placement: Placement, evaluations: Sequence[TaskEvaluation]) -> None:
+    """Raise ValueError where a streamed model would have to write text for a task that is not finished."""
+    names = [each.task.name for each in evaluations if isinstance(each.task, Generation) and each.unfinished]
+    if names and placement.kind == "stream":
+        raise ValueError(
+            f"the tasks {names} need text that the model writes, which a streamed model does not: {placement.reason}; "
+            "evaluate a packed export of it that fits, or leave these tasks out"
+        )
 
 
 def waiting_in(folder: Path, bound_bytes: int, reserved_bytes: int = 0) -> Waiting:
@@ -105,17 +114,8 @@ def waiting_in(folder: Path, bound_bytes: int, reserved_bytes: int = 0) -> Waiti
 
 
 def _place(settings: Mapping[str, Any], name: str, size: int, free: int) -> Placement:
-    asked = settings.get("placement", "memory")
+    asked = settings["placement"]
     obstacle = None if asked == "memory" else stream_obstacle(name)
     if asked == "stream" and getattr(load_config(name), "quantization_config", None) is not None:
         asked = "auto"  # of the two models it is the other one that is meant
     return choose_placement(asked, name, int(ROOM * size), free, obstacle)
-
-
-def _refuse_generation(placement: Placement, evaluations: Sequence[TaskEvaluation]) -> None:
-    names = [each.task.name for each in evaluations if isinstance(each.task, Generation) and each.unfinished]
-    if names and placement.kind == "stream":
-        raise ValueError(
-            f"the tasks {names} need text that the model writes, which a streamed model does not: {placement.reason}; "
-            "evaluate a packed export of it that fits, or leave these tasks out"
-        )

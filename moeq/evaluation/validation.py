@@ -25,7 +25,7 @@ from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
 from moeq.evaluation.open_models import computed_in, open_scorer
-from moeq.evaluation.placing import Places, choose_places
+from moeq.evaluation.placing import Places, refuse_generation
 from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, num_bytes
 from moeq.evaluation.result_digest import result_digest
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation
@@ -95,6 +95,7 @@ class Validation:
 
 def start_validation(
     settings: dict[str, Any],
+    places: Places,
     tokenizer: Any,
     evaluations: Sequence[TaskEvaluation],
     sampling: Sampling,
@@ -106,6 +107,7 @@ def start_validation(
 
     Args:
         settings: Hyper-parameters of the module.
+        places: Where the models go.
         tokenizer: Of the model.
         evaluations: The tasks, with this rank's batches.
         sampling: How text is generated.
@@ -114,10 +116,11 @@ def start_validation(
         announce: Tells the user something, once for all ranks.
 
     Raises:
-        ValueError: A model cannot be read, or the disk has no room for the original's logits.
+        ValueError: A model cannot be read, a streamed one would have to write text, or the disk has no room for the
+            original's logits.
     """
     name, reference = settings["name"], settings["reference"]
-    places = choose_places(settings, evaluations, device)
+    refuse_generation(places.model, evaluations)
     for placement in places.streamed:
         announce(placement.reason)
     original: Original | None = None

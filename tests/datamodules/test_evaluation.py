@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from datamodules.evaluation import EvaluationDataModule
+from moeq.checkpoint.placement import Placement
+from moeq.evaluation.placing import Places
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.tasks.documents import Document, Result
 from tests.tiny import tiny_tokenizer
@@ -23,6 +25,8 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "datamodules.evaluation.result_fingerprint", lambda _, sampling, device: json.dumps(asdict(sampling))
     )
+    places = Places(Placement("memory", "it fits"), None, None)
+    monkeypatch.setattr("datamodules.evaluation.choose_places", lambda *_: places)
 
 
 @pytest.fixture
