@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from moeq.checkpoint.packed import keep_dequantized
 from moeq.checkpoint.packed_self import packed_self
 from moeq.models.adapter import Adapter
 from moeq.sampling.next_token import score_sequences
-from moeq.sampling.writer import BITS, Writer
+from moeq.sampling.writer import BITS
 
-ARMS = ("original", *BITS, "prose")
+WIDTHS: dict[str, int] = {**BITS}
+ARMS = ("original", *WIDTHS, "prose")
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,9 @@ class Writers(Study[Case]):
 
     def model(self, writer: str) -> Any:
         """The model that writes; a rounded one keeps what it dequantizes, which is the same and faster."""
-        rounded: dict[str, Writer] = {name: name for name in get_args(Writer)}
-        if rounded[writer] not in BITS:
+        if writer not in WIDTHS:
             return self.yardstick.model
-        packed = packed_self(Adapter(self.yardstick.model), BITS[rounded[writer]])
+        packed = packed_self(Adapter(self.yardstick.model), WIDTHS[writer])
         keep_dequantized(packed, torch.inf)
         return packed
 

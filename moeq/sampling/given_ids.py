@@ -100,7 +100,7 @@ def _row(line: str, where: str) -> list[int]:
             raise ValueError(_padding(where, row[MASK].count(0)))
         row = row.get(FIELDS[0])
     if not isinstance(row, list) or not row:
-        raise ValueError(f"{where} has no list of token ids; write [1, 2, 3] or {{\"input_ids\": [1, 2, 3]}}")
+        raise ValueError(f'{where} has no list of token ids; write [1, 2, 3] or {{"input_ids": [1, 2, 3]}}')
     if wrong := [token for token in row if type(token) is not int]:
         raise ValueError(f"{where} has {wrong[0]!r}, which is no token id; write integers")
     if max(map(abs, row)) >= 2**63:
