@@ -47,8 +47,8 @@ def check_ids(ids_NL: Tensor, source: str, vocabulary: int) -> None:
     if wrong.any():
         row, position = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{source} has {int(wrong.sum())} ids that are no tokens of the model, first {int(ids_NL[row, position])} at "
-            f"position {position} of sequence {row}; ids go from 0 to {vocabulary - 1}; use the tokenizer of the model"
+            f"{source} has {int(wrong.sum())} ids that are no tokens of the model, first {int(ids_NL[row, position])} "
+            f"at position {position} of sequence {row}; ids go from 0 to {vocabulary - 1}; use the tokenizer of the model"
         )
 
 
@@ -84,8 +84,8 @@ def _from_lines(path: Path) -> Tensor:
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise ValueError(
-            f"sequences of {path} have {lengths[0]} to {lengths[-1]} ids; all must have one length, as padding would be "
-            f"calibrated on; cut them to {lengths[0]}"
+            f"sequences of {path} have {lengths[0]} to {lengths[-1]} ids; all must have one length, as padding would "
+            f"be calibrated on; cut them to {lengths[0]}"
         )
     return torch.tensor(rows, dtype=torch.int64)
 

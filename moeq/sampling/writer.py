@@ -73,7 +73,7 @@ def choose_writer(sizes: WriterSizes) -> Writer:
 def settle_writer(
     sizes: WriterSizes, *, finished: Sequence[Writer], begun: Sequence[Writer], shared: Sequence[Writer]
 ) -> Writer:
-    """Who writes where files tell of earlier runs: a run keeps its writer, and a set that is there is not written again.
+    """Who writes, where files may tell of earlier runs: a run keeps its writer, and no set is written twice.
 
     Args:
         sizes: Decide where no file does.
