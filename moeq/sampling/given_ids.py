@@ -48,7 +48,7 @@ def check_ids(ids_NL: Tensor, source: str, vocabulary: int) -> None:
         row, position = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"{source} has {int(wrong.sum())} ids that are no tokens of the model, first {int(ids_NL[row, position])} "
-            f"at position {position} of sequence {row}; ids go from 0 to {vocabulary - 1}; use the tokenizer of the model"
+            f"at position {position} of sequence {row}; ids go from 0 to {vocabulary - 1}; use the model's tokenizer"
         )
 
 

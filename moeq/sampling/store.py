@@ -29,8 +29,8 @@ _VALUES = 1 << 12
 def model_mark(adapter: Adapter, name: str) -> list[Any]:
     """What tells one model from another without having all of it in memory.
 
-    The identity of its files, the dtype that it computes in, and a sample of the values outside of its blocks and of
-    the first block, which differ where the model was changed since it was opened (a rotation changes every block).
+    The identity of its files, the dtype that it computes in, and a sample of the values outside of its blocks and in
+    the first one, which differ where the model was changed since it was opened (a rotation changes every block).
 
     Args:
         adapter: Of the model.
