@@ -121,21 +121,25 @@ def identity_of(writer: Writer) -> str:
 def work_bytes(config: Any, rows: int, length: int, itemsize: int) -> int:
     """Bytes of a search beside the model: keys and values of every block, and two sets of log-probabilities.
 
-    An upper bound where a family caches less (linear attention, sliding windows).
+    An upper bound where blocks keep less (linear attention, sliding windows).
 
     Args:
         config: Of the text model.
         rows: Sequences at once times branches.
         length: Tokens of a sequence.
-        itemsize: Bytes of a cached number.
+        itemsize: Bytes of a number that the model computes.
     """
+    cached = rows * length * config.num_hidden_layers * _cached_numbers(config) * itemsize
+    return cached + rows * config.vocab_size * (2 * 4 + itemsize)
+
+
+def _cached_numbers(config: Any) -> int:
+    """Numbers that a block of full attention keeps of a token."""
+    if latent := getattr(config, "kv_lora_rank", None):
+        return int(latent + config.qk_rope_head_dim + (getattr(config, "index_head_dim", None) or 0))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    default = config.hidden_size // config.num_attention_heads
-    key = (getattr(config, "qk_nope_head_dim", 0) or 0) + (getattr(config, "qk_rope_head_dim", 0) or 0)
-    key = key or getattr(config, "head_dim", None) or default
-    value = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or default
-    cache = rows * length * config.num_hidden_layers * heads * (key + value) * itemsize
-    return cache + rows * config.vocab_size * (2 * 4 + itemsize)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads * (size + (getattr(config, "v_head_dim", None) or size)))
 
 
 def _gib(num_bytes: int) -> str:

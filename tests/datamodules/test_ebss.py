@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import moeq.sampling.parts
 from datamodules.ebss import EBSSDataModule, first_token_candidates
+from moeq.models.adapter import Adapter
 from moeq.sampling.next_token import score_sequences
 from moeq.sampling.store import load_sampled
 from tests.datamodules.stub import StubTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SMALL = {"mode": "stochastic", "num_sequences": 6, "length": 16, "branches": 2, "sequences_at_once": 4, "batch_size": 2}
 
@@ -214,6 +215,8 @@ def test_a_trainer_feeds_the_batches(tmp_path: Path, model: nn.Module, capsys: p
             self.automatic_optimization = False
             self.__dict__["model"] = model
             self.tokenizer, self.run_dir, self.seen = tiny_tokenizer(), tmp_path, []
+            self.adapter = Adapter(model)
+            self.save_hyperparameters({"name": str(save_tiny("qwen2_moe", tmp_path / "model"))})
 
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
             self.seen.append(batch["input_ids"])
