@@ -1,6 +1,7 @@
 """Calibration on token ids of a file: a set that was written before, or elsewhere."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
@@ -28,13 +29,13 @@ class GivenIdsDataModule(CalibrationDataModule):
     @override
     def make_ids(self) -> Tensor:
         assert self.trainer is not None, "the data are made by a Trainer"
-        config = self.trainer.lightning_module.model.config  # type: ignore[union-attr]
+        module: Any = self.trainer.lightning_module
         ids_NL = read_ids(Path(self.path))
         if self.num_sequences is not None and self.num_sequences > len(ids_NL):
             raise ValueError(
                 f"num_sequences ({self.num_sequences}) exceeds the {len(ids_NL)} sequences of {self.path}; "
                 f"choose at most {len(ids_NL)}"
             )
-        check_positions(config, ids_NL.shape[1])
-        check_ids(ids_NL, self.path, config.get_text_config().vocab_size)
+        check_positions(module.model.config, ids_NL.shape[1])
+        check_ids(ids_NL, self.path, module.model.config.get_text_config().vocab_size)
         return ids_NL[: self.num_sequences]

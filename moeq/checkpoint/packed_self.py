@@ -19,7 +19,7 @@ from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.models.adapter import Adapter
-from moeq.models.experts import parameter_name
+from moeq.models.experts import ExpertSide, parameter_name
 from moeq.models.sites import Site
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec, QuantizedWeight
@@ -77,7 +77,7 @@ def _skeleton(adapter: Adapter, bits: int) -> PreTrainedModel:
     """The packed model without values, on the meta device."""
     model = adapter.model
     assert isinstance(model, PreTrainedModel)
-    formats = {}
+    formats: dict[str, PackedFormat] = {}
     for site in adapter.all_sites():
         grid = _grid(site, bits)
         formats |= dict.fromkeys(site.weight_names(), PackedFormat(grid.bits, grid.group_size, grid.symmetric))
@@ -93,7 +93,8 @@ def _skeleton(adapter: Adapter, bits: int) -> PreTrainedModel:
 
 def _block_tensors(adapter: Adapter, block: int, bits: int) -> dict[str, Tensor]:
     """Values of a block of the packed model by name; the block is resident, and nothing is shared with it."""
-    tensors, replaced = {}, set()
+    tensors: dict[str, Tensor] = {}
+    replaced: set[str] = set()
     for site in adapter.sites(block):
         replaced |= _parameters(adapter, site)
         for name, weight in _rounded(adapter, site, bits):
@@ -108,7 +109,7 @@ def _parameters(adapter: Adapter, site: Site) -> set[str]:
     if site.kind != "routed":
         return {f"{path}.weight" for path in site.modules}
     (path,) = site.modules
-    part = "down" if site.stage == "mlp_down" else "into"
+    part: ExpertSide = "down" if site.stage == "mlp_down" else "into"
     return {f"{path}.{parameter_name(adapter.model.get_submodule(path), part)}"}
 
 

@@ -53,8 +53,8 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(b"\x93NUMPY damaged")
         with pytest.raises(ValueError, match=f"{file} is not a complete"):
             read_ids(tmp_path / file)
+    (tmp_path / "words.jsonl").write_text("[1, 2]\nthree\n")
     with pytest.raises(ValueError, match=r"line 2 is not JSON .*; write one list of token ids per line"):
-        (tmp_path / "words.jsonl").write_text("[1, 2]\nthree\n")
         read_ids(tmp_path / "words.jsonl")
     for shape in [(0, 4), (4,), (1, 2, 3)]:
         with pytest.raises(ValueError, match=r"have shape .*; give \[sequences, length\], none empty"):
@@ -90,7 +90,7 @@ def test_padding_is_refused(tmp_path: Path) -> None:
 
 def test_ids_of_another_vocabulary_are_refused() -> None:
     check_ids(IDS, "a.npy", 17)
-    with pytest.raises(ValueError, match=r"a.npy has 1 ids .* first 16 at position 3 of sequence 2; ids go from 0 to 15"):
+    with pytest.raises(ValueError, match=r"a.npy has 1 ids .* first 16 at position 3 of sequence 2; ids .* to 15"):
         check_ids(IDS, "a.npy", 16)
-    with pytest.raises(ValueError, match=r"12 ids that are no tokens of the model, first -5 at position 0 of sequence 0"):
+    with pytest.raises(ValueError, match=r"12 ids that are no tokens .*, first -5 at position 0 of sequence 0"):
         check_ids(-IDS, "a.npy", 17)
