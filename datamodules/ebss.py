@@ -139,7 +139,7 @@ class EBSSDataModule(CalibrationDataModule):
         return writer
 
     def _sizes(self) -> Any:
-        from moeq.evaluation.validation import free_bytes
+        from moeq.checkpoint.free_memory import free_bytes
         from moeq.sampling.open_writer import writer_sizes
 
         trainer, module = self._run()

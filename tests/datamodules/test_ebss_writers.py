@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import datamodules.ebss
-import moeq.evaluation.validation
+import moeq.checkpoint.free_memory
 import moeq.sampling.open_writer
 from datamodules.ebss import EBSSDataModule
 from moeq.checkpoint.stream import open_stream
@@ -38,7 +38,7 @@ def attached(run_dir: Path, files: Path | None = None, **settings: Any) -> EBSSD
 def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Free bytes that the choice sees."""
     free = {"cpu": 1 << 40}
-    monkeypatch.setattr(moeq.evaluation.validation, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(moeq.checkpoint.free_memory, "free_bytes", lambda device: free[device.type])
     return free
 
 
