@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
+from moeq.checkpoint.release import release_memory
 from moeq.models.adapter import Adapter
 from moeq.models.experts import ExpertSide, parameter_name
 from moeq.models.sites import Site
@@ -46,6 +47,7 @@ def packed_self(adapter: Adapter, bits: int) -> PreTrainedModel:
         adapter.residency.read_ahead(block + 1)
         with adapter.resident(block):
             tensors |= _block_tensors(adapter, block, bits)
+        release_memory(model.get_input_embeddings().weight.device)
     packed.load_state_dict(tensors, strict=True, assign=True)
     _share_unsaved_buffers(model, packed)
     return packed.eval().requires_grad_(False)

@@ -1,8 +1,5 @@
 """The model that writes, for as long as it is needed: opened, used, and its memory given back."""
 
-import ctypes
-import gc
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -11,6 +8,7 @@ import torch
 from torch import nn
 
 from moeq.checkpoint.packed_self import packed_bytes, packed_self
+from moeq.checkpoint.release import release_memory
 from moeq.models.adapter import Adapter
 from moeq.models.visits import visiting_blocks
 from moeq.sampling.writer import BITS, Writer, WriterSizes, work_bytes
@@ -51,6 +49,7 @@ def _opened(adapter: Adapter, writer: Writer, device: torch.device) -> Iterator[
         for block in range(len(adapter.blocks)):
             adapter.residency.read_ahead(block + 1)
             stack.enter_context(adapter.resident(block))
+        release_memory(device)
         if writer == "lockstep":
             stack.enter_context(visiting_blocks(adapter.model, device))
         yield adapter.model
@@ -79,15 +78,6 @@ def writer_sizes(
         host_free=host_free,
         on_host=device.type == "cpu",
     )
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory back to the system: of the device's allocator, and of the C library where it can (glibc)."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def _num_bytes(module: nn.Module) -> int:
