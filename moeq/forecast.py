@@ -215,6 +215,7 @@ def _lines(module: "MoEQuantModule", work: FitWork) -> tuple[str, ...]:
 
 
 def _measure(module: "MoEQuantModule", work: FitWork) -> Speed:
+    trainer: Any = module.trainer
     vocabulary = module.model.config.get_text_config().vocab_size
     shape = min(work.data.batch_size, work.data.num_sequences), work.data.length
     generator = torch.Generator().manual_seed(0)
@@ -226,6 +227,7 @@ def _measure(module: "MoEQuantModule", work: FitWork) -> Speed:
     return measure_speed(
         work.adapter, work.schedule, ids_BT, module.run_dir, routing=module.walk_spec.routing,
         experts_per_token=work.experts_per_token, try_solve=_try_solve(module) if work.solved else None, read=read,
+        rows=getattr(trainer.datamodule, "rows_at_once", None),
     )  # fmt: skip
 
 

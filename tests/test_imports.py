@@ -19,19 +19,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"quant"},
     "checkpoint": {"models", "quant", "kernels", "disk"},
     "allocation": {"quant"},
-    "sampling": {"decoding", "models", "disk"},
     "preflight": set(),
+    "sampling": {"checkpoint", "decoding", "models", "quant", "disk", "preflight"},
     "fit": {"allocation", "models", "quant", "disk", "preflight"},
     "survey": {"allocation", "scoring", "fit", "models", "quant", "disk", "preflight"},
     "export": {"checkpoint", "models", "quant", "disk", "preflight"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},
     "scoring": {"tasks", "decoding", "models", "kernels", "disk"},
-    "evaluation": {"scoring", "tasks", "decoding", "programs", "report", "checkpoint", "kernels", "disk"},
+    "evaluation": {
+        "scoring", "tasks", "decoding", "programs", "report", "checkpoint", "models", "kernels", "disk", "preflight",
+    },
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
 OPEN_TO_ALL = "distributed"
-SHELL = {"callback", "cli", "forecast", "module", "progress", "strategy"}
+SHELL = {"callback", "cli", "forecast", "forecast_validation", "module", "progress", "strategy"}
 WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

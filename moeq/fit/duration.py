@@ -29,6 +29,7 @@ class Speed:
         sweeps: Seconds of one batch through a calibration pass, by the stages it observes (``stages_of``).
         solves: Seconds to solve one expert, by the shape of its stack (rows, in features).
         products: Multiplications of one batch in the block, to compare it with others.
+        step: Seconds of one token of every row that a search writes at once; None where nothing is written.
     """
 
     block: int
@@ -38,6 +39,7 @@ class Speed:
     sweeps: Mapping[str, float]
     solves: Mapping[tuple[int, int], float]
     products: int
+    step: float | None = None
 
 
 def block_products(sites: Sequence[Site], num_tokens: int, experts_per_token: int) -> int:

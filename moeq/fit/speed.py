@@ -39,6 +39,7 @@ def measure_speed(
     experts_per_token: int,
     try_solve: TrySolve | None,
     read: float | None = None,
+    rows: int | None = None,
 ) -> Speed:
     """Time the operations of a fit on the block that most passes are like: the largest one.
 
@@ -51,6 +52,7 @@ def measure_speed(
         experts_per_token: K.
         try_solve: Solves one expert; None where no step solves.
         read: Bytes of files per second, where it is known from loading the model.
+        rows: Rows that are written at once, where the model writes the data.
     """
     block = max({each.block for each in schedule}, key=lambda block: _numel(adapter, block))
     start = time.perf_counter()
@@ -60,6 +62,7 @@ def measure_speed(
         call = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids_BT}, last=block)[-1]
         module = adapter.blocks[block]
         forward = _timed(lambda: run_block(module, call.hidden, call), ids_BT.device)
+        step = None if rows is None else _step(adapter, block, ids_BT, rows)
         calibrated = [each for each in schedule if each.block == block and each.kind == "calibrate"]
         passes = {stages_of(each): each for each in reversed(calibrated)}
         sweeps: dict[str, float] = {}
@@ -78,7 +81,15 @@ def measure_speed(
         sweeps=sweeps,
         solves=solves,
         products=block_products(adapter.sites(block), ids_BT.numel(), experts_per_token),
+        step=step,
     )
+
+
+def _step(adapter: Adapter, block: int, ids_BT: Tensor, rows: int) -> float:
+    """Seconds of one token of so many rows in a block, without what they attend to."""
+    ids_N1 = ids_BT.flatten().repeat(-(-rows // ids_BT.numel()))[:rows, None]
+    call = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids_N1}, last=block)[-1]
+    return _timed(lambda: run_block(adapter.blocks[block], call.hidden, call), ids_BT.device)
 
 
 def _sweep(adapter: Adapter, current: Pass, call: BlockCall, hessians: Hessians, routing: Routing) -> None:
