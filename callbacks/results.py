@@ -9,11 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.callback import Step, module_of
+from moeq.disk.atomic import write_csv
 from moeq.disk.folder import MANIFEST
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.models.storage import storage_dtype
 from moeq.module import MoEQuantModule
+from moeq.preflight.tables import memory_rows
 from moeq.report.figures_evaluation import group_bars, task_bars
 from moeq.report.gallery import show_figure, show_table
 from moeq.report.results import markdown_table, result_row, write_results
@@ -31,12 +33,35 @@ class Results(Step):
 
     affects_weights = False
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Each task has a peak of its own."""
+        module = module_of(pl_module)
+        if batch_idx == 0:
+            name = module.evaluations[dataloader_idx].task.name
+            module.run.meter.begin(f"task {name}", name)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """It ends with its last batch."""
+        if batch_idx + 1 == trainer.num_val_batches[dataloader_idx]:
+            module_of(pl_module).run.meter.end()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first rank writes."""
         module = module_of(pl_module)
         reports = module.validation.reports
         if not trainer.is_global_zero:
             return
+        write_csv(module.run_dir / "memory_validate.csv", memory_rows(module.forecast, module.run.meter.measured))
         row = result_row(reports, **describe_model(module))
         write_results([row], module.run_dir, reports, setting(trainer, module))
         draw(reports, trainer, module.run_dir)

@@ -10,7 +10,7 @@ from moeq.checkpoint.loading import load_config, stream_model
 from moeq.checkpoint.loading import model_bytes as checkpoint_bytes
 from moeq.checkpoint.placement import Placement, stream_obstacle
 from moeq.disk.atomic import write_json, write_text
-from moeq.evaluation.placing import Places
+from moeq.evaluation.placing import Places, refuse_generation
 from moeq.evaluation.preflight import Role, TaskWork, evaluation_phases, measure_pace, probe_shape, task_work
 from moeq.forecast import GROWTH, LARGE_MODEL, room_of
 from moeq.models.adapter import Adapter
@@ -40,10 +40,11 @@ def preflight_validation(module: "MoEQuantModule", places: Places) -> Forecast |
         None where a model has no blocks of experts, whose shapes the formulas read.
 
     Raises:
-        ValueError: It does not fit.
+        ValueError: It does not fit, or a streamed model would have to write text.
         SystemExit: ``--model.preflight true``: after the table.
     """
     trainer: Any = module.trainer
+    refuse_generation(places.model, module.evaluations)
     tasks = [task_work(evaluation, places.without) for evaluation in module.evaluations]
     asked = [task for task in tasks if task.num_tokens]
     roles = _roles(module, places, asked)
@@ -54,7 +55,7 @@ def preflight_validation(module: "MoEQuantModule", places: Places) -> Forecast |
         hidden_bytes_bound=int(module.hparams["hidden_gib"] * GIB),
     )  # fmt: skip
     process = module.run.meter.process_bytes + GROWTH
-    lines = tuple(f"Placement: {placement.reason}." for placement in places.by_role.values())
+    lines = tuple(dict.fromkeys(f"Placement: {placement.reason}." for placement in places.by_role.values()))
     forecast = Forecast(lines, phases, process, module.device.type == "cpu")
     long, stops = any(role.pace for role in roles), module.hparams["preflight"]
     rank_zero_info(forecast_table(forecast) if long or stops else summary_line(forecast))

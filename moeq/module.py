@@ -27,6 +27,7 @@ from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
 from moeq.forecast import preflight_fit
+from moeq.forecast_validation import preflight_validation
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
@@ -235,9 +236,12 @@ class MoEQuantModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """The data are read by now: a mistake in them does not wait for a large model to load."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        meter = self.run.meter
+        meter.device, meter.folder, meter.process_bytes = self.device, self.run_dir, resident_bytes()
+        self.forecast = preflight_validation(self, data.places)
         self.validation = start_validation(
             dict(self.hparams), data.places, self.tokenizer, data.evaluations, data.sampling, self.device, self.run_dir,
-            rank_zero_info,
+            rank_zero_info, meter,
         )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
 

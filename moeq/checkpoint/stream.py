@@ -29,11 +29,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictInfo
 
 from moeq.checkpoint.loading import check_finite_weights, load_config
+from moeq.checkpoint.release import trim_heap
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import BlockChange
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import storage_dtype, widen
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class BlockStream:
         if block not in self._checked:
             check_finite_weights(self.blocks[block], f"{self.prefix}.{block}.")
             self._checked.add(block)
+        trim_heap()  # of the parts that parameters were made of
         self.num_loads += 1
         for change in self._changes:
             change(block)
@@ -129,6 +131,7 @@ class BlockStream:
     def _unload_block(self, block: int) -> None:
         for owner, leaf, is_buffer, empty in self._unloaded[block]:
             (owner._buffers if is_buffer else owner._parameters)[leaf] = empty
+        trim_heap()
 
     def _load(self, names: Sequence[str]) -> None:
         info = LoadStateDictInfo(set(), set(), set(), {}, [], set())  # type: ignore[call-arg]

@@ -113,8 +113,8 @@ def evaluation_phases(
         hidden_bytes_bound: Of hidden states that wait in memory.
     """
     phases: list[Phase] = []
-    if original is not None and not beside:
-        phases += [_task_phase(original, task, {}, hidden_bytes_bound, stores=True) for task in tasks]
+    if original is not None and not beside and tasks:
+        phases.append(_joined([_task_phase(original, task, {}, hidden_bytes_bound, stores=True) for task in tasks]))
     held = {"original": original.held} if original is not None and beside else {}
     parts = {"parts from files": max(model.sizes.loading, default=0)}
     whole = {"outside of blocks": model.sizes.outside} if model.sizes.streamed else {"model": model.held}
@@ -166,10 +166,9 @@ def _task_phase(
     if role.pace is not None:
         reading = sum(sizes.stored) / role.pace.read if sizes.streamed else 0.0
         seconds = task.num_tokens * len(sizes.blocks) * role.pace.token + reading
-    kind = "original" if stores else f"task {task.name}"
     return Phase(
-        kind=kind,
-        label=f"original: {task.name}" if stores else task.name,
+        kind="original" if stores else f"task {task.name}",
+        label="original" if stores else task.name,
         moments=(
             Moment(held, {"hidden states": waiting}),
             Moment(role.parts(block), {"parts from files": parts, "hidden states": waiting}),
@@ -177,6 +176,14 @@ def _task_phase(
         disk=task.all_positions * vocabulary * itemsize if stores else 0,
         seconds=seconds,
     )
+
+
+def _joined(phases: Sequence[Phase]) -> Phase:
+    """One phase of several that follow each other."""
+    seconds = [phase.seconds for phase in phases if phase.seconds is not None]
+    moments = tuple(moment for phase in phases for moment in phase.moments)
+    disk = sum(phase.disk for phase in phases)
+    return Phase(phases[0].kind, phases[0].label, moments, disk, sum(seconds) if seconds else None)
 
 
 def _width(adapter: Adapter) -> int:

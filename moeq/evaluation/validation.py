@@ -29,6 +29,7 @@ from moeq.evaluation.placing import Places, refuse_generation
 from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, num_bytes
 from moeq.evaluation.result_digest import result_digest
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation
+from moeq.preflight.meter import Meter
 from moeq.programs.sandbox import protections
 from moeq.report.task_report import TaskReport, task_report
 from moeq.scoring.forward_plan import Plan
@@ -102,6 +103,7 @@ def start_validation(
     device: torch.device,
     run_dir: Path,
     announce: Callable[[str], None],
+    meter: Meter | None = None,
 ) -> Validation:
     """Load what is evaluated, and what it is compared with.
 
@@ -114,6 +116,7 @@ def start_validation(
         device: Where models run.
         run_dir: Folder of the run.
         announce: Tells the user something, once for all ranks.
+        meter: Measures what models take.
 
     Raises:
         ValueError: A model cannot be read, a streamed one would have to write text, or the disk has no room for the
@@ -126,11 +129,14 @@ def start_validation(
     original: Original | None = None
     if reference is not None:
         check_vocabulary(name, reference)
+    meter = meter or Meter()
     if places.mode == "disk":
-        original = run_original(settings, places, evaluations, device, run_dir / "original", announce)
-    elif places.original is not None:
-        original = LiveOriginal(open_scorer(settings, reference, places.original, places.without, device, run_dir))
-    scorer = open_scorer(settings, name, places.model, places.without, device, run_dir)
+        with meter.phase("original", "original"):
+            original = run_original(settings, places, evaluations, device, run_dir / "original", announce)
+    with meter.phase("load model", "model"):
+        if places.mode != "disk" and places.original is not None:
+            original = LiveOriginal(open_scorer(settings, reference, places.original, places.without, device, run_dir))
+        scorer = open_scorer(settings, name, places.model, places.without, device, run_dir)
     model = scorer.model
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()

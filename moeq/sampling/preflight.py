@@ -6,7 +6,7 @@
 
     time        chunks of sequences * tokens of a sequence * blocks * seconds of one token of every row in one block
 
-The seconds are those of the dense block, so a model that is rounded takes longer; sequences that are drawn again do, too.
+The seconds are those of the dense block, so a model that is rounded takes longer, and so do sequences drawn again.
 """
 
 from moeq.preflight.phases import Moment, Phase
