@@ -71,11 +71,11 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
     if data is None:
         return None
     check_room(_forecast(module, work), room, REMEDIES)
-    if is_long(work):
+    long, stops = is_long(work), module.hparams["preflight"]
+    if work.schedule and (long or stops):
         rank_zero_info("Preflight: measuring a few operations on one block ...")
         work = replace(work, speed=_measure(module, work))
     forecast = _forecast(module, work)
-    long, stops = is_long(work), module.hparams["preflight"]
     rank_zero_info(forecast_table(forecast) if long or stops else summary_line(forecast))
     if trainer.is_global_zero:
         write_json(module.run_dir / "preflight.json", forecast_json(forecast))
@@ -179,8 +179,7 @@ def _forecast(module: "MoEQuantModule", work: FitWork) -> Forecast:
     trainer: Any = module.trainer
     first = [_load_phase(module, work)]
     sampling = getattr(trainer.datamodule, "expected", None)
-    if sampling is not None:
-        first += sampling(work)
+    first += sampling(work) if sampling is not None else [_data_phase(work)]
     added = [phase for step in trainer.callbacks if isinstance(step, Step) for phase in step.expected(module, work)]
     labels = {current.label for current in work.schedule}
     replaced = {phase.label: phase for phase in added if phase.label in labels}
@@ -198,13 +197,19 @@ def _load_phase(module: "MoEQuantModule", work: FitWork) -> Phase:
     return Phase("load model", "model", (Moment({"model": model.total}, files),))
 
 
+def _data_phase(work: FitWork) -> Phase:
+    """Data that only have to be read."""
+    held = {"outside of blocks": work.model.outside} if work.model.streamed else {"model": work.model.total}
+    return Phase("sampling", "calibration data", (Moment(held),))
+
+
 def _lines(module: "MoEQuantModule", work: FitWork) -> tuple[str, ...]:
     """What will happen, in sentences."""
     data, num_blocks = work.data, len(work.adapter.blocks)
     finished = num_blocks - len({current.block for current in work.schedule if current.kind == "calibrate"})
     resumed = f", {finished} of them finished by an earlier run" if finished else ""
     hessians = f"Hessians of a pass within {module.walk_spec.hessian_gib:g} GiB"
-    hidden = size(sum(work.waiting.values()))
+    hidden = size(work.waiting["hidden states"])
     on_disk = f" and {size(work.waiting_on_disk)} of the disk" if work.waiting_on_disk else ""
     return (
         f"Placement: {module.placement.reason}.",
@@ -254,7 +259,7 @@ def export_sizes(work: FitWork) -> ExportSizes:
     source = model.outside_stored + sum(model.stored)
     quantized = sum(sum(site.rows) * site.in_features * site.num_experts for site in adapter.all_sites())
     return ExportSizes(
-        held=model.held(largest),
+        held={**model.held(largest), **work.kernels},
         loading=model.loading[largest] if model.streamed else 0,
         outside=model.outside_stored,
         block=model.stored[largest],

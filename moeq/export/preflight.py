@@ -55,10 +55,8 @@ def export_phases(sizes: ExportSizes, *, dense: bool, streamed: bool, rates: Rat
         rates: Of the disk; None leaves times open.
     """
     source = sizes.source if streamed else 0
-    phases = _pair(sizes, "export", sizes.packed, sizes.block_file, source, rates)
-    if dense:
-        phases += _pair(sizes, "dense copy", sizes.source, sizes.block, source, rates)
-    return phases
+    packed = _pair(sizes, "export", sizes.packed, sizes.block_file, source, rates)
+    return packed + (_pair(sizes, "dense copy", sizes.source, sizes.block, source, rates) if dense else ())
 
 
 def _pair(

@@ -13,6 +13,7 @@ a number of the model in memory, d in its files:
     workspace    of the solver (``moeq.quant.workspace``)
     codes        one byte per weight while a block is solved, twice for the stack that is being solved
     block file   packed codes, and the same again as they are written
+    kernels      that the CPU's library keeps, one for each shape of a product in bfloat16: ``kernel_bytes``
 
 Shapes: E experts, O out features, I in features, D width of the model, N tokens of a batch, K experts of a token.
 """
@@ -31,6 +32,10 @@ from moeq.quant.spec import GridSpec, WeightShape
 # Least and most that ``choose_hessian_gib`` gives where one Hessian does not need more.
 LEAST_HESSIAN_BYTES, MOST_HESSIAN_BYTES = GIB // 4, 64 * GIB
 _STEP = GIB // 8
+# Of a kernel of oneDNN: 0.2 MB of wide linears to 0.7 MB of narrow ones, on AMX.
+KERNEL_BYTES, MOST_KERNELS = 450_000, 1024
+# Tokens of a popular expert, in those of the mean.
+SPREAD = 4
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,22 @@ def block_file_bytes(
     for shape in weights:
         totals[shape.block] += packed_bytes(shape, plan[shape.name], scale_bytes)
     return tuple(totals)
+
+
+def kernel_bytes(site: Site, data: DataShape, num_blocks: int, experts_per_token: int) -> int:
+    """What oneDNN keeps of products in bfloat16 on a CPU: a kernel for each number of rows that a linear has seen.
+
+    Experts see another number of tokens each time, up to several times the mean; 1024 kernels are kept at most.
+
+    Args:
+        site: Into the routed experts.
+        data: The calibration data.
+        num_blocks: Of the model.
+        experts_per_token: K.
+    """
+    mean = data.batch_tokens * experts_per_token // site.num_experts
+    seen = min(data.num_batches * site.num_experts * num_blocks, SPREAD * mean)
+    return KERNEL_BYTES * min(MOST_KERNELS, (len(site.leaves) + 1) * seen)
 
 
 def choose_hessian_gib(free_bytes: int, other_bytes: int, largest_need_bytes: int, least_need_bytes: int = 0) -> float:

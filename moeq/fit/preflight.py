@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds
-from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, stack_bytes, working_bytes
+from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, kernel_bytes, stack_bytes, working_bytes
 from moeq.fit.run import Needs
 from moeq.fit.schedule import Pass, SitePart, whole
 from moeq.models.adapter import Adapter
@@ -47,8 +49,17 @@ class FitWork:
 
     @property
     def waiting(self) -> dict[str, int]:
-        """Hidden states that wait in main memory, by name."""
-        return {"hidden states": min(self.hidden_bytes, self._states)}
+        """What stays in main memory from pass to pass, by name: hidden states, and kernels of the CPU's library."""
+        return {"hidden states": min(self.hidden_bytes, self._states), **self.kernels}
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Kernels that the CPU's library keeps, by name; none where products are not in bfloat16 on a CPU."""
+        routed = [site for site in self.adapter.all_sites() if site.kind == "routed" and site.stage == "mlp_in"]
+        if self.device_type != "cpu" or not routed or self.adapter.dtype_of(routed[0]) != torch.bfloat16:
+            return {}
+        num_blocks = len(self.adapter.blocks)
+        return {"kernels": kernel_bytes(routed[0], self.data, num_blocks, self.experts_per_token)}
 
     @property
     def waiting_on_disk(self) -> int:

@@ -6,6 +6,7 @@ of every shape is solved; each operation once to warm up where that is quick, an
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moeq.fit.duration import Speed, block_products, stages_of
 from moeq.fit.hessians import Hessians
 from moeq.fit.schedule import Pass, SitePart
 from moeq.models.adapter import Adapter
-from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
+from moeq.models.blocks import BlockCall, capture_calls, hands_on, run_block, until_reached
 from moeq.models.observe import observe
 from moeq.models.sizes import model_bytes
 from moeq.quant.hessian import mean_hessian
@@ -54,7 +55,9 @@ def measure_speed(
         read: Bytes of files per second, where it is known from loading the model.
         rows: Rows that are written at once, where the model writes the data.
     """
-    block = max({each.block for each in schedule}, key=lambda block: _numel(adapter, block))
+    # Blocks that are handed something by the one before cannot be run alone, except for the first.
+    swept = {0} if hands_on(adapter.blocks) else {each.block for each in schedule}
+    block = max(swept, key=lambda block: _numel(adapter, block))
     start = time.perf_counter()
     with adapter.resident(block), torch.no_grad():
         _settle(ids_BT.device)
@@ -70,7 +73,7 @@ def measure_speed(
         for stages, current in passes.items():
             hessians = Hessians()
             hessians.open(current.parts, ids_BT.device)
-            sweeps[stages] = _timed(lambda c=current, h=hessians: _sweep(adapter, c, call, h, routing), ids_BT.device)
+            sweeps[stages] = _timed(partial(_sweep, adapter, current, call, hessians, routing), ids_BT.device)
             if try_solve is not None:
                 _time_solves(adapter, current.parts, hessians, try_solve, solves)
     return Speed(
@@ -121,7 +124,7 @@ def _time_solves(
         weight_EOI = adapter.get_weight(part.site, [part.experts.start + position]).float()
         one = type(state)(*(tensor[position : position + 1] for tensor in state.tensors()))
         hessian_EII = mean_hessian(one)
-        solves[shape] = _timed(lambda w=weight_EOI, h=hessian_EII: try_solve(w, h), weight_EOI.device)
+        solves[shape] = _timed(partial(try_solve, weight_EOI, hessian_EII), weight_EOI.device)
 
 
 def _timed(operation: Callable[[], Any], device: torch.device) -> float:

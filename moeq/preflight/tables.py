@@ -75,15 +75,17 @@ def memory_rows(forecast: Forecast | None, measured: Sequence[Measured]) -> list
     rows = []
     for each in measured:
         phase = expected.get((each.kind, each.label))
-        known = forecast is not None and phase is not None
+        asked: dict[str, Any] = dict.fromkeys(("host", "device", "disk", "seconds"), "")
+        if forecast is not None and phase is not None:
+            asked = {"host": forecast.host_bytes(phase), "device": forecast.device_bytes(phase), "disk": phase.disk}
+            asked["seconds"] = "" if phase.seconds is None else phase.seconds
         rows.append(
             {
                 "phase": each.kind, "label": each.label,
-                "host_expected": forecast.host_bytes(phase) if known else "", "host_measured": each.host,
-                "device_expected": forecast.device_bytes(phase) if known else "", "device_measured": each.device,
-                "disk_expected": phase.disk if known else "", "disk_measured": each.disk,
-                "seconds_expected": phase.seconds if known and phase.seconds is not None else "",
-                "seconds_measured": each.seconds,
+                "host_expected": asked["host"], "host_measured": each.host,
+                "device_expected": asked["device"], "device_measured": each.device,
+                "disk_expected": asked["disk"], "disk_measured": each.disk,
+                "seconds_expected": asked["seconds"], "seconds_measured": each.seconds,
             }
         )  # fmt: skip
     return rows

@@ -8,11 +8,14 @@ import torch
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import stream_model
 from moeq.fit.memory import (
+    KERNEL_BYTES,
     LEAST_HESSIAN_BYTES,
+    MOST_KERNELS,
     DataShape,
     block_file_bytes,
     choose_hessian_gib,
     gather_bytes,
+    kernel_bytes,
     stack_bytes,
 )
 from moeq.fit.schedule import GIB, whole
@@ -100,6 +103,14 @@ def test_a_block_file_has_packed_rows_scales_and_zero_points() -> None:
     # 3 bits of 64 columns are 6 words, those of 32 columns are 3; a group of 32 has a scale of 2 bytes and 1 more.
     assert sum(found) == sum(shape.numel * 3 // 8 + shape.numel // 32 * 3 for shape in shapes)
     assert len(set(found)) == 1
+
+
+def test_kernels_are_one_for_each_number_of_rows_up_to_what_the_library_keeps() -> None:
+    site = next(site for site in Adapter(tiny_model("qwen3_moe")).sites(0) if site.kind == "routed")
+    few, many = DataShape(1, 8, 1), DataShape(64, 256, 8)
+    # 8 tokens that choose 2 of 8 experts are 2 for each, up to 8; gate, up and down.
+    assert kernel_bytes(site, few, num_blocks=2, experts_per_token=2) == 3 * 8 * KERNEL_BYTES
+    assert kernel_bytes(site, many, num_blocks=2, experts_per_token=2) == MOST_KERNELS * KERNEL_BYTES
 
 
 def test_data_are_counted_in_full_batches() -> None:
