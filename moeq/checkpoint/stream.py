@@ -1,9 +1,9 @@
 """A model larger than memory: its blocks come from the files of a folder one at a time, and leave again.
 
 ``open_stream`` builds the model without weights, loads what lies outside of its blocks, and gives a ``BlockStream``,
-which loads a block where it is ``resident``.  Names and layouts of files are translated by transformers' own conversions
-(experts apart in files are one parameter in the model), tensor by tensor: beside a block, at most the parts of one of
-its parameters are in memory.  The numbers are those that ``from_pretrained`` loads.
+which loads a block where it is ``resident``.  Names and layouts of files are translated by transformers' own
+conversions (experts apart in files are one parameter in the model), tensor by tensor: beside a block, at most the parts
+of one of its parameters are in memory.  The numbers are those that ``from_pretrained`` loads.
 """
 
 import copy
@@ -33,7 +33,7 @@ from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import BlockChange
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import storage_dtype, widen
 
 
 @dataclass(frozen=True)
