@@ -140,7 +140,7 @@ class BlockStream:
 
     def _values(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Values of parameters and buffers by name, on the device and in the dtypes that the model declares."""
-        info = LoadStateDictInfo(set(), set(), set(), {}, [], set())  # type: ignore[call-arg]
+        info = LoadStateDictInfo(set(), set(), set(), {}, [], set())
         for name in names:
             for target, value in _converted(self._model, name, self._sources[name], info).items():
                 tensor = value[0] if isinstance(value, list) else value
