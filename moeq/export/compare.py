@@ -69,7 +69,7 @@ def _compare_codes(
     model: PreTrainedModel,
     quantized: Mapping[str, QuantizedWeight],
 ) -> None:
-    raise_for(directory, "quantized weights", sorted(layers.keys() ^ quantized.keys()))
+    raise_for(directory, "quantized weights", sorted(layers.keys() ^ set(quantized)))
     experts = expert_modules(model)
     differing, stale = [], []
     for name, layer in layers.items():
