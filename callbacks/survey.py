@@ -1,7 +1,6 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -102,7 +101,7 @@ class Survey(Step):
         return WaitingStates(int(module.walk_spec.hidden_gib * GIB), module.run_dir)
 
     def _sweep_ahead(self, trainer: Trainer, module: MoEQuantModule, surveyor: Surveyor) -> None:
-        start, num_batches = time.perf_counter(), min(surveyor.num_ahead, trainer.num_training_batches)
+        num_batches = min(surveyor.num_ahead, trainer.num_training_batches)
         loader: Any = trainer.train_dataloader
         batches = [
             _inputs(trainer.strategy.batch_to_device(batch, module.device))
@@ -113,8 +112,8 @@ class Survey(Step):
             hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
             return tqdm(blocks, f"survey {sweep}", total=len(module.adapter.blocks), unit="block", disable=hidden)
 
+        # Not into run.seconds, where the first pass counts it already.
         surveyor.sweep_ahead(batches, show)
-        module.run.seconds["survey sweeps"] = time.perf_counter() - start
 
 
 def _inputs(batch: Any) -> dict[str, Tensor]:

@@ -88,7 +88,6 @@ def test_a_streamed_run_finds_the_same_to_the_last_bit(model: Path, tmp_path: Pa
         callback = Survey(costs=[*COSTS, "fisher_kl", "alphaq"], scores=["kurtosis"], choices=[2, 4])
         module = fit(model, run, callback, padded=True, **settings)
         assert module.run.evidence is not None
-        assert module.run.seconds["survey sweeps"] > 0
         return module.run.evidence.to_json()
 
     in_memory = found(tmp_path / "memory", placement="memory")
