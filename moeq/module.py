@@ -226,10 +226,11 @@ class MoEQuantModule(L.LightningModule):
     @override
     def on_validation_start(self) -> None:
         """The data are read by now: a mistake in them does not wait for a large model to load."""
-        sampling = self.trainer.datamodule.sampling  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = start_validation(
-            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir, rank_zero_info
-        )
+            dict(self.hparams), data.places, self.tokenizer, data.evaluations, data.sampling, self.device, self.run_dir,
+            rank_zero_info,
+        )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
 
     @override

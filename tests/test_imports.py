@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},
-    "scoring": {"tasks", "decoding", "models", "kernels"},
+    "scoring": {"tasks", "decoding", "models", "kernels", "disk"},
     "evaluation": {"scoring", "tasks", "decoding", "programs", "report", "checkpoint", "kernels", "disk"},
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
