@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"quant"},
     "checkpoint": {"models", "quant", "kernels", "disk"},
     "allocation": {"quant"},
-    "sampling": {"decoding", "models", "disk"},
+    "sampling": {"checkpoint", "decoding", "models", "quant", "disk"},
     "fit": {"allocation", "models", "quant", "disk"},
     "survey": {"allocation", "scoring", "fit", "models", "quant", "disk"},
     "export": {"checkpoint", "models", "quant", "disk"},
