@@ -16,6 +16,7 @@ Errors of another node's rank are repeated once on each node, whose terminal or 
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -54,7 +55,7 @@ class Failure:
 
     def message(self, reader: Place) -> str | None:
         """What a process has to write about it: once on each node, and nothing where the one that failed wrote."""
-        same_node = self.place.node == reader.node
+        same_node = self.place.node == reader.node  # where its own error is to be seen
         speaker = 1 if same_node and self.place.local_rank == 0 else 0
         if reader.local_rank != speaker or (same_node and self.error is not None):
             return None
@@ -81,15 +82,18 @@ class Lifeline(ABC):
 
     def fail(self, error: str) -> None:
         """Tell all ranks; returns where no other failed before, and else ends this process."""
+        # The launcher of forked ranks ends the others itself, by signals that would break the silence.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         with self._changed:
-            if self._closed:
-                return
-            with suppress(OSError):  # the first rank is gone: the thread that listens to it ends this process
-                self._tell(Failure(self.place, error))
-            self._changed.wait_for(lambda: self._failure is not None, JOIN_SECONDS)
-            if self._failure is not None and self._failure.place == self.place:
-                return
-        time.sleep(2 * LEAVE_SECONDS)  # the thread that listens ends this process before
+            if not self._closed:
+                with suppress(OSError):  # the first rank is gone: the thread that listens to it ends this process
+                    self._tell(Failure(self.place, error))
+                self._changed.wait_for(lambda: self._failure is not None, JOIN_SECONDS)
+            others = self._failure is not None and self._failure.place != self.place
+        if others:
+            time.sleep(3 * LEAVE_SECONDS)  # the thread that listens ends this process before
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def close(self) -> None:
         """Leave in good order; does nothing after a failure, which ends with the process."""
@@ -107,13 +111,17 @@ class Lifeline(ABC):
     def _leave(self) -> None:
         """Say that this rank has nothing more to fail at."""
 
-    def _end(self, failure: Failure) -> NoReturn:
-        """End this process because of another's failure."""
+    def _learn(self, failure: Failure) -> None:
+        """Take note of the first failure, and write what this process has to write about it."""
+        self._failure = failure
         if message := failure.message(self.place):
-            print(message, file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+
+    def _end(self) -> NoReturn:
+        """End this process because of another's failure."""
+        with suppress(Exception):
+            sys.stdout.flush()
         os._exit(1)  # the main thread waits in a collective, from which no exception gets it out
 
 
@@ -130,12 +138,12 @@ class _OfFirstRank(Lifeline):
     def _tell(self, failure: Failure) -> None:
         """Decide that this was the first failure, unless there was one; the lock is held."""
         if self._failure is None and not self._closed:
-            self._failure = failure
+            self._learn(failure)
             for connection in self._connections.values():
                 with suppress(OSError):
                     _send(connection, asdict(failure))
             if failure.place != self.place:
-                _start(lambda: self._follow(failure))
+                _start(lambda: self._end_after(failure.place))
         self._changed.notify_all()
 
     def _listen(self, other: Place, connection: socket.socket) -> None:
@@ -151,15 +159,15 @@ class _OfFirstRank(Lifeline):
             self._left.add(other)
             self._changed.notify_all()
 
-    def _follow(self, failure: Failure) -> NoReturn:
+    def _end_after(self, failed: Place) -> NoReturn:
         """End last: after the rank that failed, and after the others."""
         with self._changed:
-            self._changed.wait_for(lambda: failure.place in self._left, LEAVE_SECONDS)
+            self._changed.wait_for(lambda: failed in self._left, LEAVE_SECONDS)
             for connection in self._connections.values():
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_WR)  # the sign to end
             self._changed.wait_for(lambda: self._left == self._connections.keys(), LEAVE_SECONDS)
-        self._end(failure)
+        self._end()
 
     def _leave(self) -> None:
         for connection in self._connections.values():
@@ -184,13 +192,14 @@ class _OfOtherRank(Lifeline):
                 if not message:  # the first rank has finished
                     self._closed = True
                 else:
-                    self._failure = Failure(Place(**message["place"]), message["error"])
+                    self._learn(Failure(Place(**message["place"]), message["error"]))
                 self._changed.notify_all()
         with self._changed:
-            failure = self._failure or Failure(Place(0, 0, 0), None)
-            if self._closed or failure.place == self.place:
+            if self._closed or (self._failure is not None and self._failure.place == self.place):
                 return
-        self._end(failure)
+            if self._failure is None:
+                self._learn(Failure(Place(0, 0, 0), None))
+        self._end()
 
     def _leave(self) -> None:
         _send(self._connection, {})
