@@ -28,6 +28,7 @@ from threading import Condition, Thread
 from typing import Any, NoReturn, TextIO
 
 JOIN_SECONDS = 60.0  # for the connections at the start
+GONE_SECONDS = 1.0  # for the end of a process to be noticed everywhere
 LEAVE_SECONDS = 30.0  # for a rank that failed to write its error and end
 
 
@@ -88,7 +89,7 @@ class Lifeline(ABC):
             if not self._closed:
                 with suppress(OSError):  # the first rank is gone: the thread that listens to it ends this process
                     self._tell(Failure(self.place, error))
-                self._changed.wait_for(lambda: self._failure is not None, JOIN_SECONDS)
+                self._changed.wait_for(lambda: self._closed or self._failure is not None, JOIN_SECONDS)
             others = self._failure is not None and self._failure.place != self.place
         if others:
             time.sleep(3 * LEAVE_SECONDS)  # the thread that listens ends this process before
@@ -137,6 +138,8 @@ class _OfFirstRank(Lifeline):
 
     def _tell(self, failure: Failure) -> None:
         """Decide that this was the first failure, unless there was one; the lock is held."""
+        if failure.error is not None:  # an error may be all that is seen yet of a rank that is gone
+            self._changed.wait_for(lambda: self._failure is not None, GONE_SECONDS)
         if self._failure is None and not self._closed:
             self._learn(failure)
             for connection in self._connections.values():
