@@ -21,8 +21,8 @@ from callbacks.hessian_calibration import HessianCalibration
 from datamodules.calibration import CalibrationDataModule
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import load_model
-from moeq.export.moeq_format import read_quantized
 from moeq.disk.waiting import WaitingStates
+from moeq.export.moeq_format import read_quantized
 from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import capture_calls

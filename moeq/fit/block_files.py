@@ -56,6 +56,9 @@ class BlockFile(Mapping[str, QuantizedWeight]):
         codes_OI = unpack(self.tensors[f"{name}.packed"], bits, num_columns)
         return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.records["grids"]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.records["grids"])
 
