@@ -1,7 +1,7 @@
 """Finished blocks of a run on disk, the home of their codes: packed codes, changed parameters, records.
 
-A killed run continues from them, and exports are made of them.  Each block is one file with a checksum of every tensor and of its records; one that is not what was written is told
-from one of another run.
+A killed run continues from them, and exports are made of them.  Each block is one file with a checksum of every tensor
+and of its records; one that is not what was written is told from one of another run.
 """
 
 import json
