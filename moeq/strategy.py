@@ -47,8 +47,8 @@ class UnwrappedDDPStrategy(DDPStrategy):
         """
         super().setup(trainer)
         if self._lifeline is not None:
-            vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
-            vars(trainer._signal_connector)["_sigterm_notifier_fn"] = self._told_to_end
+            trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+            trainer._signal_connector.__dict__["_sigterm_notifier_fn"] = self._told_to_end
 
     def _told_to_end(self, number: int, _: FrameType | None) -> NoReturn:
         if self._lifeline is not None:
