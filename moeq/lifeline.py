@@ -21,9 +21,10 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from threading import Condition, Thread
 from typing import Any, NoReturn, TextIO
 
@@ -134,7 +135,7 @@ class _OfFirstRank(Lifeline):
         self._connections = connections
         self._left: set[Place] = set()
         for other, connection in connections.items():
-            _start(lambda other=other, connection=connection: self._listen(other, connection))
+            _start(partial(self._listen, other, connection))
 
     def _tell(self, failure: Failure) -> None:
         """Decide that this was the first failure, unless there was one; the lock is held."""
@@ -233,7 +234,7 @@ def open_lifeline(place: Place, world_size: int, host: str, broadcast: Callable[
         while len(connections) < world_size - 1:
             connection, _ = listener.accept()
             connection.settimeout(JOIN_SECONDS)
-            hello = next(_messages(connection), {})
+            hello: dict[str, Any] = next(_messages(connection), {})
             if hello.pop("token", None) == token:
                 connection.settimeout(None)
                 connections[Place(**hello)] = connection
@@ -256,7 +257,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _messages(connection: socket.socket) -> Any:
+def _messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
     """Messages of the other end until it closes the connection, in whatever way."""
     stream: TextIO
     with suppress(OSError, ValueError), connection.makefile("r", encoding="utf8") as stream:

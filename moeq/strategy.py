@@ -5,7 +5,8 @@ parameters.  ``--trainer.strategy moeq_ddp`` selects this one.
 """
 
 from datetime import timedelta
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -38,10 +39,21 @@ class UnwrappedDDPStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        """Take out two collectives of Lightning 2.6 that never return where others are not in the same one.
+
+        Before every batch of a fit it broadcasts whether the first rank was told to stop, but ranks may have different
+        numbers of batches; and a rank that gets SIGTERM broadcasts that, whatever the others are in.  The lifeline
+        ends all ranks instead.
+        """
         super().setup(trainer)
-        # Before every batch of a fit, Lightning 2.6 broadcasts whether the first rank was told to stop.  That never
-        # returns where ranks have different numbers of batches.  Here the lifeline ends all ranks.
-        trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+        if self._lifeline is not None:
+            trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+            trainer._signal_connector.__dict__["_sigterm_notifier_fn"] = self._told_to_end
+
+    def _told_to_end(self, number: int, _: FrameType | None) -> NoReturn:
+        if self._lifeline is not None:
+            self._lifeline.fail(f"told to end by signal {number}")
+        raise SystemExit(128 + number)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
