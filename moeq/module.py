@@ -198,6 +198,11 @@ class MoEQuantModule(L.LightningModule):
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
 
+    @override
+    def on_train_start(self) -> None:
+        """Runs after the callbacks' hooks of the same name."""
+        self.walk.start()
+
     def _fingerprint(self) -> dict[str, str]:
         """Of the configuration, the model and the data, which may have to be sampled first."""
         trainer: Any = self.trainer

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
 OPEN_TO_ALL = "distributed"
-SHELL = {"callback", "cli", "forecast", "forecast_validation", "module", "progress", "strategy"}
+SHELL = {"callback", "cli", "forecast", "forecast_validation", "lifeline", "module", "progress", "strategy"}
 WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

@@ -161,7 +161,7 @@ def check_finite_weights(module: nn.Module, prefix: str = "") -> None:
         prefix: Path of the part, with a dot at its end.
     """
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not is_finite(parameter):
+        if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             count = int((~torch.isfinite(parameter)).sum())
             raise ValueError(
                 f"{prefix}{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
@@ -169,9 +169,9 @@ def check_finite_weights(module: nn.Module, prefix: str = "") -> None:
             )
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; its extremes tell, and take no memory."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a temporary of its size: extremes are NaN where any value is."""
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def _not_found(what: str, name: str) -> str:

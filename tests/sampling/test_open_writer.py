@@ -19,7 +19,7 @@ from moeq.sampling.writer import Writer
 from tests.tiny import save_tiny, tiny_model
 
 CPU = torch.device("cpu")
-SPEC = EBSSSpec(num_sequences=4, length=12, branches=2, starts=2, segment=4)
+SPEC = EBSSSpec(num_sequences=2, length=8, branches=2, starts=1, segment=4)
 
 
 def streamed(folder: Path) -> Adapter:
@@ -99,10 +99,10 @@ def test_changes_of_the_blocks_are_in_what_is_written(tmp_path: Path) -> None:
         return adapter
 
     away, here = double(streamed(tmp_path / "model")), double(in_memory())
-    for writer in ("original", "packed8"):
-        assert same(written(away, writer, tmp_path / "away"), written(here, writer, tmp_path / "here"))
-    plain = written(in_memory(), "original", tmp_path / "plain")
-    assert not torch.equal(written(here, "original", tmp_path / "again")["ids_NT"], plain["ids_NT"])
+    original = written(here, "original", tmp_path / "here")
+    assert same(written(away, "original", tmp_path / "away"), original)
+    assert same(written(away, "packed8", tmp_path / "away"), written(here, "packed8", tmp_path / "here"))
+    assert not torch.equal(written(in_memory(), "original", tmp_path / "plain")["ids_NT"], original["ids_NT"])
 
 
 def test_sizes_are_told_from_shapes(tmp_path: Path) -> None:
