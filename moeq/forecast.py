@@ -200,7 +200,8 @@ def _load_phase(module: "MoEQuantModule", work: FitWork) -> Phase:
 def _data_phase(work: FitWork) -> Phase:
     """Data that only have to be read."""
     held = {"outside of blocks": work.model.outside} if work.model.streamed else {"model": work.model.total}
-    return Phase("sampling", "calibration data", (Moment(held),))
+    kernels = {} if work.speed is None else work.kernels  # of what was measured
+    return Phase("sampling", "calibration data", (Moment(held, kernels),))
 
 
 def _lines(module: "MoEQuantModule", work: FitWork) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ a number of the model in memory, d in its files:
     loading      beside a block that arrives: the parts, in the files' dtype, of its largest stack of experts
     activations  of one batch in one block: ``forward_bytes``
     waiting      hidden states between passes: s * tokens * width, as often as models are run (quantized, original)
-    Hessians     8 I^2 (E + 1) float64 sums, + 4 I^2 E float32 working copies while they are solved with
-                 (``moeq.fit.schedule``, which bounds them)
-    to solve     weights of a stack as they are, side by side, and in float32: (2 s + 4) O I E, or 2 s O I E of float32
+    Hessians     8 I^2 (E + 1) float64 sums (``moeq.fit.schedule``, which bounds them)
+    to solve     of a stack of E' experts (``moeq.fit.share``): 4 I^2 E' of Hessians, and its weights as they are, side
+                 by side, and in float32: (2 s + 4) O I E', or 2 s O I E' of float32
     workspace    of the solver (``moeq.quant.workspace``)
     codes        one byte per weight while a block is solved, twice for the stack that is being solved
     block file   packed codes, and the same again as they are written
@@ -77,11 +77,6 @@ def gather_bytes(parts: Sequence[SitePart], num_tokens: int) -> int:
 def hessian_bytes(parts: Sequence[SitePart]) -> dict[str, int]:
     """Sums of a pass, by name."""
     return {"Hessians": sum(part.sum_bytes for part in parts)}
-
-
-def working_bytes(parts: Sequence[SitePart]) -> dict[str, int]:
-    """Copies that a pass is solved with: those of one site at a time."""
-    return {"Hessians to solve": max((part.working_bytes for part in parts), default=0)}
 
 
 def stack_bytes(adapter: Adapter, site: Site, num_experts: int) -> int:

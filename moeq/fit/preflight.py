@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds
-from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, kernel_bytes, stack_bytes, working_bytes
+from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, kernel_bytes, stack_bytes
 from moeq.fit.run import Needs
 from moeq.fit.schedule import Pass, SitePart, whole
+from moeq.fit.share import experts_per_unit
 from moeq.models.adapter import Adapter
 from moeq.models.sizes import ModelBytes, forward_bytes, hidden_bytes
 from moeq.preflight.phases import Moment, Phase
@@ -150,11 +151,11 @@ def solve_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -
 
 def _solve_moment(work: FitWork, current: Pass, part: SitePart, codes: Mapping[str, int]) -> Moment:
     site, rows = part.site, sum(part.site.rows)
-    num_experts = -(-len(part.experts) // work.num_ranks)
+    num_experts = min(len(part.experts), experts_per_unit(rows, site.in_features))
     held = {
         **work.model.held(current.block),
         **hessian_bytes(current.parts),
-        **working_bytes([part]),
+        "Hessians to solve": 4 * site.in_features**2 * num_experts,
         "weights to solve": stack_bytes(work.adapter, site, num_experts),
         "workspace": workspace_bytes(num_experts, rows, site.in_features, work.device_type),
         "codes of the stack": num_experts * rows * site.in_features,

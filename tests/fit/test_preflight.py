@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import moeq.fit.share
 from moeq.allocation.plan import uniform_plan
 from moeq.fit.duration import Speed
 from moeq.fit.memory import DataShape, block_file_bytes
@@ -95,14 +96,24 @@ def test_chunks_of_a_bound_hold_no_more_hessians_than_the_bound() -> None:
     assert largest_hessians(work_of().schedule) > bound * 2**30
 
 
-def test_ranks_divide_batches_and_stacks() -> None:
+def test_ranks_divide_batches_and_solves() -> None:
     alone, both = work_of(), replace(work_of(), num_ranks=2)
     assert both.num_batches == alone.num_batches // 2
-    stacks = [
-        max(m.device["weights to solve"] for phase in fit_phases(work) if phase.kind == "solve" for m in phase.moments)
+    speed = Speed(0, 1e9, 1e9, 2.0, {}, {(64, 64): 1.0}, 0)
+    seconds = [
+        sum(phase.seconds or 0.0 for phase in fit_phases(replace(work, speed=speed)) if phase.kind == "solve")
         for work in (alone, both)
     ]
-    assert stacks[0] == 2 * stacks[1]
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+
+
+def test_a_stack_is_cut_where_its_work_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = next(phase for phase in fit_phases(work_of()) if phase.label == "block 0 mlp_in solve").moments[0]
+    monkeypatch.setattr(moeq.fit.share, "UNIT_OPERATIONS", 1)
+    alone = next(phase for phase in fit_phases(work_of()) if phase.label == "block 0 mlp_in solve").moments[0]
+    for part in ("Hessians to solve", "weights to solve", "codes of the stack"):
+        assert whole.device[part] == 8 * alone.device[part]
+    assert whole.device["Hessians"] == alone.device["Hessians"]
 
 
 def test_times_are_there_where_something_was_measured() -> None:
