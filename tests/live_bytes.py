@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive while something runs, counted operation by operation: a slow, obvious reference."""
+"""Bytes of the tensors that are alive while something runs, counted operation by operation."""
 
 import weakref
 from typing import Any
