@@ -48,10 +48,10 @@ class AWQ(SolveStep):
     def solve_pass(self, module: MoEQuantModule) -> None:
         """Scale and quantize the sites of this pass, stage by stage: a later one divides what an earlier quantized."""
         current, run, adapter = module.current_pass, module.run, module.adapter
-        inputs = gather_inputs(run, current.parts, self.coverage)
+        inputs, call = gather_inputs(run, current.parts, self.coverage), module.walk.probe.call(current.block)
         for stage in STAGES:
             if sites := [site for site in current.sites if site.stage == stage]:
-                scales = scale_stage(adapter, run, sites, inputs)
+                scales = scale_stage(adapter, run, sites, inputs, call)
                 quantize_sites(adapter, run, sites, self._scaled_solver(module, inputs, scales))
 
     def _scaled_solver(

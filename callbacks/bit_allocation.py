@@ -57,10 +57,10 @@ class BitAllocation(Step):
         """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
         module = module_of(pl_module)
         run = module.run
-        for name, weight in run.quantized.items():
-            if (weight.bits, weight.group_size) != (run.plan[name].bits, run.plan[name].group_size):
+        for name, (bits, group_size) in module.walk.resume.grids.items():
+            if (bits, group_size) != (run.plan[name].bits, run.plan[name].group_size):
                 raise ValueError(
-                    f"{name} was quantized to {weight.bits} bits before this run continued, the plan in "
+                    f"{name} was quantized to {bits} bits before this run continued, the plan in "
                     f"{module.run_dir} now says {run.plan[name].bits}; put the old value back, or set "
                     "--model.restart true"
                 )

@@ -25,8 +25,8 @@ class Rotation(Step):
         """Before anything is sampled, surveyed or calibrated; a resumed run rotates its model again, alike."""
         module = module_of(pl_module)
         start = time.perf_counter()
-
-        model = module.model.to(module.device)
+        model = module.model
+        module.adapter.residency.place(module.device)
         vocabulary = model.config.get_text_config().vocab_size
         probe = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
         module.run.fallbacks += rotate(module.adapter, probe.to(module.device), self.spec)

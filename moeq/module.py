@@ -14,7 +14,10 @@ from typing_extensions import override
 
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.allocation.plan import uniform_plan
-from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer
+from moeq.checkpoint.free_memory import free_bytes
+from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer, model_bytes, stream_model
+from moeq.checkpoint.placement import Asked, choose_placement, stream_obstacle
+from moeq.disk.identity import model_identity
 from moeq.evaluation.task_evaluation import TaskEvaluation
 from moeq.evaluation.validation import ReferenceMode, start_validation
 from moeq.fit.fingerprint import data_digest, run_fingerprint
@@ -58,6 +61,10 @@ class MoEQuantModule(L.LightningModule):
         sequential: "stage" lets each linear see quantized inputs; "block" is one pass per block (faster).
         hessian_gib: Bound on the Hessians of a pass, in GiB; above it the experts of a block are calibrated in chunks,
             with one sweep of the data for each, and the same codes.
+        hidden_gib: Bound on the hidden states that wait in memory between passes, in GiB; beyond it they wait in the
+            run folder.
+        placement: Where the weights are: "memory" is all of them on the device; "stream" reads the blocks from the
+            model's files one at a time, with the same codes; "auto" is stream where the model does not fit.
         restart: Start over in a run folder that holds finished blocks or documents.
         label: Name of this run in result tables; null is the name of the model.
     """
@@ -79,6 +86,8 @@ class MoEQuantModule(L.LightningModule):
         routing: Routing = "routed",
         sequential: Sequential = "stage",
         hessian_gib: float = 16.0,
+        hidden_gib: float = WalkSpec.hidden_gib,
+        placement: Asked = "auto",
         restart: bool = False,
         label: str | None = None,
     ) -> None:
@@ -87,7 +96,7 @@ class MoEQuantModule(L.LightningModule):
         self.automatic_optimization = False
         self.grid = GridSpec(bits, group_size, symmetric, clip_search)
         self.solve_spec = SolveSpec(damping, act_order)
-        self.walk_spec = WalkSpec(sequential, routing, hessian_gib)
+        self.walk_spec = WalkSpec(sequential, routing, hessian_gib, hidden_gib)
         if affinity_power < 0:
             raise ValueError(f"affinity_power ({affinity_power}) must not be negative; 1 is AGQ, 0 is plain GPTQ")
         self.run = Run()
@@ -105,9 +114,20 @@ class MoEQuantModule(L.LightningModule):
             # Its models come later: after the data, and one after the other where both do not fit.
             self._models["config"] = load_config(name)
         else:
-            compute, device = self.hparams["compute_dtype"], self._trainer and self._trainer.strategy.root_device
-            self._models["model"] = load_model(name, self.hparams["dtype"], compute, device or "cpu")
+            self._open_model(name)
         self._models["tokenizer"] = load_tokenizer(name)
+
+    def _open_model(self, name: str) -> None:
+        """Where its weights are going to be is decided before any of them is read."""
+        device = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        how = self.hparams["dtype"], self.hparams["compute_dtype"], device
+        need, free = model_bytes(name, *how), min(free_bytes(torch.device("cpu")), free_bytes(device))
+        self.placement = choose_placement(self.hparams["placement"], name, need, free, stream_obstacle(name))
+        if self.placement.kind == "stream":
+            rank_zero_info(f"Placement: {self.placement.reason}")
+            self._models["model"], self._models["residency"] = stream_model(name, *how)
+        else:
+            self._models["model"] = load_model(name, *how)
 
     @property
     def model(self) -> Any:
@@ -128,7 +148,7 @@ class MoEQuantModule(L.LightningModule):
     def adapter(self) -> Adapter:
         """Where its weights are; callbacks may ask from ``on_fit_start`` on."""
         if "adapter" not in self._models:
-            self._models["adapter"] = Adapter(self.model)
+            self._models["adapter"] = Adapter(self.model, self._models.get("residency"))
         adapter: Adapter = self._models["adapter"]
         return adapter
 
@@ -158,7 +178,7 @@ class MoEQuantModule(L.LightningModule):
         # An evaluation inside fit would measure a half-quantized model; validate is its own command.
         self.trainer.limit_val_batches = 0
         self.run.fallbacks += self.adapter.kept()
-        self.model.to(self.device)
+        self.adapter.residency.place(self.device)
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
         resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), restart=self.hparams["restart"])
@@ -172,7 +192,8 @@ class MoEQuantModule(L.LightningModule):
         data = data_digest(trainer.datamodule)
         self.run.seconds["calibration data"] = time.perf_counter() - start
         batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
-        return run_fingerprint({**self.settings, "batches": batches}, trainer.callbacks, self.model, data)
+        settings = {**self.settings, "batches": batches}
+        return run_fingerprint(settings, trainer.callbacks, model_identity(settings["name"]), self.model.dtype, data)
 
     @property
     def current_pass(self) -> Pass:

@@ -1,6 +1,8 @@
 """Loading a model and its tokenizer, with the errors a user can act on."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +16,10 @@ from moeq.models.storage import storage_dtype, widen
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moeq.checkpoint.stream import BlockStream
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+_ALIGNMENT = 64  # bytes; what torch's own CPU allocator gives
 # Dtypes of safetensors that are widened.
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -41,8 +46,36 @@ def load_model(
     if Path(name).is_dir():
         check_integrity(Path(name))
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
+    with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    check_finite_weights(model)
+    if compute_dtype(compute, storage_dtype(model), device) != storage_dtype(model):
+        widen(model)
+    align(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def stream_model(
+    name: str, dtype: DType = "auto", compute: ComputeDType = "stored", device: torch.device | str = "cpu"
+) -> "tuple[PreTrainedModel, BlockStream]":
+    """The same model with its blocks left in its files; arguments are those of ``load_model``.
+
+    Raises:
+        ValueError: See ``load_model``, and ``moeq.checkpoint.stream.open_stream``.
+    """
+    from moeq.checkpoint.placement import weights_folder
+    from moeq.checkpoint.stream import open_stream
+
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    with _readable_errors(name):
+        return open_stream(weights_folder(name), chosen, lambda stored: compute_dtype(compute, stored, device))
+
+
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(_not_found("model", name)) from error
     except ValueError as error:
@@ -51,11 +84,17 @@ def load_model(
         raise ValueError(
             f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
         ) from error
-    check_finite_weights(model)
-    if compute_dtype(compute, storage_dtype(model), device) != storage_dtype(model):
-        widen(model)
-    model.eval().requires_grad_(False)
-    return model
+
+
+def align(model: nn.Module) -> None:
+    """Move parameters to aligned memory.
+
+    ``from_pretrained`` maps files into memory, where tensors start at any multiple of 8 bytes, and matrix products in
+    float32 on a CPU may sum in another order for such operands: equal weights would give unequal results.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def load_config(name: str) -> Any:
@@ -112,13 +151,18 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(_not_found("tokenizer", name)) from error
 
 
-def check_finite_weights(model: nn.Module) -> None:
-    """Raise ValueError naming the first floating-point parameter that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
+def check_finite_weights(module: nn.Module, prefix: str = "") -> None:
+    """Raise ValueError naming the first floating-point parameter that holds a NaN or an infinity.
+
+    Args:
+        module: The model, or a part of it.
+        prefix: Path of the part, with a dot at its end.
+    """
+    for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
             raise ValueError(
-                f"{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
+                f"{prefix}{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
                 "the checkpoint is damaged, download it again"
             )
 

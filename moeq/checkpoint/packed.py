@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.checkpoint.packing import num_words, pack, unpack
+from moeq.quant.packing import num_words, pack, unpack
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.spec import QuantizedWeight

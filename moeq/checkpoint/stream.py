@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictInfo
 
+from moeq.checkpoint.loading import check_finite_weights, load_config
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
 from moeq.models.adapter import find_blocks
@@ -113,7 +114,7 @@ class BlockStream:
         if absent:
             raise ValueError(_absent_message([f"{self.prefix}.{block}.{name}" for name in absent]))
         if block not in self._checked:
-            check_finite_tensors(f"{self.prefix}.{block}", self.blocks[block])
+            check_finite_weights(self.blocks[block], f"{self.prefix}.{block}.")
             self._checked.add(block)
         self.num_loads += 1
         for change in self._changes:
@@ -146,8 +147,6 @@ def open_stream(
     Raises:
         ValueError: Files are damaged or in another format, are quantized already, or lack tensors of the model.
     """
-    from moeq.checkpoint.loading import load_config
-
     config = load_config(str(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -290,14 +289,3 @@ def _refuse_absent(model: nn.Module, blocks: nn.ModuleList) -> None:
 
 def _absent_message(names: Sequence[str]) -> str:
     return f"the checkpoint lacks {len(names)} tensors of the model, first {names[0]}; download or copy it again"
-
-
-def check_finite_tensors(path: str, module: nn.Module) -> None:
-    """Raise ValueError naming the first parameter of a module that holds a NaN or an infinity."""
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            count = int((~torch.isfinite(parameter)).sum())
-            raise ValueError(
-                f"{path}.{name} has {count} of {parameter.numel()} values that are NaN or infinite; "
-                "the checkpoint is damaged, download it again"
-            )

@@ -20,6 +20,10 @@ from moeq.disk.atomic import write_tensors
 HEADER = "checked"
 
 
+class DamagedFile(ValueError):
+    """A file is not what was written."""
+
+
 def write_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata, whole or not at all; two processes must not write the same file at once.
 
@@ -40,7 +44,7 @@ def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Ten
         remedy: What to do about a damaged one, for the message.
 
     Raises:
-        ValueError: It is truncated, or anything in it is not what was written.
+        DamagedFile: It is truncated, or anything in it is not what was written.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -49,12 +53,12 @@ def read_checked(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Ten
         metadata: dict[str, str] = header["metadata"]
         expected = header["crc32"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); {remedy}") from error
+        raise DamagedFile(f"{path} is truncated or damaged ({error}); {remedy}") from error
     sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
     sums |= {name: zlib.crc32(text.encode()) for name, text in metadata.items()}
     if sums != expected:
         changed = sorted(sums.items() ^ expected.items())[0][0]
-        raise ValueError(f"{path} is damaged: {changed} is not what was written; {remedy}")
+        raise DamagedFile(f"{path} is damaged: {changed} is not what was written; {remedy}")
     return metadata, tensors
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config, load_model, model_bytes
 from moeq.checkpoint.packed import keep_dequantized
 from moeq.decoding.decoders import Decoding, examine
@@ -191,14 +192,3 @@ def confine(evaluations: Sequence[TaskEvaluation], announce: Callable[[str], Non
         evaluation.protections = (*given.layers, *(f"nothing against: {missing}" for missing in given.missing))
     if given.missing:
         announce(f"Programs that the model writes can, on this system: {'; '.join(given.missing)}")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nothing uses yet."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():  # what the system can hand out, file caches included
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

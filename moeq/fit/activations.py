@@ -4,18 +4,22 @@ A decoder block is called as the model itself would call it: its arguments (mask
 captured by running the model with every block replaced by a stub that only writes down what it was given.  Neither what
 follows the last block (the head is costly) nor what follows the last observed site of a pass is computed.
 
-Blocks of a few families hand something on to the next one beside the hidden states (a router's state, chosen tokens).
-Their stubs return ``HANDED_ON`` in its place, so that it is seen where the next block takes it, and
-``ActivationStore.advance`` puts the value there.
+All batches go through a block before any goes through the next one, so that one block at a time is needed.  Blocks of a
+few families hand something on to the next one beside the hidden states (a router's state, chosen tokens).  Their stubs
+return ``HANDED_ON`` in its place, so that it is seen where the next block takes it, and ``ActivationStore.enter`` puts
+the value there.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeq.models.blocks import BlockCall, fill_in, hand_on
+from moeq.disk.waiting import WaitingStates
+from moeq.models.blocks import BlockCall, fill_in
+
 
 
 @dataclass(frozen=True)
@@ -35,49 +39,89 @@ class BlockBatch:
     keep_BT: Tensor
 
 
-class ActivationStore:
-    """For each batch, the input of the furthest block reached so far.
+class BlockBatches(Sequence[BlockBatch]):
+    """The batches of this rank at the current block, read where they wait when one is asked for.
 
     Args:
-        device: Where the hidden states wait between passes ("cpu" bounds the memory of the accelerator).
+        inputs: What the block reads.
+        originals: What the original block returned.
+        calls: The other arguments of the block and the tokens that are no padding, by number of the batch.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._states: dict[int, tuple[int, Tensor, Any]] = {}
+    def __init__(
+        self, inputs: "ActivationStore", originals: "ActivationStore", calls: Mapping[int, tuple[BlockCall, Tensor]]
+    ) -> None:
+        self._inputs, self._originals, self._calls = inputs, originals, calls
+        self._numbers = sorted(calls)
 
-    def advance(self, batch: int, block: int, calls: list[BlockCall], blocks: nn.ModuleList) -> Tensor:
-        """Input of ``block`` for a batch, made by running the blocks between it and the last one stored.
+    def __len__(self) -> int:
+        return len(self._numbers)
 
-        In ``calls``, what earlier blocks hand on to this one is filled in.  The block after the last one stands for the
-        output of all blocks.
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        number = self._numbers[index]
+        call, keep_BT = self._calls[number]
+        call = self._inputs.enter(number, self._inputs.block_of(number), call)
+        original_BTD = self._originals.at(number, call.hidden.device)
+        return BlockBatch(self._inputs.at(number, call.hidden.device), original_BTD, call, keep_BT)
+
+
+class ActivationStore:
+    """For each batch, the input of the block that all batches have reached.
+
+    Args:
+        waiting: Where they wait between passes.
+    """
+
+    def __init__(self, waiting: WaitingStates) -> None:
+        self._waiting = waiting
+        self._blocks: dict[int, int] = {}
+
+    def enter(self, batch: int, block: int, call: BlockCall) -> BlockCall:
+        """How ``block`` is called on a batch: with what the blocks before it made, and handed on.
+
+        Args:
+            batch: Its number; it must have been ``put`` at this block, but at the first one.
+            block: Index of the block.
+            call: Captured arguments; ``hidden`` is the embedded input.
+
+        Raises:
+            ValueError: The batch is at another block.
         """
-        reached, hidden, handed = self._states.get(batch, (0, calls[0].hidden, None))
-        if reached > block:
-            raise ValueError(f"activations of batch {batch} are at block {reached}, past block {block}: clear first")
-        device = calls[0].hidden.device
-        hidden, handed = hidden.to(device), _moved(handed, device)
-        for index in range(reached, block):
-            calls[index] = fill_in(calls[index], handed)
-            hidden, handed = hand_on(blocks[index], hidden, calls[index])
-        if block < len(calls):
-            calls[block] = fill_in(calls[block], handed)
-        self._states[batch] = (block, hidden.to(self.device), _moved(handed, self.device))
-        return hidden
+        if block == 0:
+            return call
+        if (reached := self.block_of(batch)) != block:
+            raise ValueError(f"activations of batch {batch} are at block {reached}, not at block {block}")
+        device = call.hidden.device
+        key = batch, "handed"
+        handed = self._waiting.read(key, device) if key in self._waiting else None
+        return fill_in(replace(call, hidden=self.at(batch, device)), handed)
 
-    def latest(self, batch: int) -> Tensor:
-        """Input of the furthest block that a batch has reached, where it waits."""
-        return self._states[batch][1]
+    def put(self, batch: int, block: int, hidden: Tensor, handed: Any = None) -> None:
+        """Keep the input of a block: the output of the one before it."""
+        if handed is not None and not isinstance(handed, Tensor):
+            raise ValueError(f"block {block - 1} hands on a {type(handed).__name__}, which cannot wait between passes")
+        self._blocks[batch] = block
+        self._waiting.put((batch, "hidden"), hidden)
+        if handed is None:
+            self._waiting.drop((batch, "handed"))
+        else:
+            self._waiting.put((batch, "handed"), handed)
+
+    def block_of(self, batch: int) -> int:
+        """The block that a batch has reached."""
+        return self._blocks.get(batch, 0)
+
+    def at(self, batch: int, device: torch.device | str) -> Tensor:
+        """Input of the block that a batch has reached."""
+        return self._waiting.read((batch, "hidden"), device)
 
     def num_bytes(self, device: torch.device) -> int:
-        """Bytes of the stored states, if they are on ``device``."""
-        states = [hidden for _, hidden, _ in self._states.values() if hidden.device.type == device.type]
-        return sum(hidden.numel() * hidden.element_size() for hidden in states)
+        """Bytes of the states that wait in the memory of a device."""
+        return self._waiting.bytes_in_memory if device.type == "cpu" else 0
 
     def clear(self) -> None:
         """Forget everything: the next pass starts from the embeddings."""
-        self._states.clear()
-
-
-def _moved(handed: Any, device: torch.device) -> Any:
-    return handed.to(device) if isinstance(handed, Tensor) else handed
+        self._blocks.clear()
+        self._waiting.clear()

@@ -1,12 +1,12 @@
-"""Finished blocks of a run on disk, from which a killed run continues: codes, changed parameters, records.
+"""Finished blocks of a run on disk, the home of their codes: packed codes, changed parameters, records.
 
-Each block is one file with a checksum of every tensor and of its records; one that is not what was written is told
+A killed run continues from them, and exports are made of them.  Each block is one file with a checksum of every tensor and of its records; one that is not what was written is told
 from one of another run.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,53 @@ from torch import Tensor
 
 from moeq.disk.checked import read_checked, write_checked
 from moeq.fit.run import Run
+from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import Fallback, QuantizedWeight
 
+# Bits and group size of a weight.
+Grid = tuple[int, int | None]
 RECORDS = "moeq"
+_CHANGED, _USAGE = "changed:", "usage:"
 _REMEDY = "the block is quantized again"
 
 
 @dataclass(frozen=True)
-class BlockFile:
-    """What a file holds: tensors by name, and fingerprint, grids, errors and fallbacks."""
+class BlockFile(Mapping[str, QuantizedWeight]):
+    """What a file holds: tensors by name, and fingerprint, grids, errors and fallbacks.
+
+    As a mapping, its quantized weights by canonical name; codes are unpacked for each that is asked for.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
     records: Mapping[str, Any]
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Bits and group size of its weights, by canonical name."""
+        return {name: (bits, group_size) for name, (bits, group_size, _) in self.records["grids"].items()}
+
+    @property
+    def changed(self) -> dict[str, Tensor]:
+        """Its changed parameters that are not quantized, by name in the model."""
+        return {key.removeprefix(_CHANGED): value for key, value in self.tensors.items() if key.startswith(_CHANGED)}
+
+    def without_codes(self) -> "BlockFile":
+        """The same without its quantized weights, in memory."""
+        kept = {key: v.clone() for key, v in self.tensors.items() if key.startswith((_CHANGED, _USAGE))}
+        return replace(self, tensors=kept)
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        bits, group_size, num_columns = self.records["grids"][name]
+        zero_point_OG = self.tensors.get(f"{name}.zero_point")
+        codes_OI = unpack(self.tensors[f"{name}.packed"], bits, num_columns)
+        return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records["grids"])
+
+    def __len__(self) -> int:
+        return len(self.records["grids"])
 
 
 def block_path(folder: Path, block: int) -> Path:
@@ -50,18 +84,18 @@ def save_block(
     Raises:
         ValueError: The disk does not take the file.
     """
-    tensors: dict[str, Tensor] = {f"changed:{name}": run.changed[name] for name in changed}
+    tensors: dict[str, Tensor] = {f"{_CHANGED}{name}": run.changed[name] for name in changed}
     for name in names:
         weight = run.quantized[name]
-        tensors |= {f"{name}.codes": weight.codes_OI, f"{name}.scale": weight.scale_OG}
+        tensors |= {f"{name}.packed": pack(weight.codes_OI, weight.bits), f"{name}.scale": weight.scale_OG}
         if weight.zero_point_OG is not None:
             tensors[f"{name}.zero_point"] = weight.zero_point_OG
     chosen = set(names)
     # All of it: a survey, which a resumed run does not repeat, has counted the blocks to come as well.
-    tensors |= {f"usage:{path}": counts for path, counts in run.usage.items()}
+    tensors |= {f"{_USAGE}{path}": counts for path, counts in run.usage.items()}
     records = {
         "fingerprint": fingerprint,
-        "grids": {n: [run.quantized[n].bits, run.quantized[n].group_size] for n in names},
+        "grids": {n: [(w := run.quantized[n]).bits, w.group_size, w.codes_OI.shape[1]] for n in names},
         "errors": [row for row in run.errors if row["weight"] in chosen],
         "fallbacks": [asdict(fallback) for fallback in run.fallbacks if fallback.weight in chosen],
     }
@@ -89,15 +123,9 @@ def check_fingerprint(file: BlockFile, fingerprint: Mapping[str, str]) -> None:
         )
 
 
-def take_block(file: BlockFile, run: Run) -> list[str]:
-    """Enter a finished block into the run; returns the names of its weights."""
-    tensors = file.tensors
-    for name, (bits, group_size) in file.records["grids"].items():
-        run.quantized[name] = QuantizedWeight(
-            tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.zero_point"), bits, group_size
-        )
-    run.usage |= {key.removeprefix("usage:"): counts for key, counts in tensors.items() if key.startswith("usage:")}
-    run.changed |= {key.removeprefix("changed:"): value for key, value in tensors.items() if key.startswith("changed:")}
+def take_records(file: BlockFile, run: Run) -> None:
+    """Enter what is known of a finished block into the run: usage, changed parameters, errors, fallbacks."""
+    run.usage |= {key.removeprefix(_USAGE): counts for key, counts in file.tensors.items() if key.startswith(_USAGE)}
+    run.changed |= file.changed
     run.errors += file.records["errors"]
     run.fallbacks += [Fallback(**fallback) for fallback in file.records["fallbacks"]]
-    return list(file.records["grids"])

@@ -21,13 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeq.fit.activations import ActivationStore
 from moeq.fit.hessians import hessians_of
 from moeq.fit.run import Run
 from moeq.fit.schedule import GIB, Pass, SitePart, whole
 from moeq.fit.solve import change_parameters, commit, make_units, unit_rows
 from moeq.models.adapter import Adapter, Site
-from moeq.models.blocks import HANDED_ON, BlockCall, capture_calls, run_block
+from moeq.models.blocks import BlockCall, run_block
 from moeq.models.input_rows import Producer, find_producer
 from moeq.models.norms import (
     NormReaders,
@@ -43,7 +42,6 @@ from moeq.quant.spec import Fallback
 
 NOT_SCALED = "channels not scaled"
 FROM_ROWS = ("attention_out", "mlp_down")  # stages whose input is made by a linear; the others read a norm
-_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,9 @@ def refuse_chunks(schedule: Sequence[Pass]) -> None:
         )
 
 
-def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
+def scale_stage(
+    adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mapping[str, Inputs], call: BlockCall
+) -> dict[str, Tensor]:
     """Scales of the sites of one stage of a block, float32 [E, I] by site name, moved out of their inputs.
 
     Args:
@@ -90,9 +90,9 @@ def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mappi
         run: Its plan is read; changed parameters, quantized weights and fallbacks are recorded.
         sites: Sites of one stage; earlier stages of the block are quantized.
         inputs: By site name.
+        call: How the block is called on a few tokens (``moeq.fit.probe``).
     """
     block = sites[0].block
-    call = probe_call(adapter, block)
     scales = {
         site.name: torch.ones(site.num_experts, site.in_features, device=inputs[site.name].hessian_EII.device)
         for site in sites
@@ -119,16 +119,6 @@ def scale_stage(adapter: Adapter, run: Run, sites: Sequence[Site], inputs: Mappi
     for site in unscaled.values():
         _record(run, site, "its input is not the output of a norm")
     return scales
-
-
-def probe_call(adapter: Adapter, block: int) -> BlockCall:
-    """How the model calls a block on a few tokens, with what the blocks before it hand on."""
-    num_embeddings = adapter.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.arange(_PROBE_TOKENS, device=next(adapter.model.parameters()).device) % num_embeddings
-    calls = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids[None]})
-    if any(value is HANDED_ON for value in (*calls[block].args, *calls[block].kwargs.values())):
-        ActivationStore(ids.device).advance(0, block, calls, adapter.blocks)  # fills it in
-    return calls[block]
 
 
 def _record(run: Run, site: Site, reason: str) -> None:

@@ -3,23 +3,26 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeq.disk.digest import digest, model_digest, tensor_digest
+from moeq.disk.digest import digest, tensor_digest
 from moeq.distributed import gather_lists
-from moeq.models.storage import storage_dtype
 
 # Settings that do not change what a block becomes; the dtype that is computed in counts by itself, as it was chosen.
-NEUTRAL_SETTINGS = frozenset({"compute_dtype", "reference", "reference_mode", "restart", "label", "hessian_gib"})
+NEUTRAL_SETTINGS = frozenset(
+    {
+        "name", "compute_dtype", "placement", "reference", "reference_mode", "restart", "label", "hessian_gib",
+        "hidden_gib", "preflight",
+    }
+)  # fmt: skip
 
 
 def run_fingerprint(
-    settings: Mapping[str, Any], steps: Sequence[object], model: nn.Module, data: str
+    settings: Mapping[str, Any], steps: Sequence[object], model: str, compute_dtype: torch.dtype, data: str
 ) -> dict[str, str]:
     """Digests of the configuration, the model and the calibration data of a run, and the dtype that it computes in.
 
@@ -28,7 +31,8 @@ def run_fingerprint(
         steps: What acts on the model, in its order.  Lightning's own callbacks and an object whose class says
             ``affects_weights = False`` are left out; one with ``constructor_arguments`` is told by them, any other by
             its public attributes.
-        model: Before anything is changed, or after a deterministic change.
+        model: Identity of the source's files (``moeq.disk.identity``); what steps change is in their arguments.
+        compute_dtype: Of the parameters in memory.
         data: Digest of the calibration data.
     """
     given = {key: stable_form(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
@@ -36,8 +40,8 @@ def run_fingerprint(
     configuration = digest({"settings": given, "steps": listed})
     return {
         "configuration": configuration,
-        "model": model_digest(model, partial(storage_dtype, model)),
-        "compute dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "model": model,
+        "compute dtype": str(compute_dtype).removeprefix("torch."),
         "data": data,
     }
 

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from moeq.disk.checked import DamagedFile
 from moeq.distributed import gather_lists, rank_and_world, wait_for_ranks
-from moeq.fit.block_files import BlockFile, block_path, check_fingerprint, read_block, save_block, take_block
+from moeq.fit.block_files import BlockFile, Grid, block_path, check_fingerprint, read_block, save_block, take_records
 from moeq.fit.run import Run
 from moeq.fit.solve import change_parameters, commit
 from moeq.models.adapter import Adapter
-from moeq.quant.spec import Fallback
+from moeq.quant.spec import Fallback, QuantizedWeight
 
 DAMAGED = "finished block was damaged"
 
@@ -27,6 +28,10 @@ class Resume:
         folder: Of the run.
         fingerprint: Digests of what the blocks depend on, by subject.
         restart: Delete the finished blocks first.
+
+    Attributes:
+        first_block: The first block that was not finished when the run began.
+        grids: Bits and group size of every weight of the blocks that are finished by now, by canonical name.
     """
 
     def __init__(
@@ -36,12 +41,13 @@ class Resume:
         self.fingerprint = dict(fingerprint)
         self.sites = [adapter.sites(block) for block in range(len(adapter.blocks))]
         self.first_block = 0
+        self.grids: dict[str, Grid] = {}
         if restart and rank_and_world()[0] == 0:
             shutil.rmtree(folder / "blocks", ignore_errors=True)
         wait_for_ranks()  # no rank reads what another is about to delete
 
     def load(self, announce: Callable[[str], None]) -> int:
-        """Read the finished blocks into the run; returns the first block that is not finished.
+        """Read what is known of the finished blocks into the run; returns the first block that is not finished.
 
         A file that is truncated or damaged ends them: that block and those after it are quantized again.
 
@@ -55,30 +61,43 @@ class Resume:
         damage = ""
         while not damage and len(files) < len(self.sites) and block_path(self.folder, len(files)).exists():
             try:
-                files.append(read_block(self.folder, len(files)))
-            except ValueError as error:
+                files.append(read_block(self.folder, len(files)).without_codes())
+            except DamagedFile as error:
                 damage = str(error)
         for file in files:
             check_fingerprint(file, self.fingerprint)
         # A disk may show one rank what it does not show another: all begin where the first of them has to.
         self.first_block = min(gather_lists([len(files)]))
         for file in files[: self.first_block]:
-            take_block(file, self.run)
+            take_records(file, self.run)
+            self.grids |= file.grids
         if damage := next((found for found in gather_lists([damage]) if found), ""):
             announce(f"{damage}; so are those after it")
             self.run.fallbacks.append(Fallback(self.sites[self.first_block][0].weight_names()[0], DAMAGED, damage))
         return self.first_block
 
-    def commit(self) -> None:
-        """Write the weights of the finished blocks into the model."""
-        for sites in self.sites[: self.first_block]:
-            commit(self.adapter, sites, self.run.quantized)
-        change_parameters(self.adapter, self.run, dict(self.run.changed))
+    def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:
+        """Quantized weights of a finished block by canonical name, each unpacked when it is asked for."""
+        return read_block(self.folder, block)
+
+    def commit(self, block: int) -> None:
+        """Write the weights and changed parameters of a finished block into the model, where it is resident."""
+        file = read_block(self.folder, block)
+        commit(self.adapter, self.sites[block], file)
+        change_parameters(self.adapter, self.run, file.changed)
 
     def save(self, block: int) -> None:
-        """Write a finished block (by the first rank), where its weights were quantized at all."""
+        """Write a finished block (by the first rank), where its weights were quantized at all; its codes leave memory.
+
+        All ranks must call it.
+        """
         names = [name for site in self.sites[block] for name in site.weight_names()]
-        if rank_and_world()[0] == 0 and all(name in self.run.quantized for name in names):
+        if not all(name in self.run.quantized for name in names):
+            return
+        if rank_and_world()[0] == 0:
             prefix = f"{self.adapter.block_prefix}.{block}."
             changed = [name for name in self.run.changed if name.startswith(prefix)]
             save_block(self.folder, block, self.run, names, changed, self.fingerprint)
+        for name in names:
+            weight = self.run.quantized.pop(name)
+            self.grids[name] = weight.bits, weight.group_size

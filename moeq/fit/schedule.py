@@ -2,10 +2,11 @@
 
 A survey of every block comes first where a step asked for one.  Then each block has its calibration passes, in the
 order of the data flow, so that each linear sees inputs made by already quantized ones (design: one pass per stage).
+Then the batches advance through the finished block to the next one.
 
 Steps that compare with the original model ask for a pass of the original block on the original hidden states before
 any weight of the block changes; a router that is refitted has a pass of its own before the experts are calibrated.  A
-resumed run repeats the first kind for its finished blocks, whose weights it writes into the model only then.
+resumed run only advances through its finished blocks, whose weights are written into the model then.
 
 Memory.  The Hessians of a pass never exceed a bound: sites that would need more are cut into *parts*, ranges of their
 experts, and the data are swept once for each chunk of parts.  Weights are written into the model after the last chunk,
@@ -26,7 +27,7 @@ from moeq.models.adapter import STAGES, Site
 from moeq.quant.spec import Routing
 
 Sequential = Literal["stage", "block"]
-PassKind = Literal["survey", "original", "router", "calibrate"]
+PassKind = Literal["survey", "original", "router", "calibrate", "advance"]
 GIB = 1 << 30
 
 
@@ -96,7 +97,7 @@ class Pass:
 
     Attributes:
         kind: A survey gathers and quantizes nothing of its own; "original" runs the block before any of its weights
-            changes, on the original hidden states; "router" ends at the router.
+            changes, on the original hidden states; "router" ends at the router; "advance" runs the finished block.
         block: Index of the block.
         sites: Sites that are quantized when the pass is over; none where further chunks of them follow.
         ends_block: Whether the block is finished then.
@@ -156,11 +157,14 @@ def build_schedule(
             "router cannot be refitted between them; set --model.sequential stage, or leave out the step"
         )
     blocks = range(len(sites_by_block))
+    if first_block == len(blocks):
+        return ()
     passes = [Pass("survey", block, (), ends_block=False) for block in blocks] if survey else []
     for block, sites in enumerate(sites_by_block):
         if originals:
             passes.append(Pass("original", block, (), ends_block=False))
         if block < first_block:
+            passes.append(Pass("advance", block, (), ends_block=False))
             continue
         groups = [sites]
         if sequential == "stage":
@@ -169,6 +173,8 @@ def build_schedule(
             if routers and any(site.kind == "routed" and site.stage == "mlp_in" for site in group):
                 passes.append(Pass("router", block, (), ends_block=False))
             passes += _calibration_passes(block, group, group is groups[-1], list(cut(group, hessian_gib, routing)))
+        if block != blocks[-1]:
+            passes.append(Pass("advance", block, (), ends_block=False))
     return tuple(passes)
 
 

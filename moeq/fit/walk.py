@@ -1,20 +1,23 @@
 """Walk of the calibration batches through the blocks of a model: one pass after another, one batch at a time."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeq.fit.activations import ActivationStore, BlockBatch
+from moeq.disk.waiting import WaitingStates
+from moeq.fit.activations import ActivationStore, BlockBatch, BlockBatches
 from moeq.fit.memory import MemoryRow, memory_row
+from moeq.fit.probe import Probe
 from moeq.fit.resume import Resume
 from moeq.fit.run import Run
-from moeq.fit.schedule import Pass, Sequential, build_schedule
+from moeq.fit.schedule import GIB, Pass, Sequential, build_schedule
 from moeq.models.adapter import Adapter
-from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
+from moeq.models.blocks import BlockCall, capture_calls, hand_on, run_block, until_reached
 from moeq.quant.spec import Routing
 
 
@@ -26,15 +29,17 @@ class WalkSpec:
         sequential: "stage": one pass per stage of a block; "block": one pass per block.
         routing: Which tokens the Hessians of routed experts are made of.
         hessian_gib: Bound on the Hessians of a pass, in GiB.
+        hidden_gib: Bound on the hidden states that wait in memory between passes, in GiB; beyond it they are on disk.
     """
 
     sequential: Sequential = "stage"
     routing: Routing = "routed"
     hessian_gib: float = 16.0
+    hidden_gib: float = 4.0
 
 
 class Walk:
-    """The passes of a fit, and what waits between them.
+    """The passes of a fit, and what waits between them; one block is resident at a time.
 
     Args:
         adapter: The model.
@@ -54,16 +59,19 @@ class Walk:
         first_block, sites = resume.load(announce), resume.sites
         if first_block:
             announce(f"Resuming: blocks 0 to {first_block - 1} of {len(sites)} are finished in {resume.folder}")
-        if not run.needs.originals:
-            resume.commit()
         self.schedule = build_schedule(
             sites, survey=run.needs.survey and first_block == 0, sequential=spec.sequential, first_block=first_block,
             hessian_gib=spec.hessian_gib, originals=run.needs.originals, routers=run.needs.routers,
             routing=spec.routing,
         )  # fmt: skip
-        self._activations, self._originals = ActivationStore(), ActivationStore()
+        bound = int(spec.hidden_gib * GIB / (2 if run.needs.originals else 1))
+        self._activations, self._originals = (ActivationStore(WaitingStates(bound, resume.folder)) for _ in range(2))
+        self.probe = Probe(adapter, WaitingStates(bound, resume.folder))
         self._calls: dict[int, tuple[BlockCall, Tensor]] = {}
         self._position, self._pass_start = 0, time.perf_counter()
+        self._resident = ExitStack()
+        if self.schedule:
+            self._enter_pass(None)
 
     @property
     def current_pass(self) -> Pass:
@@ -78,27 +86,28 @@ class Walk:
             batch: ``input_ids`` int64 [B, T], and ``attention_mask`` where there is padding.
             index: Of the batch, the same in every pass.
         """
-        current, blocks = self.current_pass, self.adapter.blocks
-        calls = capture_calls(self.adapter.model, blocks, batch)
-        if current.kind == "original":
-            self._originals.advance(index, current.block + 1, calls, blocks)
+        current, adapter = self.current_pass, self.adapter
+        block, number = adapter.blocks[current.block], current.block
+        call = capture_calls(adapter.model, adapter.blocks, batch, last=number)[-1]
+        if current.kind in ("survey", "original", "advance"):
+            store = self._originals if current.kind == "original" else self._activations
+            entered_call = store.enter(index, number, call)
+            store.put(index, number + 1, *hand_on(block, entered_call.hidden, entered_call))
             return
-        hidden = self._activations.advance(index, current.block, calls, blocks)
         if self.run.needs.originals:
-            self._calls[index] = calls[current.block], _keep_BT(batch)
-        entered, finished = self.adapter.observed_modules(current.observed)
+            self._calls[index] = replace(call, hidden=call.hidden[:0]), _keep_BT(batch)
+            if number == 0:
+                self._activations.put(index, 0, call.hidden)
+        call = self._activations.enter(index, number, call)
+        entered, finished = adapter.observed_modules(current.observed)
         if current.kind == "router":
-            entered = list(self.adapter.routers(current.block).values())
-        # A pass ends with the last module it is for; a survey, which has none, runs the whole block.
-        with until_reached(entered, finished):
-            run_block(blocks[current.block], hidden, calls[current.block])
+            entered = list(adapter.routers(number).values())
+        with until_reached(entered, finished):  # a pass ends with the last module it is for
+            run_block(block, call.hidden, call)
 
-    def block_batches(self) -> list[BlockBatch]:
+    def block_batches(self) -> Sequence[BlockBatch]:
         """The current block's inputs and the original's outputs, where a step asked for them before the first pass."""
-        return [
-            BlockBatch(self._activations.latest(batch), self._originals.latest(batch), call, keep_BT)
-            for batch, (call, keep_BT) in sorted(self._calls.items())
-        ]
+        return BlockBatches(self._activations, self._originals, self._calls)
 
     def end_pass(self) -> float:
         """Put a finished block on disk, drop what the pass alone needed, go on to the next; returns the seconds."""
@@ -108,18 +117,40 @@ class Walk:
         self.run.seconds[current.label] = seconds
         if current.ends_block:
             self.resume.save(current.block)
-        elif current.kind == "original" and current.block == self.resume.first_block - 1:
-            self.resume.commit()  # the original blocks that come before were needed until now
+        if current.kind == "advance":
+            self.probe.advance(current.block)
         self._position, self._pass_start = self._position + 1, time.perf_counter()
+        if self._position == len(self.schedule):
+            self.close()
+            return seconds
         if current.kind == "survey" and self.current_pass.kind != "survey":
             self._activations.clear()  # what follows starts from the embeddings
+        self._enter_pass(current.block)
         return seconds
+
+    def close(self) -> None:
+        """Let go of the block, and of what waits."""
+        self._resident.close()
+        self._activations.clear()
+        self._originals.clear()
+        self._calls.clear()
 
     def memory_row(self, device: torch.device, measured: int) -> MemoryRow:
         """Expected and measured memory of the current pass on a device, in bytes."""
         waiting = sum(store.num_bytes(device) for store in (self._activations, self._originals))
         model: Any = self.adapter.model
         return memory_row(self.current_pass, model, waiting, measured)
+
+    def _enter_pass(self, before: int | None) -> None:
+        """Make the block of the current pass resident, as it is at the beginning of that pass."""
+        block = self.current_pass.block
+        if block != before:
+            self._resident.close()
+            self._resident.enter_context(self.adapter.resident(block))
+            following = (each.block for each in self.schedule[self._position :] if each.block != block)
+            self.adapter.residency.read_ahead(next(following, len(self.adapter.blocks)))
+        if self.current_pass.kind == "advance" and block < self.resume.first_block:
+            self.resume.commit(block)
 
 
 def _keep_BT(batch: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Running one decoder block at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +27,19 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def capture_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[BlockCall]:
-    """Arguments of every block for one batch; ``hidden`` of the first is the embedded input.  No block runs."""
+def capture_calls(
+    model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor], last: int | None = None
+) -> list[BlockCall]:
+    """Arguments of every block for one batch; ``hidden`` of each is the embedded input.  No block runs.
+
+    Args:
+        model: Holds the blocks, whose weights need not be there.
+        blocks: Its decoder blocks.
+        inputs: The batch.
+        last: The last block whose arguments are wanted; None is all.
+    """
     calls: list[BlockCall] = []
-    with _stubs(blocks, calls), suppress(_Reached):
+    with _stubs(blocks, calls, len(blocks) if last is None else last + 1), suppress(_Reached):
         model(**inputs, use_cache=False, logits_to_keep=1)
     return calls
 
@@ -56,6 +65,30 @@ def hand_on(block: nn.Module, hidden: Tensor, call: BlockCall) -> tuple[Tensor, 
             "next block does with them; docs/families.md lists the families that work"
         )
     return output[0], output[1] if len(output) > 1 else None
+
+
+def hands_on(blocks: nn.ModuleList) -> bool:
+    """Whether blocks of the family hand something on to the next one beside the hidden states."""
+    return any(type(block).__name__ in HAND_ON for block in blocks)
+
+
+@contextmanager
+def visiting(blocks: nn.ModuleList, resident: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within, the whole model can run: each block is resident (``Adapter.resident``) while it runs, and no longer."""
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            inside = ExitStack()
+            hooks.callback(inside.close)  # where a forward pass was ended by an error
+
+            def enter(_: nn.Module, __: Any, index: int = index, inside: ExitStack = inside) -> None:
+                inside.enter_context(resident(index))
+
+            def leave(_: nn.Module, __: Any, ___: Any, inside: ExitStack = inside) -> None:
+                inside.close()
+
+            hooks.callback(block.register_forward_pre_hook(enter, prepend=True).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        yield
 
 
 @contextmanager
@@ -88,16 +121,16 @@ def fill_in(call: BlockCall, handed: Any) -> BlockCall:
 
 
 @contextmanager
-def _stubs(blocks: nn.ModuleList, calls: list[BlockCall]) -> Iterator[None]:
-    hands_on = any(type(block).__name__ in HAND_ON for block in blocks)
+def _stubs(blocks: nn.ModuleList, calls: list[BlockCall], num_wanted: int) -> Iterator[None]:
+    returns_two = hands_on(blocks)
 
     def stub(*args: Any, **kwargs: Any) -> Any:
         positional = list(args)
         hidden = positional.pop(0) if positional else kwargs.pop("hidden_states")
         calls.append(BlockCall(hidden, tuple(positional), kwargs))
-        if len(calls) == len(blocks):
+        if len(calls) == num_wanted:
             raise _Reached
-        return (hidden, HANDED_ON) if hands_on else hidden
+        return (hidden, HANDED_ON) if returns_two else hidden
 
     patched: list[nn.Module] = list(blocks)
     forward: Callable[..., Any] = stub

@@ -103,8 +103,17 @@ def find_norm_readers(adapter: Adapter, block: int, hidden: Tensor, call: BlockC
 
 
 @torch.no_grad()
-def find_readers(root: nn.Module, run: Callable[[], Any], prefix: str = "") -> dict[str, list[str]]:
-    """Readers of every norm below a module that ``run`` makes run; a norm that none reads has an empty list."""
+def find_readers(
+    root: nn.Module, run: Callable[[], Any], prefix: str = "", without: str | None = None
+) -> dict[str, list[str]]:
+    """Readers of every norm below a module that ``run`` makes run; a norm that none reads has an empty list.
+
+    Args:
+        root: The module; the weights of its norms are read.
+        run: Runs it.
+        prefix: Of the paths that are returned.
+        without: Path below which norms and readers are left out.
+    """
     found: dict[str, list[str]] = {}
     outputs: list[tuple[str, Tensor]] = []
 
@@ -123,6 +132,8 @@ def find_readers(root: nn.Module, run: Callable[[], Any], prefix: str = "") -> d
 
     with ExitStack() as stack:
         for path, module in root.named_modules():
+            if without is not None and path.startswith(f"{without}."):
+                continue
             if norm_form(module) is not None:
                 hook: Any = lambda _m, _a, out, path=prefix + path: on_norm(path, out)  # noqa: E731
                 stack.callback(module.register_forward_hook(hook).remove)

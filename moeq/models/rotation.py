@@ -8,7 +8,7 @@ leave every logit as it was (QuaRot, arXiv 2404.00456, section 4; MoEQuant rotat
 Readers are linears, experts, routers and shared-expert gates.  Inside an attention that only averages values, a head's
 values may be rotated, too, and turned back by what follows: W_v <- R^T W_v, W_o <- W_o R.
 
-Readers are found by running the model (``norms.py``), writers by the adapter.  Every block is then run in float32
+Readers are found by running the block (``norms.py``), writers by the adapter.  Every block is then run in float32
 before and after, and so is the whole model in its dtype: what a family does besides is an error, never a changed model.
 
 Legend: D hidden size.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moeq.models.adapter import Adapter, is_experts_module, own_parameter
 from moeq.models.axis_maps import Steps
-from moeq.models.blocks import BlockCall, capture_calls
+from moeq.models.blocks import BlockCall, capture_calls, run_block, visiting
 from moeq.models.heads import ValueHeads, find_value_heads, turn_values
 from moeq.models.norms import (
     block_output,
@@ -61,6 +61,8 @@ class RotationSpec:
 def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallback]:
     """Rotate a model in place: norms get the multiplier 1, a tied head gets a weight of its own.
 
+    Blocks that are streamed are rotated again whenever they come.
+
     Args:
         adapter: The model, original weights.
         ids_BT: A few tokens, on the model's device, on which everything is compared before and after.
@@ -70,31 +72,39 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
         Blocks whose values could not be rotated.
 
     Raises:
-        ValueError: The family cannot be rotated; what was changed so far stays changed.
+        ValueError: The family cannot be rotated; where its logits show it, the model is changed by then.
     """
     model = adapter.model
     inputs = {"input_ids": ids_BT}
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     basis = make_basis(embedding.shape[-1], spec.kind, spec.seed, embedding.device)
     logits: list[Tensor] = []
-    readers = find_readers(model, lambda: logits.append(model(**inputs, use_cache=False).logits))
-    norms = residual_norms(adapter, readers, embedding.shape[-1])
+
+    def run() -> None:
+        with visiting(adapter.blocks, adapter.resident):
+            logits.append(model(**inputs, use_cache=False).logits)
+
+    last = residual_norms(adapter, find_readers(model, run, without=adapter.block_prefix), embedding.shape[-1])
     calls = capture_calls(model, adapter.blocks, inputs)
     if calls[0].hidden.shape != (*ids_BT.shape, embedding.shape[-1]):
         raise _refusal(model, f"between its blocks are states of shape {tuple(calls[0].hidden.shape)}, not one stream")
-    untie(model)
-    fallbacks, hidden = [], calls[0].hidden
+    turns, fallbacks, hidden = [], [], calls[0].hidden
     for block, call in enumerate(calls):
-        below = {norm: found for norm, found in norms.items() if norm.startswith(f"{adapter.block_prefix}.{block}.")}
-        hidden, skipped = _rotate_block(adapter, block, below, hidden, call, basis, spec)
+        with adapter.resident(block):
+            hidden, turn, skipped = _try_block(adapter, block, hidden, call, basis, spec)
+        turns.append(turn)
         fallbacks += skipped
+    adapter.residency.change_blocks(
+        lambda block: _write(model, _turned_block(adapter, block, turns[block], basis, spec))
+    )
+    untie(model)
     ends = Steps()
     ends.turn(_name(model, model.get_input_embeddings()) + ".weight", -1, basis)  # type: ignore[operator]
-    last = {norm: found for norm, found in norms.items() if not norm.startswith(f"{adapter.block_prefix}.")}
     _absorb_norms(model, last, basis, ends)
     _write(model, {name: ends.value(name, model.get_parameter(name)) for name in ends.by_name})
     _write(model, _unit_norms(model, last))
-    difference = _difference(model(**inputs, use_cache=False).logits, logits[0], None)
+    run()
+    difference = _difference(logits[1], logits[0], None)
     allowed = TOLERANCE.get(adapter.storage_dtype, TOLERANCE[torch.float32])
     if not difference <= allowed:
         raise _refusal(model, f"its logits change by {difference:.2g} (allowed: {allowed:.2g})")
@@ -103,6 +113,11 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
 
 def residual_norms(adapter: Adapter, readers: dict[str, list[str]], width: int) -> dict[str, list[str]]:
     """Norms of the residual stream with their readers: those of the blocks themselves, and those outside of them.
+
+    Args:
+        adapter: The model.
+        readers: Of norms of a resident block, or outside of the blocks.
+        width: Of the residual stream.
 
     Raises:
         ValueError: A norm subtracts the mean, or weighs what a branch adds to the residual stream.
@@ -135,41 +150,52 @@ def untie(model: nn.Module) -> None:
         each.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _rotate_block(
-    adapter: Adapter,
-    block: int,
-    norms: dict[str, list[str]],
-    hidden: Tensor,
-    call: BlockCall,
-    basis: Basis,
-    spec: RotationSpec,
-) -> tuple[Tensor, list[Fallback]]:
-    """Rotate one block; returns its output on the probe in the old basis, and what was left out."""
-    model = adapter.model
+@dataclass(frozen=True)
+class _Turn:
+    """What of a block is rotated: norms with their readers, and the values of its heads."""
+
+    norms: dict[str, list[str]]
+    heads: ValueHeads | None
+
+
+def _try_block(
+    adapter: Adapter, block: int, hidden: Tensor, call: BlockCall, basis: Basis, spec: RotationSpec
+) -> tuple[Tensor, _Turn, list[Fallback]]:
+    """How a resident block can be rotated; also its output on the probe in the old basis, and what is left out."""
+    model, prefix = adapter.model, f"{adapter.block_prefix}.{block}."
+    module, given = adapter.blocks[block], hidden.to(call.hidden.dtype)  # between blocks it is float32 here
+    readers = find_readers(module, lambda: run_block(module, given, call), prefix)
+    norms = residual_norms(adapter, readers, hidden.shape[-1])
     before = block_output(adapter, block, hidden, call, {})
     turned_input, turned_output = basis(hidden).float(), basis(before).float()
 
-    def attempt(heads: ValueHeads | None) -> tuple[dict[str, Tensor], float]:
-        steps = Steps()
-        _absorb_norms(model, norms, basis, steps)
-        _turn_writers(adapter, block, basis, steps)
-        if heads is not None:
-            own = make_basis(heads.size, spec.kind, spec.seed + 1 + block, hidden.device)
-            turn_values(model, heads, own, steps)
-        values = {name: steps.value(name, model.get_parameter(name)) for name in steps.by_name}
-        values |= _unit_norms(model, norms)
-        after = block_output(adapter, block, turned_input, call, values)
-        return values, _difference(after, turned_output, turned_input)
+    def attempt(turn: _Turn) -> float:
+        values = _turned_block(adapter, block, turn, basis, spec)
+        return _difference(block_output(adapter, block, turned_input, call, values), turned_output, turned_input)
 
     heads, reason = _value_heads(adapter, block, spec)
-    values, difference = attempt(heads)
+    turn = _Turn(norms, heads)
+    difference = attempt(turn)
     if heads is not None and not difference <= BLOCK_TOLERANCE:
         reason = f"its output is not only an average of values (it would change by {difference:.2g})"
-        values, difference = attempt(None)
+        turn = _Turn(norms, None)
+        difference = attempt(turn)
     if not difference <= BLOCK_TOLERANCE:
         raise _refusal(model, f"what block {block} adds changes by {difference:.2g} (allowed: {BLOCK_TOLERANCE:.2g})")
-    _write(model, values)
-    return before, [] if reason is None else [Fallback(f"{adapter.block_prefix}.{block}", NOT_ROTATED, reason)]
+    return before, turn, [] if reason is None else [Fallback(prefix[:-1], NOT_ROTATED, reason)]
+
+
+def _turned_block(adapter: Adapter, block: int, turn: _Turn, basis: Basis, spec: RotationSpec) -> dict[str, Tensor]:
+    """Rotated parameters of a resident block, by name."""
+    model, steps = adapter.model, Steps()
+    _absorb_norms(model, turn.norms, basis, steps)
+    _turn_writers(adapter, block, basis, steps)
+    if turn.heads is not None:
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        own = make_basis(turn.heads.size, spec.kind, spec.seed + 1 + block, embedding.device)
+        turn_values(model, turn.heads, own, steps)
+    values = {name: steps.value(name, model.get_parameter(name)) for name in steps.by_name}
+    return values | _unit_norms(model, turn.norms)
 
 
 def _value_heads(adapter: Adapter, block: int, spec: RotationSpec) -> tuple[ValueHeads | None, str | None]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.packing import num_words, pack, unpack
+from moeq.quant.packing import num_words, pack, unpack
 
 SIZES = (1, 5, 8, 31, 32, 33, 64, 100)
 

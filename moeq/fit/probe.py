@@ -1,0 +1,40 @@
+"""A few tokens that are taken through the blocks with the batches: how a block can be run to try something on it."""
+
+import torch
+from torch import Tensor
+
+from moeq.disk.waiting import WaitingStates
+from moeq.fit.activations import ActivationStore
+from moeq.models.adapter import Adapter
+from moeq.models.blocks import BlockCall, capture_calls, hand_on, hands_on
+
+_NUM_TOKENS = 16
+
+
+class Probe:
+    """The same tokens on every rank.
+
+    Args:
+        adapter: The model.
+        waiting: Where what blocks hand on waits; it is small.
+    """
+
+    def __init__(self, adapter: Adapter, waiting: WaitingStates) -> None:
+        self.adapter = adapter
+        self._store = ActivationStore(waiting)
+        self._hands_on = hands_on(adapter.blocks)
+
+    def call(self, block: int) -> BlockCall:
+        """How the model calls a block on them, with what the blocks before it hand on; hidden states as embedded."""
+        call = capture_calls(self.adapter.model, self.adapter.blocks, {"input_ids": self._ids()}, last=block)[-1]
+        return self._store.enter(0, block, call) if self._hands_on else call
+
+    def advance(self, block: int) -> None:
+        """Go through a finished block, which is resident; needed where blocks hand something on."""
+        if self._hands_on:
+            call = self.call(block)
+            self._store.put(0, block + 1, *hand_on(self.adapter.blocks[block], call.hidden, call))
+
+    def _ids(self) -> Tensor:
+        embedding = self.adapter.model.get_input_embeddings().weight  # type: ignore[operator]
+        return (torch.arange(_NUM_TOKENS, device=embedding.device) % embedding.shape[0])[None]
