@@ -55,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--quick", action="store_true", help="a look: three runs")
     parser.add_argument("--folder", type=Path, help="where runs are written and removed again (default: of the system)")
-    parser.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="more options for every fit")
+    parser.add_argument(
+        "--fit",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option for every fit, as --fit=--model.x=1",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, and .md beside it")
     return parser
 

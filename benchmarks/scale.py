@@ -66,7 +66,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16], help="numbers of blocks (default 4 8 16)")
     run.add_argument("--limit-gib", type=float, default=8.0, help="of the address space (default 8); 0 is no limit")
     run.add_argument("--folder", type=Path, default=Path("runs/scale"), help="models and runs (default runs/scale)")
-    run.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="more options for every fit")
+    run.add_argument(
+        "--fit",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option for every fit, as --fit=--model.x=1",
+    )
     run.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, and .md beside it")
     for each in (make, run):
         each.add_argument("--seed", type=int, default=0, help="of the weights")
@@ -94,6 +100,7 @@ def fit(shape: Shape, num_blocks: int, options: argparse.Namespace) -> Row:
     finished = run_limited([sys.executable, "main.py", "fit", *arguments], limit, log)
     row: Row = {
         "blocks": num_blocks, "limit_bytes": limit, "code": finished.code, "seconds": finished.seconds,
+        "processor_seconds": finished.processor_seconds,
         "model_bytes": sum((model / name).stat().st_size for name, _ in shards(shape, num_blocks)),
         "block_bytes": (model / "block_000.safetensors").stat().st_size,
         "resident_bytes": finished.peak.resident, "anonymous_bytes": finished.peak.anonymous,

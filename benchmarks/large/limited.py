@@ -49,11 +49,13 @@ class Finished:
     Attributes:
         code: Its exit code; negative: the signal that ended it.
         seconds: Wall time.
+        processor_seconds: Of all its threads.
         peak: The most it took.
     """
 
     code: int
     seconds: float
+    processor_seconds: float
     peak: Memory
 
 
@@ -87,12 +89,19 @@ def run_limited(
         )
         sampler = _Sampler(process.pid)
         sampler.start()
+        before = _processor_seconds()
         try:
             code = process.wait()
         finally:
             process.kill()
             sampler.end()
-    return Finished(code, time.perf_counter() - start, sampler.peak)
+    return Finished(code, time.perf_counter() - start, _processor_seconds() - before, sampler.peak)
+
+
+def _processor_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class _Sampler(threading.Thread):

@@ -135,7 +135,8 @@ def seconds_table(scale: Scale, rows: Sequence[Row]) -> str:
         [f"{name} (of the run, divided)", *(f"{found[1].get(name, 0.0) / num:.2f}" for num, found in phases.items())]
         for name in whole
     ]
-    lines.append(["everything, divided", *(f"{row['seconds'] / row['blocks']:.1f}" for row in rows)])
+    for name, key in (("everything", "seconds"), ("everything, processor seconds", "processor_seconds")):
+        lines.append([f"{name}, divided", *(f"{row[key] / row['blocks']:.1f}" for row in rows)])
     floor = block_floor(scale.shape, rows[0]["block_bytes"], scale.num_tokens, scale.length, scale.rates)
     read, *products = scale.rates.read / 1e9, scale.rates.model_products / 1e9, scale.rates.float32_products / 1e9
     return markdown(["seconds per block", *(f"{num} blocks" for num in phases)], lines) + (
