@@ -1,8 +1,9 @@
-"""Write the quantized model, reload what was written and compare it."""
+"""Write the quantized model, read back what was written and compare it."""
 
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +46,7 @@ class Export(Step):
         """Write and verify, on the first rank; the others wait, as the exported folder is one."""
         module = module_of(pl_module)
         if trainer.is_global_zero:
-            self._export(module)
+            self._export(module, hidden=trainer.progress_bar_callback is None)
         trainer.strategy.barrier("moeq_export")
 
     def _may_replace(self, run_dir: Path) -> bool:
@@ -54,34 +55,16 @@ class Export(Step):
     def _folders(self, run_dir: Path) -> list[Path]:
         return [run_dir / "export", *([run_dir / "dense"] if self.dense else [])]
 
-    def _export(self, module: MoEQuantModule) -> None:
-        from moeq.export.dense import write_dense
-        from moeq.export.moeq_format import write_checkpoint
-        from moeq.export.verify import verify_checkpoint, verify_dense
-
-        start, replace = time.perf_counter(), self._may_replace(module.run_dir)
-        packed, dense = module.run_dir / "export", module.run_dir / "dense"
-        model, run = module.model.to("cpu"), module.run
-        if left := sorted(run.plan.keys() - run.quantized.keys()):
+    def _export(self, module: MoEQuantModule, *, hidden: bool) -> None:
+        start, run = time.perf_counter(), module.run
+        if left := sorted(run.plan.keys() - module.walk.resume.grids.keys()):
             raise ValueError(
                 f"{len(left)} of {len(run.plan)} planned weights were not quantized, first {left[0]}; "
                 "put a method such as GPTQ or RTN into the list of callbacks"
             )
+        replace = self._may_replace(module.run_dir)
         write_json(module.run_dir / UNFINISHED, {"pid": os.getpid()})
-        cost = plan_cost(run.plan, module.weight_shapes())
-        metadata = {
-            "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
-            "average_bits": cost.average_bits, "seconds": sum(run.seconds.values()),
-        }  # fmt: skip
-        report = write_checkpoint(model, module.tokenizer, run.quantized, packed, metadata=metadata, overwrite=replace)
-        probe = torch.arange(64).remainder(model.config.get_text_config().vocab_size).reshape(2, 32)
-        verification = {
-            "checkpoint": verify_checkpoint(packed, model, run.quantized, probe).to_dict(),
-            "written": report.to_dict(),
-        }
-        if self.dense:
-            write_dense(model, module.tokenizer, dense, overwrite=replace)
-            verification["dense"] = verify_dense(dense, model, probe).to_dict()
+        verification = self._write(module, replace, hidden)
         write_json(module.run_dir / "verification.json", verification)
         (module.run_dir / UNFINISHED).unlink()
         run.seconds["export"] = time.perf_counter() - start
@@ -90,4 +73,41 @@ class Export(Step):
         for kind, gap in inexact.items():
             detail = f"all tensors equal, logits within {gap:.3g}: the processor's sums have no fixed order"
             run.fallbacks.append(Fallback(kind, "logits equal up to rounding", detail))
+        packed = module.run_dir / "export"
         rank_zero_info(f"Export: {packed} written, reloaded and equal{' up to rounding of logits' if inexact else ''}")
+
+    def _write(self, module: MoEQuantModule, replace: bool, hidden: bool) -> dict[str, dict[str, Any]]:
+        """Write and verify both folders from the block files; returns what was written and compared."""
+        from tqdm import tqdm
+
+        from moeq.checkpoint.packed import PackedFormat
+        from moeq.export.dense import write_dense
+        from moeq.export.finished import FinishedModel, Progress
+        from moeq.export.moeq_format import write_packed
+        from moeq.export.verify import verify_dense, verify_packed
+
+        run, packed, dense = module.run, module.run_dir / "export", module.run_dir / "dense"
+        module.adapter.residency.place("cpu")
+        source = FinishedModel(module.adapter, module.walk.resume)
+        grids = {name: PackedFormat(grid.bits, grid.group_size, grid.symmetric) for name, grid in run.plan.items()}
+        cost = plan_cost(run.plan, module.weight_shapes())
+        metadata = {
+            "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
+            "average_bits": cost.average_bits,
+        }  # fmt: skip
+        seconds = {"seconds": sum(run.seconds.values())}
+        probe = torch.arange(64).remainder(module.model.config.get_text_config().vocab_size).reshape(2, 32)
+
+        def bar(kind: str) -> Progress:
+            return lambda blocks, label: tqdm(blocks, desc=f"{kind} export, {label}", unit="block", disable=hidden)
+
+        report = write_packed(
+            source, module.tokenizer, grids, packed, metadata=metadata, measured=seconds, overwrite=replace,
+            progress=bar("packed"),
+        )  # fmt: skip
+        verified = {"checkpoint": verify_packed(packed, source, probe, progress=bar("packed")).to_dict()}
+        verified["written"] = report.to_dict()
+        if self.dense:
+            write_dense(source, module.tokenizer, dense, overwrite=replace, progress=bar("dense"))
+            verified["dense"] = verify_dense(dense, source, probe, progress=bar("dense")).to_dict()
+        return verified

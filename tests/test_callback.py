@@ -48,7 +48,8 @@ def quantized(
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=TextDataModule(str(text), num_windows=8, length=32, batch_size=4))
-    return module.run.quantized
+    resume = module.walk.resume
+    return {name: weight for block in range(len(resume.sites)) for name, weight in resume.quantized(block).items()}
 
 
 def assert_equal_codes(one: dict[str, QuantizedWeight], other: dict[str, QuantizedWeight]) -> None:

@@ -22,9 +22,10 @@ from datamodules.calibration import CalibrationDataModule
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.loading import load_model
 from moeq.export.moeq_format import read_quantized
+from moeq.disk.waiting import WaitingStates
 from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter, Site
-from moeq.models.blocks import capture_calls, run_block
+from moeq.models.blocks import capture_calls
 from moeq.models.experts import activate, project_down, project_in
 from moeq.models.not_quantized import is_router
 from moeq.models.observe import observe
@@ -245,11 +246,10 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(family: str) -> N
     with blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output)):
         model(ids, use_cache=False)
     expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    store = ActivationStore()
-    for last in range(len(blocks)):  # a new batch of arguments for every block, as in a run
-        calls = capture_calls(model, blocks, {"input_ids": ids})
-        hidden = store.advance(0, last, calls, blocks)
-    torch.testing.assert_close(run_block(blocks[-1], hidden, calls[-1]), expected)
+    store = ActivationStore(WaitingStates(1 << 30, Path()))
+    for number, block in enumerate(blocks):  # a new batch of arguments for every block, as in a run
+        store.advance(0, number, capture_calls(model, blocks, {"input_ids": ids}, last=number)[-1], block)
+    torch.testing.assert_close(store.at(0, "cpu"), expected)
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

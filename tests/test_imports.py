@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocation": {"quant"},
     "sampling": {"decoding", "models", "disk"},
     "fit": {"allocation", "models", "quant", "disk"},
-    "survey": {"allocation", "scoring", "fit", "models", "quant"},
+    "survey": {"allocation", "scoring", "fit", "models", "quant", "disk"},
     "export": {"checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},

@@ -8,11 +8,12 @@ its parameters are in memory.  The numbers are those that ``from_pretrained`` lo
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -64,11 +65,9 @@ class BlockStream:
     def place(self, device: torch.device | str) -> None:
         """Move what is always there, and the blocks that are resident; others come to this device."""
         self._device = torch.device(device)
-        for module in self._model.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.device.type != "meta":
-                    tensor.data = tensor.data.to(self._device)
-                    assert getattr(module, name).device.type == self._device.type
+        for _, tensor in _named(self._model):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(self._device)
 
     @contextmanager
     def resident(self, block: int) -> Iterator[None]:
@@ -84,9 +83,11 @@ class BlockStream:
                 self._unload_block(block)
 
     def read_ahead(self, block: int) -> None:
-        """Read a block's files into the cache of the system."""
+        """Let the system read a block's files into its cache, which is memory that it takes back where it needs it."""
         if block < len(self.blocks) and not self._depth[block]:
-            read_ahead(tensor for name in self._names(block) for tensor, _ in self._sources[name].tensors)
+            tensors = [tensor for name in self._names(block) for tensor, _ in self._sources[name].tensors]
+            # The system may make the caller wait while its queue is full.
+            Thread(target=read_ahead, args=(tensors,), daemon=True).start()
 
     def change_blocks(self, change: BlockChange) -> None:
         """Change the blocks that are resident now, others when they come."""
@@ -100,6 +101,11 @@ class BlockStream:
         self._load([name for name in self._sources if not name.startswith(f"{self.prefix}.")])
         self._model.tie_weights()
         _refuse_absent(self._model, self.blocks)
+
+    @property
+    def stored(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Tensors of the files by the (first) parameter that is made of them."""
+        return {name: tuple(tensor for tensor, _ in source.tensors) for name, source in self._sources.items()}
 
     def block_bytes(self, block: int) -> int:
         """Bytes of a block's tensors in the files."""
@@ -152,24 +158,43 @@ def open_stream(
         raise ValueError(
             f"{folder} is quantized already, so its blocks cannot be streamed; set --model.placement memory"
         )
-    stored = _stored(folder)
+    stored = stored_in(folder)
     stored_dtype = dtype or config.dtype or next(t.dtype for t in stored.values() if t.dtype.is_floating_point)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=stored_dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = model.name_or_path = str(folder)
-    _apply_dtype_plan(model, stored_dtype)
+    mapping = get_model_conversion_mapping(model)
+    return model, stream_into(model, stored_dtype, stored, mapping, wide=compute(stored_dtype) != stored_dtype)
+
+
+def stream_into(
+    model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[str, StoredTensor], mapping: list[Any], *, wide: bool
+) -> BlockStream:
+    """Load what lies outside of the blocks of a model on the meta device; its blocks come from the stream.
+
+    Args:
+        model: In its storage dtype; it is in evaluation mode without gradients afterwards.
+        dtype: Storage dtype.
+        stored: Tensors of the files by key.
+        mapping: Conversions from files to this model, in loading direction.
+        wide: Hold it in float32.
+
+    Raises:
+        ValueError: The files lack tensors of the model, or a tensor has another shape.
+    """
+    _apply_dtype_plan(model, dtype)
     model.eval().requires_grad_(False)
-    if compute(stored_dtype) != stored_dtype:
+    if wide:
         widen(model)
     _make_unsaved_buffers(model)
-    stream = BlockStream(model, _find_sources(model, stored))
+    stream = BlockStream(model, _find_sources(model, stored, mapping))
     stream.load_outside()
-    return model, stream
+    return stream
 
 
-def _stored(folder: Path) -> dict[str, StoredTensor]:
+def stored_in(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder by its key."""
     paths = weight_files(folder)
     if missing := [path for path in paths if not path.is_file()]:
@@ -179,9 +204,10 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
 
 
-def _find_sources(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, _Source]:
+def _find_sources(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], mapping: list[Any]
+) -> dict[str, _Source]:
     """Which tensors of the files each parameter is made of, by transformers' conversions; unknown ones are left out."""
-    mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

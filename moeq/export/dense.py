@@ -1,37 +1,63 @@
 """The dense export: an ordinary Hugging Face folder with the dequantized values, for any runtime."""
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moeq.checkpoint.names import dense_conversions
 from moeq.disk.folder import atomic_folder
-from moeq.export.moeq_format import MAX_SHARD, finish_folder
-from moeq.models.storage import in_storage_dtypes
+from moeq.export.finished import FinishedModel, Progress, silent
+from moeq.export.layout import plan_layout
+from moeq.export.moeq_format import finish_folder
+from moeq.export.stored import as_stored, block_tensors, stored_tensors
+from moeq.export.weights import write_weights
+from moeq.models.storage import storage_dtype
 
 
 def write_dense(
-    model: PreTrainedModel,
+    source: FinishedModel,
     tokenizer: Any,
     directory: Path | str,
     overwrite: bool = False,
     *,
     metadata: dict[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """Write ``model`` in the dtypes of its source's files, as a folder that ``from_pretrained`` opens.
+    """Write a finished model in the dtypes of its source's files, as a folder that ``from_pretrained`` opens.
 
     It appears complete or not at all.
 
     Args:
-        model: Dense model.
+        source: Dense model, finished block by block.
         tokenizer: Its tokenizer, or None.
         directory: Folder to create.
         overwrite: Replace a folder that exists.
         metadata: JSON values for the manifest.
+        progress: Shows how many blocks are written.
 
     Raises:
         ValueError: The folder exists and is not empty, or the model holds values that those dtypes do not.
     """
-    with in_storage_dtypes(model), atomic_folder(directory, overwrite=overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    with atomic_folder(directory, overwrite=overwrite) as folder:
+        layout = plan_layout(_skeleton(source.model), stored_tensors(source.model))
+        write_weights(source, layout, lambda block: _block(source, block), folder, progress)
         finish_folder(folder, tokenizer, kind="dense", metadata=metadata or {})
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model on the meta device, in the dtype of its files."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
+    skeleton.generation_config = copy.deepcopy(model.generation_config)
+    skeleton._weight_conversions = dense_conversions(model)
+    return skeleton
+
+
+def _block(source: FinishedModel, block: int) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in block_tensors(source, block):
+        yield name, as_stored(source.model, name, tensor)

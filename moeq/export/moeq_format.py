@@ -1,9 +1,10 @@
 """moeq's own checkpoint: a Hugging Face folder that holds quantized weights packed, and everything else as it was.
 
-``write_checkpoint`` builds the packed model out of the dense one and its codes, and lets transformers save it, so that
+``write_packed`` writes the files that ``save_pretrained`` of the packed model would write, without making that model:
 a checkpoint that is written and one that is loaded and saved again have the same keys.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +17,17 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from moeq.checkpoint.names import module_keys, packed_conversions
-from moeq.checkpoint.packed import PackedLinear
+from moeq.checkpoint.names import check_expressible, module_keys, packed_conversions
+from moeq.checkpoint.packed import PackedFormat, PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.disk.folder import atomic_folder, check_integrity, check_target, weight_files, write_manifest
-from moeq.export.assemble import pack_model, packed_skeleton
-from moeq.models.storage import in_storage_dtypes
+from moeq.export.assemble import packed_block, packed_counterpart, packed_declared, packed_format, packed_skeleton
+from moeq.export.finished import FinishedModel, Progress, held, silent
+from moeq.export.layout import plan_layout
+from moeq.export.weights import write_weights
 from moeq.quant.spec import QuantizedWeight
 
-__all__ = ["CheckpointReport", "check_integrity", "check_target", "read_quantized", "write_checkpoint"]
-MAX_SHARD = "5GB"
+__all__ = ["CheckpointReport", "check_integrity", "check_target", "read_quantized", "write_checkpoint", "write_packed"]
 
 
 @dataclass(frozen=True)
@@ -53,45 +55,78 @@ class CheckpointReport:
         return asdict(self)
 
 
+def write_packed(
+    source: FinishedModel,
+    tokenizer: Any,
+    grids: Mapping[str, PackedFormat],
+    directory: Path | str,
+    *,
+    metadata: dict[str, Any],
+    measured: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> CheckpointReport:
+    """Write the packed checkpoint block by block; the folder appears complete or not at all.
+
+    Args:
+        source: Dense model and its codes, whose scales have the dtype of the source's files; the other tensors are
+            written as they are, in the dtypes of those files.
+        tokenizer: Tokenizer of the model, or None.
+        grids: Of every quantized weight, by canonical name.
+        directory: Folder to create.
+        metadata: JSON values kept in ``config.json`` and in the manifest.
+        measured: JSON values that differ from run to run (times), kept in the manifest alone: every other file is the
+            same to the byte in each run that has the same codes.
+        overwrite: Replace a folder that exists.
+        progress: Shows how many blocks are written.
+
+    Raises:
+        ValueError: The folder is taken, or a quantized weight is not one of the model's (name, shape, dtype of its
+            scales) or not on its grid, or other tensors hold values that the files' dtypes do not.
+    """
+    check_target(directory, overwrite=overwrite)  # before the work, not after it
+    skeleton = packed_counterpart(source.model, grids, metadata)
+    layout = plan_layout(skeleton, packed_declared(source.model, skeleton))
+    with atomic_folder(directory, overwrite=overwrite) as folder:
+        write_weights(source, layout, lambda block: packed_block(source, skeleton, grids, block), folder, progress)
+        finish_folder(folder, tokenizer, kind=METHOD, metadata={**metadata, **(measured or {})})
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return CheckpointReport(
+        directory=str(directory),
+        bytes_total=sum(sizes),
+        bytes_quantized=_packed_bytes(skeleton),
+        num_tensors=len(layout.declared),
+        num_quantized=len(grids),
+        num_files=len(sizes),
+    )
+
+
 def write_checkpoint(
     model: PreTrainedModel,
     tokenizer: Any,
-    quantized: dict[str, QuantizedWeight],
+    quantized: Mapping[str, QuantizedWeight],
     directory: Path | str,
     *,
     metadata: dict[str, Any],
     overwrite: bool = False,
 ) -> CheckpointReport:
-    """Write the packed checkpoint; the folder appears complete or not at all.
+    """Write the packed checkpoint of a model in memory that holds the dequantized values; see ``write_packed``.
 
     Args:
-        model: Dense model that holds the dequantized values; its other tensors are written as they are, in the dtypes
-            of the source's files.
+        model: Dense model.
         tokenizer: Tokenizer of the model, or None.
-        quantized: Codes by canonical weight name; the scales have the dtype of the source's files.
+        quantized: Codes of weights of its blocks, by canonical name.
         directory: Folder to create.
         metadata: JSON values kept in ``config.json`` and in the manifest.
         overwrite: Replace a folder that exists.
 
     Raises:
-        ValueError: The folder is taken, the family's experts cannot be expressed, or a quantized weight is not one of
-            the model's (name, shape, dtype of its scales), or other tensors hold values that the files' dtypes do not.
+        ValueError: See ``write_packed``; the family's experts cannot be expressed, or weights lie outside of blocks.
     """
-    check_target(directory, overwrite=overwrite)  # before the work, not after it
-    with in_storage_dtypes(model), atomic_folder(directory, overwrite=overwrite) as folder:
-        packed = pack_model(model, quantized, metadata)
-        packed.save_pretrained(folder, max_shard_size=MAX_SHARD)
-        finish_folder(folder, tokenizer, kind=METHOD, metadata=metadata)
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        num_tensors = sum(len(keys) for keys in _file_keys(folder).values())
-    return CheckpointReport(
-        directory=str(directory),
-        bytes_total=sum(sizes),
-        bytes_quantized=_packed_bytes(packed),
-        num_tensors=num_tensors,
-        num_quantized=len(quantized),
-        num_files=len(sizes),
-    )
+    check_target(directory, overwrite=overwrite)
+    check_expressible(model)
+    grids = {name: packed_format(weight) for name, weight in quantized.items()}
+    return write_packed(held(model, quantized), tokenizer, grids, directory, metadata=metadata, overwrite=overwrite)
 
 
 def finish_folder(folder: Path, tokenizer: Any, *, kind: str, metadata: dict[str, Any]) -> None:

@@ -1,29 +1,24 @@
-"""Verification of an export: reload it as a user would, and compare it bit for bit with what was evaluated."""
+"""Verification of an export: read it back, and compare it bit for bit with what was evaluated, block by block."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import moeq.checkpoint.quantizer  # noqa: F401  (registers the quantization method that from_pretrained needs)
-from moeq.checkpoint.names import dense_weight
-from moeq.checkpoint.packed import PackedLinear, dequantize_codes
+from moeq.checkpoint.loading import align
 from moeq.disk.folder import check_integrity
-from moeq.models.experts import expert_modules
-from moeq.models.storage import is_widened, storage_dtype, widen
-from moeq.quant.spec import QuantizedWeight
+from moeq.export.compare import Compare, ExportMismatchError, compare_dense, compare_packed, raise_for
+from moeq.export.finished import FinishedModel, Progress, silent
+from moeq.export.reopen import reopen
+from moeq.models.adapter import find_blocks
+from moeq.models.blocks import visiting
 
-_SHOWN = 8  # names in an error message
-_ALIGNMENT = 64  # bytes; what torch's own CPU allocator gives
-
-
-class ExportMismatchError(ValueError):
-    """The files on disk do not hold what was evaluated."""
+__all__ = ["ExportMismatchError", "VerificationReport", "verify_dense", "verify_packed"]
 
 
 @dataclass(frozen=True)
@@ -51,141 +46,93 @@ class VerificationReport:
         return asdict(self)
 
 
-def verify_checkpoint(
+def verify_packed(
     directory: Path | str,
-    model: PreTrainedModel,
-    quantized: dict[str, QuantizedWeight],
+    source: FinishedModel,
     input_ids: Tensor,
     *,
     logit_tolerance: float = 0.0,
+    progress: Progress = silent,
 ) -> VerificationReport:
-    """Reload a packed checkpoint and compare it with the dense model and the codes it was made from.
+    """Read a packed checkpoint back and compare it with the dense model and the codes it was made from.
 
     Args:
         directory: Folder of the packed checkpoint.
-        model: Dense model that holds the dequantized values.
-        quantized: Codes by canonical weight name.
+        source: Dense model, finished block by block, and its codes.
         input_ids: [B, T], tokens to compare logits on.
         logit_tolerance: Largest allowed difference of a logit; above 0 only for devices whose sums have no fixed order.
+        progress: Shows how many blocks are compared.
 
     Raises:
         ValueError: The folder is damaged.
         ExportMismatchError: Tensors or logits differ; it names the tensors.
     """
-    check_integrity(directory)
-    reloaded = _reload(directory, model)
-    layers = {name: module for name, module in reloaded.named_modules() if isinstance(module, PackedLinear)}
-    _raise_for(directory, "quantized weights", sorted(set(layers) ^ set(quantized)))
-    differing = []
-    for name, layer in layers.items():
-        differing += [f"{name} ({part})" for part in _differences(layer.quantized(), quantized[name])]
-    _raise_for(directory, "quantized weights", differing)
-    experts = expert_modules(model)
-    stale = [n for n, w in quantized.items() if not _stands_for(w, dense_weight(model, n, experts), model)]
-    _raise_for(directory, "dequantized weights of the model", stale)
-    others = _unquantized(reloaded, model)
-    differing = [name for name, (ours, theirs) in others.items() if not _same(ours, theirs)]
-    _raise_for(directory, "tensors", differing + _other_dtypes(reloaded, model, others))
-    equal, difference = _compare_logits(directory, reloaded, model, input_ids, logit_tolerance)
-    return VerificationReport(str(directory), len(quantized), len(others), input_ids.numel(), equal, difference)
+    return _verify(directory, source, compare_packed, input_ids, logit_tolerance, progress)
 
 
 def verify_dense(
-    directory: Path | str, model: PreTrainedModel, input_ids: Tensor, *, logit_tolerance: float = 0.0
+    directory: Path | str,
+    source: FinishedModel,
+    input_ids: Tensor,
+    *,
+    logit_tolerance: float = 0.0,
+    progress: Progress = silent,
 ) -> VerificationReport:
-    """Reload a dense export and compare its tensors and logits with the model.
+    """Read a dense export back and compare its tensors and logits with the model; see ``verify_packed``.
 
     Raises:
         ValueError: The folder is damaged.
         ExportMismatchError: Tensors or logits differ; it names the tensors.
     """
+    return _verify(directory, source, compare_dense, input_ids, logit_tolerance, progress)
+
+
+def _verify(
+    directory: Path | str,
+    source: FinishedModel,
+    compare: Compare,
+    input_ids: Tensor,
+    tolerance: float,
+    progress: Progress,
+) -> VerificationReport:
     check_integrity(directory)
-    reloaded = _reload(directory, model)
-    ours, theirs = reloaded.state_dict(), model.state_dict()
-    _raise_for(directory, "tensors", sorted(set(ours) ^ set(theirs)))
-    differing = [name for name in ours if not _same(ours[name], theirs[name])]
-    _raise_for(directory, "tensors", differing + _other_dtypes(reloaded, model, ours))
-    equal, difference = _compare_logits(directory, reloaded, model, input_ids, logit_tolerance)
-    return VerificationReport(str(directory), 0, len(ours), input_ids.numel(), equal, difference)
+    reopened = reopen(directory, source.model)
+    raise_for(directory, "tensors", reopened.unexpected)
+    counts = [compare(directory, reopened.model, source, None)]
+    shown = iter(progress(source.block_indices, "verifying"))
 
+    @contextmanager
+    def compared(block: int) -> Iterator[None]:
+        next(shown, None)
+        with source.finished(block):
+            with reopened.resident(block):
+                counts.append(compare(directory, reopened.model, source, block))
+            yield
 
-def _reload(directory: Path | str, model: PreTrainedModel) -> PreTrainedModel:
-    """The model as a user opens it, then in the dtype that the evaluated model computes in."""
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=model.config._attn_implementation)
-    if is_widened(model):
-        widen(reloaded)
-    return reloaded.to(model.device).eval()
-
-
-def _unquantized(reloaded: PreTrainedModel, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Every tensor outside packed linears with its counterpart in the dense model."""
-    packed = {name for name, module in reloaded.named_modules() if isinstance(module, PackedLinear)}
-    dense, experts = model.state_dict(), expert_modules(model)
-    pairs = {}
-    for name, tensor in reloaded.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in packed and leaf != "bias":
-            continue
-        # An expert projection that is not quantized is a linear here and a slice of one parameter there.
-        counterpart = dense[name] if name in dense else dense_weight(model, owner, experts)
-        pairs[name] = (tensor, counterpart)
-    return pairs
-
-
-def _differences(ours: QuantizedWeight, theirs: QuantizedWeight) -> Iterator[str]:
-    if (ours.bits, ours.group_size) != (theirs.bits, theirs.group_size):
-        yield "grid"
-    for part in ("codes_OI", "scale_OG", "zero_point_OG"):
-        if not _same(getattr(ours, part), getattr(theirs, part)):
-            yield part
-
-
-def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    return ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
-
-
-def _stands_for(quantized: QuantizedWeight, weight_OI: Tensor, model: PreTrainedModel) -> bool:
-    """Whether codes give exactly a weight of the model, and in the dtype that its file has for it."""
-    real_OI = dequantize_codes(quantized)
-    stored = storage_dtype(model) if is_widened(model) else weight_OI.dtype
-    return real_OI.dtype == stored and _same(real_OI.to(weight_OI.dtype), weight_OI)
-
-
-def _other_dtypes(reloaded: PreTrainedModel, model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Tensors of a widened model that the export holds in another dtype than the source; values are compared apart."""
-    if not is_widened(model):
-        return []
-    return [name for name in names if storage_dtype(reloaded, name) != storage_dtype(model, name)]
-
-
-def _raise_for(directory: Path | str, what: str, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        raise ExportMismatchError(
-            f"{len(names)} {what} differ between {directory} and the evaluated model: {shown}; export again"
-        )
+    align(source.model)
+    theirs = _logits(source.model, compared, input_ids)
+    next(shown, None)  # the bar ends
+    ours = _logits(reopened.model, reopened.resident, input_ids)
+    equal, difference = _compare_logits(directory, ours, theirs, tolerance)
+    num_quantized, num_other = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return VerificationReport(str(directory), num_quantized, num_other, input_ids.numel(), equal, difference)
 
 
 @torch.no_grad()
-def _compare_logits(
-    directory: Path | str,
-    reloaded: PreTrainedModel,
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    tolerance: float,
-) -> tuple[bool, float]:
+def _logits(
+    model: PreTrainedModel, resident: Callable[[int], AbstractContextManager[None]], input_ids: Tensor
+) -> Tensor:
+    """Logits of a model whose blocks are there only while they run."""
+    with _eager_experts(model), visiting(find_blocks(model)[1], resident):
+        logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _compare_logits(directory: Path | str, ours: Tensor, theirs: Tensor, tolerance: float) -> tuple[bool, float]:
     """Whether logits are equal, and their largest difference; raises beyond the tolerance."""
-    input_ids = input_ids.to(model.device)
-    logits = []
-    for one in (reloaded, model):
-        _align(one)
-        with _eager_experts(one):
-            logits.append(one(input_ids=input_ids, use_cache=False).logits)
-    equal = torch.equal(logits[0], logits[1])
-    difference = 0.0 if equal else (logits[0].float() - logits[1].float()).abs().max().item()
-    tolerance = max(tolerance, _rounding(logits[1]))
+    equal = torch.equal(ours, theirs)
+    difference = 0.0 if equal else (ours.float() - theirs.float()).abs().max().item()
+    tolerance = max(tolerance, _rounding(theirs))
     if not difference <= tolerance:  # also for NaN
         raise ExportMismatchError(
             f"logits of {directory} differ from the evaluated model's by up to {difference:.3g} (allowed: "
@@ -202,17 +149,6 @@ def _rounding(logits: Tensor) -> float:
     """
     ordered = logits.device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return 0.0 if ordered or logits.dtype != torch.float32 else 1e-5 * logits.abs().max().item()
-
-
-def _align(model: PreTrainedModel) -> None:
-    """Move parameters to aligned memory.
-
-    ``from_pretrained`` maps files into memory, where tensors start at any multiple of 8 bytes, and matrix products
-    in float32 on a CPU may sum in another order for such operands: equal weights would give unequal logits.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
-            parameter.data = parameter.data.clone()
 
 
 @contextmanager

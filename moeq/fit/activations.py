@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeq.disk.waiting import WaitingStates
-from moeq.models.blocks import BlockCall, fill_in
+from moeq.models.blocks import BlockCall, fill_in, hand_on
 
 
 
@@ -108,6 +108,11 @@ class ActivationStore:
             self._waiting.drop((batch, "handed"))
         else:
             self._waiting.put((batch, "handed"), handed)
+
+    def advance(self, batch: int, block: int, call: BlockCall, module: nn.Module) -> None:
+        """Run a block on a batch, whose captured arguments are ``call``, and keep what it makes for the next one."""
+        entered = self.enter(batch, block, call)
+        self.put(batch, block + 1, *hand_on(module, entered.hidden, entered))
 
     def block_of(self, batch: int) -> int:
         """The block that a batch has reached."""

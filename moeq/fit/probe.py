@@ -1,12 +1,11 @@
 """A few tokens that are taken through the blocks with the batches: how a block can be run to try something on it."""
 
 import torch
-from torch import Tensor
 
 from moeq.disk.waiting import WaitingStates
 from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter
-from moeq.models.blocks import BlockCall, capture_calls, hand_on, hands_on
+from moeq.models.blocks import BlockCall, capture_calls, hands_on
 
 _NUM_TOKENS = 16
 
@@ -26,15 +25,15 @@ class Probe:
 
     def call(self, block: int) -> BlockCall:
         """How the model calls a block on them, with what the blocks before it hand on; hidden states as embedded."""
-        call = capture_calls(self.adapter.model, self.adapter.blocks, {"input_ids": self._ids()}, last=block)[-1]
+        call = self._captured(block)
         return self._store.enter(0, block, call) if self._hands_on else call
 
     def advance(self, block: int) -> None:
         """Go through a finished block, which is resident; needed where blocks hand something on."""
         if self._hands_on:
-            call = self.call(block)
-            self._store.put(0, block + 1, *hand_on(self.adapter.blocks[block], call.hidden, call))
+            self._store.advance(0, block, self._captured(block), self.adapter.blocks[block])
 
-    def _ids(self) -> Tensor:
+    def _captured(self, block: int) -> BlockCall:
         embedding = self.adapter.model.get_input_embeddings().weight  # type: ignore[operator]
-        return (torch.arange(_NUM_TOKENS, device=embedding.device) % embedding.shape[0])[None]
+        ids = torch.arange(_NUM_TOKENS, device=embedding.device) % embedding.shape[0]
+        return capture_calls(self.adapter.model, self.adapter.blocks, {"input_ids": ids[None]}, last=block)[-1]

@@ -17,7 +17,7 @@ from moeq.fit.resume import Resume
 from moeq.fit.run import Run
 from moeq.fit.schedule import GIB, Pass, Sequential, build_schedule
 from moeq.models.adapter import Adapter
-from moeq.models.blocks import BlockCall, capture_calls, hand_on, run_block, until_reached
+from moeq.models.blocks import BlockCall, capture_calls, run_block, until_reached
 from moeq.quant.spec import Routing
 
 
@@ -91,8 +91,7 @@ class Walk:
         call = capture_calls(adapter.model, adapter.blocks, batch, last=number)[-1]
         if current.kind in ("survey", "original", "advance"):
             store = self._originals if current.kind == "original" else self._activations
-            entered_call = store.enter(index, number, call)
-            store.put(index, number + 1, *hand_on(block, entered_call.hidden, entered_call))
+            store.advance(index, number, call, block)
             return
         if self.run.needs.originals:
             self._calls[index] = replace(call, hidden=call.hidden[:0]), _keep_BT(batch)

@@ -15,7 +15,6 @@ Shapes: E experts, C choices, J linears of a site, I in features, O out features
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from moeq.allocation.plan import Choice
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.coverage import regularize
 from moeq.quant.hessian import HessianState
-from moeq.survey.damage import DamageState
-from moeq.survey.fisher import GradientState
+from moeq.survey.findings import BlockFindings
 from moeq.survey.sensitivity import (
     fisher_costs,
     hessian_costs,
@@ -39,31 +37,6 @@ from moeq.survey.survey_spec import FISHER, SurveySpec
 
 # Cost name -> weight name -> choice -> cost.
 Tables = dict[str, dict[str, dict[Choice, float]]]
-
-
-@dataclass
-class BlockFindings:
-    """Sums over all tokens of one block.
-
-    Attributes:
-        sites: Its sites.
-        solver: Hessians with the solver's affinity weights, by site name.
-        plain: Hessians without; the same where the solver has none.
-        gradients: Squared gradients by site name.
-        damage: Measured changes of the block's output; None where none were asked for.
-        tokens: Tokens of each expert, by path of the experts module.
-        affinity: Summed routing weights, same keys.
-        num_tokens: Tokens of the calibration data.
-    """
-
-    sites: tuple[Site, ...]
-    solver: dict[str, HessianState]
-    plain: dict[str, HessianState]
-    gradients: dict[str, GradientState]
-    damage: DamageState | None
-    tokens: dict[str, Tensor]
-    affinity: dict[str, Tensor]
-    num_tokens: float
 
 
 def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites: Sequence[Site]) -> Tables:
@@ -132,7 +105,7 @@ def _solver_hessians(site: Site, spec: SurveySpec, found: BlockFindings) -> Tens
 
 
 def _token_hessians(state: HessianState, found: BlockFindings) -> Tensor:
-    return token_hessians(state.sum_EII, state.num_tokens_E, found.num_tokens)
+    return token_hessians(state.sum_EII, state.num_tokens_E, float(found.num_tokens))
 
 
 def _usage(found: BlockFindings, site: Site) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Fisher information: squared gradients of the log-likelihood at the output of every linear, one backward per batch.
+"""Fisher information: squared gradients of the log-likelihood at the output of every linear.
 
     G_o = mean over tokens of (d/dz_o sum_t log p(y_t | x_<=t))^2,     y_t drawn from p(. | x_<=t)
 
@@ -54,52 +54,34 @@ def sampled_tokens(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     return ids_BT1.squeeze(-1).clamp_max_(logits_BTV.shape[-1] - 1)
 
 
-def backward(model: nn.Module, inputs: dict[str, Tensor], generator: torch.Generator | None) -> None:
-    """Backward pass of the summed log-likelihood of a batch; hooks on activations see their gradients.
+def next_tokens(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The next token of the data at every position, int64 [B, T], and where there is one, bool [B, T].
 
     Args:
-        model: A causal LM; whatever its parameters say, they get no gradient.
-        inputs: Batch with ``input_ids`` and perhaps ``attention_mask``; padding does not count.
-        generator: Draws the tokens that are scored; None scores the next tokens of the data.
+        inputs: Batch with ``input_ids`` and perhaps ``attention_mask``; padding has no next token and is none.
     """
-    embedded: list[Tensor] = []
-
-    def carry_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
-        embedded.append(output.requires_grad_())
-
-    handle = model.get_input_embeddings().register_forward_hook(carry_gradient)  # type: ignore[operator]
-    try:
-        with torch.enable_grad():
-            logits_BTV = model(**inputs, use_cache=False).logits
-        with torch.no_grad():
-            # The gradient of log softmax at y is onehot(y) - p: no graph of the log-probabilities is needed.
-            ids_BT = inputs["input_ids"].roll(-1, 1) if generator is None else sampled_tokens(logits_BTV, generator)
-            counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-            if (mask_BT := inputs.get("attention_mask")) is not None:
-                counted_BT = mask_BT.bool()
-            if generator is None:  # the last token has no next one, nor has the last before padding
-                counted_BT = counted_BT & counted_BT.roll(-1, 1)
-                counted_BT[:, -1] = False
-            seed_BTV = logits_BTV.detach().float().softmax(-1).neg_()
-            seed_BTV.scatter_add_(-1, ids_BT.unsqueeze(-1), torch.ones_like(seed_BTV[..., :1]))
-            seed_BTV *= counted_BT.unsqueeze(-1)
-        torch.autograd.backward(logits_BTV, seed_BTV.to(logits_BTV.dtype), inputs=embedded)
-    finally:
-        handle.remove()
+    ids_BT, counted_BT = inputs["input_ids"].roll(-1, 1), counted_tokens(inputs)
+    counted_BT = counted_BT & counted_BT.roll(-1, 1)
+    counted_BT[:, -1] = False
+    return ids_BT, counted_BT
 
 
-@contextmanager
-def observe_outputs(blocks: nn.ModuleList, on_gradient: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call ``on_gradient(block, gradient_ND)`` for the output of every block in every backward pass inside."""
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
+def counted_tokens(inputs: dict[str, Tensor]) -> Tensor:
+    """Which tokens of a batch are no padding, bool [B, T]."""
+    mask_BT = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
-            def on_output(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                hidden.register_hook(lambda gradient: on_gradient(index, gradient.reshape(-1, gradient.shape[-1])))
 
-            stack.callback(block.register_forward_hook(on_output).remove)
-        yield
+@torch.no_grad()
+def score_gradient(logits_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Tensor:
+    """Gradient of the summed log-likelihood of tokens in the logits, in their dtype, [B, T, V]; padding does not count.
+
+    The gradient of log softmax at y is onehot(y) - p: no graph of the log-probabilities is needed.
+    """
+    gradient_BTV = logits_BTV.detach().float().softmax(-1).neg_()
+    gradient_BTV.scatter_add_(-1, ids_BT.unsqueeze(-1), torch.ones_like(gradient_BTV[..., :1]))
+    gradient_BTV *= counted_BT.unsqueeze(-1)
+    return gradient_BTV.to(logits_BTV.dtype)
 
 
 # Called with a site, the expert, the rows of the site's stacked weight and the gradients [N, rows] of its tokens.

@@ -29,10 +29,11 @@ class SimilarityProbe:
     Args:
         adapter: The model.
         spec: Which similarity, whether to predict it, and the seed.
+        device: Where the predictor is trained.
     """
 
-    def __init__(self, adapter: Adapter, spec: SurveySpec) -> None:
-        self.adapter, self.spec = adapter, spec
+    def __init__(self, adapter: Adapter, spec: SurveySpec, device: torch.device) -> None:
+        self.adapter, self.spec, self._device = adapter, spec, device
         num_blocks = len(adapter.blocks)
         self.measured_L = torch.full((num_blocks,), math.nan, dtype=torch.float64)
         self.predicted_L = torch.full((num_blocks,), math.nan, dtype=torch.float64)
@@ -70,11 +71,10 @@ class SimilarityProbe:
     def finish(self, block: int) -> None:
         """Mean over all tokens of all ranks."""
         predicted = 0.0
-        device = next(self.adapter.model.parameters()).device
         if self.spec.predictor and self._tokens:
-            model = train_predictor(self._tokens, self._similarities, self.spec.seed, device)
+            model = train_predictor(self._tokens, self._similarities, self.spec.seed, self._device)
             predicted, _ = predicted_similarity(model, self._tokens)
-        sums = torch.tensor([self._sum, predicted, self._num_tokens], dtype=torch.float64, device=device)
+        sums = torch.tensor([self._sum, predicted, self._num_tokens], dtype=torch.float64, device=self._device)
         sum_over_ranks([sums])
         if float(sums[2]) > 0:
             self.measured_L[block] = sums[0] / sums[2]

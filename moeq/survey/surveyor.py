@@ -1,18 +1,22 @@
 """Survey of the original model, block by block: from hooks on forward and backward passes to ``Evidence``.
 
 ``Surveyor`` is fed by a training loop (the callback ``Survey``) or by ``survey_model``, which needs only a model
-and token ids.  Every sum is added up over ranks, and solves are divided over them, so all ranks find the same.
+and token ids.  Every sum is added up over ranks, and solves are divided over them, so all ranks find the same.  One
+block at a time is resident.
 
 Memory of one block: the Hessians of all its sites in float64 (twice where the solver's are weighted by affinity and the
-Fisher cost needs plain ones), and for measured costs its rounded weights at every choice.  For ``gemq`` the gradients
-at all blocks' outputs wait on the CPU: ``num_gradient_batches`` bounds them.
+Fisher cost needs plain ones), and for measured costs its rounded weights at every choice.  What the sweeps before the
+first pass need again (inputs of blocks, gradients) waits in ``WaitingStates``; for ``gemq`` the gradients at the outputs
+of all blocks wait there until their block comes.
 
 Shapes: B batch, T tokens of a sequence, N = B T, D width, E experts, K experts of a token, I in features.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -20,39 +24,46 @@ from torch import Tensor, nn
 
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import Choice
-from moeq.distributed import gather_lists, rank_and_world, sum_over_ranks
+from moeq.disk.waiting import WaitingStates
+from moeq.distributed import gather_lists, rank_and_world
 from moeq.fit.activations import ActivationStore
 from moeq.models.adapter import Adapter, Site
-from moeq.models.blocks import capture_calls, run_block
+from moeq.models.blocks import hand_on
 from moeq.models.families import survey_refusal
 from moeq.models.observe import TokenMask, observe
-from moeq.quant.hessian import HessianState, accumulate, empty_state
-from moeq.survey.cost_tables import BlockFindings, Tables, measured_costs, solved_costs
-from moeq.survey.damage import RoutedCall, add_damage, empty_damage
-from moeq.survey.gradient_probe import GradientProbe
+from moeq.models.residency import Residency
+from moeq.quant.hessian import accumulate
+from moeq.survey.ahead import SweepsAhead
+from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
+from moeq.survey.damage import RoutedCall, add_damage
+from moeq.survey.findings import empty_findings
 from moeq.survey.measured_scale import anchor_factors, anchored
 from moeq.survey.sensitivity import round_trip
 from moeq.survey.similarity import SimilarityProbe
-from moeq.survey.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
-from moeq.survey.weight_scores import alphaq_table, weight_scores
+from moeq.survey.survey_spec import MEASURED, SOLVED, SurveySpec
+from moeq.survey.sweeps import Inputs, Show, captured, keep_N, unseen, visit
+from moeq.survey.weight_scores import alphaq_table, spectra, weight_scores
 
 
 class Surveyor:
     """Gathers evidence in one pass over the data per block, in block order, on the original weights.
 
-    For each block: ``open_block``; for each batch ``start_batch`` and then one run of the block; ``finish_block``.
-    After the last block ``evidence``.
+    First ``sweep_ahead``.  Then for each block, which is resident meanwhile: ``open_block``; for each batch
+    ``start_batch`` and one run of the block; ``finish_block``.  After the last block ``evidence``.
 
     Args:
         adapter: The model.
         spec: What to find out.
-        device: Where the model is.
+        waiting: Where what is needed again waits.
+        device: Where the model computes.
 
     Raises:
         ValueError: The family, or none of the choices, suits the survey.
     """
 
-    def __init__(self, adapter: Adapter, spec: SurveySpec, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu"
+    ) -> None:
         self.adapter, self.spec, self.device = adapter, spec, torch.device(device)
         self._sites = adapter.all_sites()
         config, stages = getattr(adapter.model, "config", None), {site.stage for site in self._sites}
@@ -60,13 +71,28 @@ class Surveyor:
             raise ValueError(f"this survey cannot be made of {type(adapter.model).__name__}: {why}")
         for site in self._sites if spec.costs else ():
             spec.choices_of(site)  # raises where none fits
-        self._similarity = SimilarityProbe(adapter, spec)
-        self._gradients = GradientProbe(adapter, spec, self._sites, self.device)
+        self._similarity = SimilarityProbe(adapter, spec, self.device)
+        self._ahead = SweepsAhead(adapter, spec, waiting, self.device)
         self._tables: Tables = defaultdict(dict)
         self._tokens: dict[str, Tensor] = {}
         self._affinity: dict[str, Tensor] = {}
-        self._kl_batches: list[dict[str, Tensor]] = []
+        self._scores: dict[str, dict[str, float]] = defaultdict(dict)
+        self._spectra: dict[str, tuple[float, float]] = {}
         self._stack = ExitStack()
+
+    @property
+    def num_ahead(self) -> int:
+        """Of this rank's batches, how many of the first ones ``sweep_ahead`` takes."""
+        return self._ahead.num_batches
+
+    def sweep_ahead(self, batches: Sequence[Inputs], show: Show = unseen) -> None:
+        """Find what costs need of the whole model before its first block is opened: gradients, divergences.
+
+        Args:
+            batches: The first ``num_ahead`` of this rank; batch i of rank r is number i * ranks + r of the whole set.
+            show: Shows how far the sweeps are.
+        """
+        self._ahead.sweep(batches, show)
 
     def open_block(self, block: int) -> None:
         """Attach to a block; hooks stay until ``finish_block`` or ``close``."""
@@ -74,7 +100,7 @@ class Surveyor:
         self._mask_BT: Tensor | None = None
         self._routed: RoutedCall | None = None
         sites = tuple(site for site in self._sites if site.block == block)
-        self._found = self._empty(sites)
+        self._found = empty_findings(self.spec, sites, self._ahead.gradients.of_sites(sites), self.device)
         if self.spec.wants(SOLVED):
             self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows))
         for path in self._found.tokens:
@@ -90,29 +116,23 @@ class Surveyor:
         self._stack.callback(hook.remove)
 
     def start_batch(self, batch_idx: int, inputs: dict[str, Tensor]) -> None:
-        """Before the block runs on a batch; in the first block this is where backward passes are made.
+        """Before the block runs on a batch.
 
         Args:
-            batch_idx: Number of the batch on this rank; batch i of rank r is number i * ranks + r of the whole set.
+            batch_idx: Number of the batch on this rank.
             inputs: The batch.
         """
         rank, world = rank_and_world()
         self._batch, self._mask_BT = batch_idx * world + rank, inputs.get("attention_mask")
-        self._mask.keep = None if self._mask_BT is None else self._mask_BT.flatten().bool()
+        self._mask.keep = keep_N(inputs)
         self._found.num_tokens += inputs["input_ids"].numel() if self._mask_BT is None else int(self._mask_BT.sum())
-        if self._block == 0:
-            self._gradients.run(self._batch, inputs, self._mask.keep)
-            if "fisher_kl" in self.spec.costs and self._batch < self.spec.num_kl_batches:
-                self._kl_batches.append(inputs)
         self._listening = True
 
     def finish_block(self) -> None:
         """Take the hooks off, add up the ranks, make the block's part of every table."""
         self.close()
         found = self._found
-        if self._block == 0:
-            self._gradients.finish()
-        self._sum_over_ranks(found)
+        found.add_up_ranks()
         self._tokens |= {path: counts.cpu() for path, counts in found.tokens.items()}
         self._affinity |= {path: sums.cpu() for path, sums in found.affinity.items()}
         rank, world = rank_and_world()
@@ -123,8 +143,12 @@ class Surveyor:
             for cost, table in part.items():
                 self._tables[cost] |= table
         if "fisher_kl" in self.spec.costs:
-            factors = anchor_factors(self.adapter, self.spec, found, self._kl_batches)
+            factors = anchor_factors(self.adapter, self.spec, found, self._ahead.divergences)
             self._tables["fisher_kl"] |= anchored(self._tables["fisher"], found.sites, factors)
+        for score, values in weight_scores(self.adapter, self.spec, found.sites).items():
+            self._scores[score] |= values
+        if "alphaq" in self.spec.costs:
+            self._spectra |= spectra(self.adapter, found.sites)
         self._similarity.finish(self._block)
         del self._found, self._rounded
 
@@ -134,17 +158,16 @@ class Surveyor:
         self._stack.close()
 
     def evidence(self) -> Evidence:
-        """What was found; call it after the last block, before any weight is changed."""
+        """What was found; call it after the last block."""
         names = [name for site in self._sites for name in site.weight_names()]
         if "alphaq" in self.spec.costs:
-            self._tables["alphaq"] = alphaq_table(self.adapter, self.spec, self._sites)
-        scores = weight_scores(self.adapter, self.spec, self._sites)
+            self._tables["alphaq"] = alphaq_table(self._spectra, self.spec, self._sites)
         return Evidence(
             tokens=self._tokens,
             affinity=self._affinity,
             similarity_L=self._similarity.measured_L,
             predicted_similarity_L=self._similarity.predicted_L if self.spec.predictor else None,
-            scores={score: {name: values[name] for name in names} for score, values in scores.items()},
+            scores={score: {name: values[name] for name in names} for score, values in self._scores.items()},
             costs={cost: {name: dict(self._tables[cost][name]) for name in names} for cost in self.spec.costs},
         )
 
@@ -177,28 +200,10 @@ class Surveyor:
             add_damage(
                 self._found.damage, self.adapter, self._found.sites, self._rounded, sorted(self.spec.choices),
                 lambda: _hidden(block.forward(*args, **kwargs)), self._routed,
-                self._gradients.at_output(self._batch, self._block, self.device), self._mask.keep,
+                self._ahead.gradients.at_output(self._batch, self._block), self._mask.keep,
             )  # fmt: skip
 
     # -- parts
-
-    def _empty(self, sites: tuple[Site, ...]) -> BlockFindings:
-        experts = {site.modules[0]: site.num_experts for site in sites if site.kind == "routed"}
-        solver: dict[str, HessianState] = {}
-        plain: dict[str, HessianState] = {}
-        for site in sites if self.spec.wants(SOLVED) else ():
-            solver[site.name] = plain[site.name] = empty_state(site.num_experts, site.in_features, self.device)
-            weighted = self.spec.affinity_power and site.kind in ("routed", "shared")
-            if weighted and self.spec.wants(FISHER):
-                plain[site.name] = empty_state(site.num_experts, site.in_features, self.device)
-        measured = self.spec.wants(MEASURED)
-        return BlockFindings(
-            sites=sites, solver=solver, plain=plain, gradients=self._gradients.states,
-            damage=empty_damage(sites, len(self.spec.choices), self.device) if measured else None,
-            tokens={path: torch.zeros(n, dtype=torch.int64, device=self.device) for path, n in experts.items()},
-            affinity={path: torch.zeros(n, dtype=torch.float64, device=self.device) for path, n in experts.items()},
-            num_tokens=0.0,
-        )  # fmt: skip
 
     def _round(self, site: Site) -> dict[Choice, Tensor]:
         weight_EOI = self.adapter.get_weight(site)
@@ -210,44 +215,38 @@ class Surveyor:
             for choice in spec.choices_of(site)
         }
 
-    def _sum_over_ranks(self, found: BlockFindings) -> None:
-        tensors = [*found.tokens.values(), *found.affinity.values()]
-        for site in found.sites if found.solver else ():
-            states = [found.solver[site.name]]
-            if found.plain[site.name] is not states[0]:
-                states.append(found.plain[site.name])
-            tensors += [part for state in states for part in state.tensors()]
-        if found.damage is not None:
-            tensors += found.damage.tensors()
-        num_tokens = torch.tensor(found.num_tokens, dtype=torch.float64, device=self.device)
-        sum_over_ranks([*tensors, num_tokens])
-        found.num_tokens = float(num_tokens)
-
 
 @torch.no_grad()
-def survey_model(model: nn.Module, batches: Iterable[Tensor], spec: SurveySpec) -> Evidence:
+def survey_model(
+    model: nn.Module, batches: Iterable[Tensor], spec: SurveySpec,
+    residency: Residency | None = None, waiting: WaitingStates | None = None,
+) -> Evidence:  # fmt: skip
     """Evidence about a model from token ids, without a trainer.
 
     Args:
         model: A Mixture-of-Experts causal LM of transformers; its weights stay as they are.
         batches: int64 ids [B, T] without padding, on any device; ``ids_NT.split(8)`` for example.
         spec: What to find out; backward passes and measured changes use the first batches.
+        residency: Where the weights of its blocks are; None is in memory, all of them.
+        waiting: Where hidden states wait; None is up to 4 GiB of memory, then a file in the system's temporary folder.
     """
-    device = next(model.parameters()).device
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = [{"input_ids": ids_BT.to(device)} for ids_BT in batches]
-    adapter = Adapter(model)
-    surveyor, activations = Surveyor(adapter, spec, device), ActivationStore()
-    try:
-        for block in range(len(adapter.blocks)):
-            surveyor.open_block(block)
-            for batch_idx, batch in enumerate(inputs):
-                surveyor.start_batch(batch_idx, batch)
-                calls = capture_calls(model, adapter.blocks, batch)
-                hidden = activations.advance(batch_idx, block, calls, adapter.blocks)
-                run_block(adapter.blocks[block], hidden, calls[block])
-            surveyor.finish_block()
-    finally:
-        surveyor.close()
+    adapter, waiting = Adapter(model, residency), waiting or WaitingStates(4 << 30, Path(gettempdir()))
+    with waiting:
+        surveyor, activations = Surveyor(adapter, spec, waiting, device), ActivationStore(waiting)
+        surveyor.sweep_ahead(inputs)
+        try:
+            for block in range(len(adapter.blocks)):
+                with visit(adapter, block, block + 1):
+                    surveyor.open_block(block)
+                    for batch_idx, batch in enumerate(inputs):
+                        surveyor.start_batch(batch_idx, batch)
+                        call = activations.enter(batch_idx, block, captured(adapter, batch, block))
+                        activations.put(batch_idx, block + 1, *hand_on(adapter.blocks[block], call.hidden, call))
+                    surveyor.finish_block()
+        finally:
+            surveyor.close()
     return surveyor.evidence()
 
 

@@ -1,6 +1,6 @@
 """The parts of a survey that need the weights alone: scores, and AlphaQ's cost table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from moeq.survey.survey_spec import SurveySpec
 
 
 def weight_scores(adapter: Adapter, spec: SurveySpec, sites: Sequence[Site]) -> dict[str, dict[str, float]]:
-    """Score name -> weight name -> value, for the scores of the spec; sites are divided over ranks."""
+    """Score name -> weight name -> value, for the scores of the spec; sites, all resident, are divided over ranks."""
     rank, world = rank_and_world()
     found: list[tuple[str, str, float]] = []
     for site in sites[rank::world] if spec.scores else ():
@@ -26,15 +26,22 @@ def weight_scores(adapter: Adapter, spec: SurveySpec, sites: Sequence[Site]) -> 
     return scores
 
 
-def alphaq_table(adapter: Adapter, spec: SurveySpec, sites: Sequence[Site]) -> dict[str, dict[Choice, float]]:
-    """AlphaQ's cost table over all weights of the sites, which are divided over ranks."""
+def spectra(adapter: Adapter, sites: Sequence[Site]) -> dict[str, tuple[float, float]]:
+    """``hill_alpha`` and variance of every weight, by name; sites, all resident, are divided over ranks."""
     rank, world = rank_and_world()
     found: list[tuple[str, float, float]] = []
     for site in sites[rank::world]:
         for name, weight_OI in site_weights(adapter, site):
             found.append((name, hill_alpha(weight_OI), float(weight_OI.float().var(correction=0))))
-    alphas = {name: alpha for name, alpha, _ in gather_lists(found)}
-    variances = {name: variance for name, _, variance in gather_lists(found)}
+    return {name: (alpha, variance) for name, alpha, variance in gather_lists(found)}
+
+
+def alphaq_table(
+    found: Mapping[str, tuple[float, float]], spec: SurveySpec, sites: Sequence[Site]
+) -> dict[str, dict[Choice, float]]:
+    """AlphaQ's cost table over all weights of the sites, from their ``spectra``."""
+    alphas = {name: alpha for name, (alpha, _) in found.items()}
+    variances = {name: variance for name, (_, variance) in found.items()}
     choices = {name: spec.choices_of(site) for site in sites for name in site.weight_names()}
     return alphaq_costs(alphas, variances, choices)
 

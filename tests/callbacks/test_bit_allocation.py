@@ -92,7 +92,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 
 
 def widths(module: MoEQuantModule) -> dict[str, int]:
-    return {name: weight.bits for name, weight in module.run.quantized.items()}
+    return {name: bits for name, (bits, _) in module.walk.resume.grids.items()}
 
 
 def test_a_plan_from_a_survey_is_made_before_anything_is_quantized(model: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_continues_keeps_the_plan_of_its_survey(model: Path, tmp_path
         fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN(), StopAtBlock(1))
     written = (tmp_path / "run/allocation.json").read_bytes()
     module = fit(model, tmp_path / "run", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
-    assert all(each.kind == "calibrate" and each.block == 1 for each in module.walk.schedule)
+    assert [(each.kind, each.block) for each in module.walk.schedule] == [("advance", 0), ("calibrate", 1)]
     assert widths(module) == widths(whole)
     assert set(widths(module).values()) == {2, 4}
     assert (tmp_path / "run/allocation.json").read_bytes() == written
@@ -145,7 +145,7 @@ def test_a_survey_of_an_earlier_run_needs_none_in_this_one(model: Path, tmp_path
     write_json(tmp_path / "survey.json", evidence(module).to_json())
     surveyed = BitAllocation(**ALLOCATE, survey=str(tmp_path / "survey.json"))
     later = fit(model, tmp_path / "later", surveyed, RTN())
-    assert all(each.kind == "calibrate" for each in later.walk.schedule)
+    assert all(each.kind != "survey" for each in later.walk.schedule)
     first = fit(model, tmp_path / "first", StubSurvey(), BitAllocation(**ALLOCATE), RTN())
     assert widths(later) == widths(first)
 

@@ -34,7 +34,9 @@ def test_what_can_be_neither_held_nor_streamed_is_refused_with_its_numbers() -> 
     message = r"a needs 60\.0 GB .* 24\.0 GB .* cannot be streamed: it is quantized already; open it where it fits"
     with pytest.raises(ValueError, match=message):
         choose_placement("auto", "a", 60 * GB, 24 * GB, PACKED)
-    with pytest.raises(ValueError, match=r"a cannot be streamed: it is quantized already; set --model\.placement memory"):
+    with pytest.raises(
+        ValueError, match=r"a cannot be streamed: it is quantized already; set --model\.placement memory"
+    ):
         choose_placement("stream", "a", GB, 24 * GB, PACKED)
 
 

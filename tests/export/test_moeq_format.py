@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq.disk.folder import MANIFEST, atomic_folder
-from moeq.export import moeq_format as checkpoint
+from moeq.export import layout
 from moeq.export.moeq_format import check_integrity, read_quantized, write_checkpoint
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight, round_model
@@ -141,7 +141,7 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_are_split(small: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_SHARD", "40KB")
+    monkeypatch.setattr(layout, "MAX_SHARD", "40KB")
     folder = write(small)
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert set(read_quantized(folder)) == set(small[1])

@@ -8,8 +8,9 @@ from torch import nn
 
 from moeq.disk.folder import MANIFEST
 from moeq.export.dense import write_dense
+from moeq.export.finished import held
 from moeq.export.moeq_format import write_checkpoint
-from moeq.export.verify import ExportMismatchError, verify_checkpoint, verify_dense
+from moeq.export.verify import ExportMismatchError, verify_dense, verify_packed
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import round_model
 from tests.tiny import tiny_model
@@ -38,7 +39,7 @@ def alter(folder: Path, key: str) -> None:
 def test_a_faithful_export_is_reported_equal(export: tuple) -> None:
     model, quantized, folder = export
     before = model.get_experts_implementation()
-    report = verify_checkpoint(folder, model, quantized, IDS)
+    report = verify_packed(folder, held(model, quantized), IDS)
     assert report.logits_equal
     assert report.to_dict()["max_logit_difference"] == 0.0
     assert (report.num_quantized, report.num_tokens) == (len(quantized), 24)
@@ -60,7 +61,7 @@ def test_a_tensor_that_differs_is_named(export: tuple, key: str, named: str) -> 
     model, quantized, folder = export
     alter(folder, key)
     with pytest.raises(ExportMismatchError, match=named):
-        verify_checkpoint(folder, model, quantized, IDS)
+        verify_packed(folder, held(model, quantized), IDS)
 
 
 def test_a_zero_point_that_differs_is_named(export: tuple) -> None:
@@ -68,28 +69,28 @@ def test_a_zero_point_that_differs_is_named(export: tuple) -> None:
     name = next(name for name, weight in quantized.items() if weight.zero_point_OG is not None)
     other = replace(quantized[name], zero_point_OG=quantized[name].zero_point_OG ^ 1)
     with pytest.raises(ExportMismatchError, match=rf"{name} \(zero_point_OG\)"):
-        verify_checkpoint(folder, model, {**quantized, name: other}, IDS)
+        verify_packed(folder, held(model, {**quantized, name: other}), IDS)
 
 
 def test_a_missing_weight_is_named(export: tuple) -> None:
     model, quantized, folder = export
     with pytest.raises(ExportMismatchError, match=NAME):
-        verify_checkpoint(folder, model, {name: w for name, w in quantized.items() if name != NAME}, IDS)
+        verify_packed(folder, held(model, {name: w for name, w in quantized.items() if name != NAME}), IDS)
 
 
 def test_a_model_that_does_not_hold_the_dequantized_values_is_found_out(export: tuple) -> None:
     model, quantized, folder = export
     model.model.layers[0].mlp.experts.down_proj.data[3, 0, 0] += 1
     with pytest.raises(ExportMismatchError, match=f"dequantized weights of the model differ .*{NAME}"):
-        verify_checkpoint(folder, model, quantized, IDS)
+        verify_packed(folder, held(model, quantized), IDS)
 
 
 def test_an_export_that_computes_something_else_is_found_out(export: tuple) -> None:
     model, quantized, folder = export
     model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
     with pytest.raises(ExportMismatchError, match=r"logits of .* although all tensors are equal"):
-        verify_checkpoint(folder, model, quantized, IDS)
-    assert not verify_checkpoint(folder, model, quantized, IDS, logit_tolerance=1e3).logits_equal
+        verify_packed(folder, held(model, quantized), IDS)
+    assert not verify_packed(folder, held(model, quantized), IDS, logit_tolerance=1e3).logits_equal
 
 
 def test_damage_is_found_before_loading(export: tuple) -> None:
@@ -97,15 +98,15 @@ def test_damage_is_found_before_loading(export: tuple) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"model\.safetensors has \d+ bytes"):
-        verify_checkpoint(folder, model, quantized, IDS)
+        verify_packed(folder, held(model, quantized), IDS)
 
 
 def test_a_dense_export_is_compared_with_the_model(tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe", num_hidden_layers=1, dtype=torch.bfloat16)
-    write_dense(model, None, tmp_path / "dense")
-    report = verify_dense(tmp_path / "dense", model, IDS)
+    write_dense(held(model), None, tmp_path / "dense")
+    report = verify_dense(tmp_path / "dense", held(model), IDS)
     assert report.logits_equal
     assert report.num_other == len(model.state_dict())
     model.model.norm.weight.data[0] += 1
     with pytest.raises(ExportMismatchError, match=r"model\.norm\.weight"):
-        verify_dense(tmp_path / "dense", model, IDS)
+        verify_dense(tmp_path / "dense", held(model), IDS)

@@ -1,9 +1,12 @@
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from moeq.fit.activations import ActivationStore
+from moeq.disk.waiting import WaitingStates
+from moeq.fit.activations import ActivationStore, BlockBatches
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import capture_calls, run_block, until_reached
 from moeq.models.observe import observe
@@ -37,29 +40,61 @@ def test_stubs_come_off() -> None:
     assert torch.equal(model(ids).logits, before)
 
 
-def test_store_advances_by_running_the_blocks_between() -> None:
+def test_only_the_blocks_up_to_the_last_one_asked_for_are_captured() -> None:
+    model = tiny_model("qwen2_moe")
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    assert len(capture_calls(model, Adapter(model).blocks, inputs, last=0)) == 1
+    assert len(capture_calls(model, Adapter(model).blocks, inputs)) == 2
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    return ActivationStore(WaitingStates(0, tmp_path))
+
+
+def test_a_batch_that_advanced_enters_the_next_block_with_what_the_first_made(store: ActivationStore) -> None:
     model = tiny_model("qwen2_moe")
     blocks = Adapter(model).blocks
     calls = capture_calls(model, blocks, {"input_ids": torch.randint(1, 257, (1, 5))})
-    store = ActivationStore()
-    assert torch.equal(store.advance(0, 0, calls, blocks), calls[0].hidden)
+    assert store.enter(0, 0, calls[0]) is calls[0]
     expected = run_block(blocks[0], calls[0].hidden, calls[0])
-    assert torch.equal(store.advance(0, 1, calls, blocks), expected)
+    store.advance(0, 0, calls[0], blocks[0])
     # Stored now: a change of the finished block no longer matters.
     torch.nn.init.zeros_(blocks[0].mlp.experts.down_proj)
-    assert torch.equal(store.advance(0, 1, calls, blocks), expected)
+    assert torch.equal(store.enter(0, 1, calls[1]).hidden, expected)
+    assert store.block_of(0) == 1
 
 
-def test_store_refuses_to_go_back_until_it_is_cleared() -> None:
+def test_a_batch_enters_only_the_block_that_it_has_reached(store: ActivationStore) -> None:
     model = tiny_model("qwen2_moe")
     blocks = Adapter(model).blocks
     calls = capture_calls(model, blocks, {"input_ids": torch.randint(1, 257, (1, 5))})
-    store = ActivationStore()
-    store.advance(3, 1, calls, blocks)
-    with pytest.raises(ValueError, match="batch 3 are at block 1, past block 0"):
-        store.advance(3, 0, calls, blocks)
+    with pytest.raises(ValueError, match="batch 3 are at block 0, not at block 1"):
+        store.enter(3, 1, calls[1])
+    store.advance(3, 0, calls[0], blocks[0])
     store.clear()
-    assert torch.equal(store.advance(3, 0, calls, blocks), calls[0].hidden)
+    with pytest.raises(ValueError, match="batch 3 are at block 0, not at block 1"):
+        store.enter(3, 1, calls[1])
+
+
+def test_batches_of_a_block_are_read_where_they_wait(tmp_path: Path) -> None:
+    adapter = Adapter(tiny_model("zaya"))  # whose blocks hand something on
+    inputs, originals = (ActivationStore(WaitingStates(0, tmp_path)) for _ in range(2))
+    calls, expected = {}, []
+    for number in range(2):
+        ids = torch.randint(1, 257, (2, 5))
+        captured = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids})
+        for block in (0, 1):
+            originals.advance(number, block, captured[block], adapter.blocks[block])
+        inputs.advance(number, 0, captured[0], adapter.blocks[0])
+        entered = inputs.enter(number, 1, captured[1])
+        expected.append(run_block(adapter.blocks[1], entered.hidden, entered))
+        calls[number] = replace(captured[1], hidden=captured[1].hidden[:0]), torch.ones(2, 5, dtype=torch.bool)
+    batches = BlockBatches(inputs, originals, calls)
+    assert len(batches) == 2
+    for batch, output_BTD in zip(batches, expected, strict=True):
+        assert torch.equal(run_block(adapter.blocks[1], batch.hidden_BTD, batch.call), output_BTD)
+        assert torch.equal(batch.original_BTD, output_BTD)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])

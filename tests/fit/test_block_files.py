@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.fit.block_files import block_path, check_fingerprint, read_block, save_block, take_block
+from moeq.fit.block_files import block_path, check_fingerprint, read_block, save_block, take_records
 from moeq.fit.run import Run
 from moeq.quant.spec import Fallback, QuantizedWeight
 
@@ -28,8 +28,11 @@ def finished_run() -> Run:
 def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
     run, again = finished_run(), Run()
     save_block(tmp_path, 0, run, ["layers.0.a", "layers.0.b"], ["layers.0.norm.weight"], FINGERPRINT)
-    assert take_block(read_block(tmp_path, 0), again) == ["layers.0.a", "layers.0.b"]
-    for name, weight in again.quantized.items():
+    file = read_block(tmp_path, 0)
+    take_records(file.without_codes(), again)
+    assert list(file) == ["layers.0.a", "layers.0.b"]
+    assert file.grids == {"layers.0.a": (3, 4), "layers.0.b": (4, None)}
+    for name, weight in file.items():
         expected = run.quantized[name]
         assert torch.equal(weight.codes_OI, expected.codes_OI)
         assert torch.equal(weight.scale_OG, expected.scale_OG)
@@ -41,6 +44,14 @@ def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
     assert torch.equal(again.changed["layers.0.norm.weight"], run.changed["layers.0.norm.weight"])
     # A survey has counted the blocks to come, and a resumed run does not repeat it.
     assert again.usage.keys() == run.usage.keys()
+
+
+def test_codes_are_packed_on_disk(tmp_path: Path) -> None:
+    codes = torch.randint(0, 8, (64, 4096), dtype=torch.uint8)
+    run = Run(quantized={"a": QuantizedWeight(codes, torch.rand(64, 1).bfloat16(), None, 3, None)})
+    save_block(tmp_path, 0, run, ["a"], [], FINGERPRINT)
+    assert block_path(tmp_path, 0).stat().st_size < 64 * 4096 * 3 / 8 + 2000
+    assert torch.equal(read_block(tmp_path, 0)["a"].codes_OI, codes)
 
 
 @pytest.mark.parametrize("key", list(FINGERPRINT))

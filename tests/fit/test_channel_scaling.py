@@ -1,10 +1,14 @@
 """Scales of channels move out of every family without a change of what it computes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from moeq.disk.waiting import WaitingStates
 from moeq.fit.channel_scaling import Inputs, scale_stage
+from moeq.fit.probe import Probe
 from moeq.fit.run import Run
 from moeq.fit.solve import Unit, quantize_sites
 from moeq.models.adapter import STAGES, Adapter, Site
@@ -30,12 +34,14 @@ def scaled_and_rounded(adapter: Adapter, *, scale: bool) -> tuple[Run, float]:
     """The run after all blocks, and the largest ratio of two scales of a site that was found."""
     run = Run(plan={name: GRID for site in adapter.all_sites() for name in site.weight_names()})
     widest = 1.0
+    probe = Probe(adapter, WaitingStates(1 << 30, Path()))
     for block in range(len(adapter.blocks)):
+        call = probe.call(block)
         for stage in STAGES:
             sites = [site for site in adapter.sites(block) if site.stage == stage]
             inputs = {site.name: uneven_inputs(site) for site in sites}
             ones = {site.name: torch.ones(site.num_experts, site.in_features) for site in sites}
-            scales = scale_stage(adapter, run, sites, inputs) if scale and sites else ones
+            scales = scale_stage(adapter, run, sites, inputs, call) if scale and sites else ones
 
             def solver(
                 unit: Unit, weight_EOI: Tensor, scales: dict[str, Tensor] = scales, inputs: dict[str, Inputs] = inputs
@@ -47,6 +53,7 @@ def scaled_and_rounded(adapter: Adapter, *, scale: bool) -> tuple[Run, float]:
             if sites:
                 quantize_sites(adapter, run, sites, solver)
             widest = max([widest, *(float(scale_EI.max() / scale_EI.min()) for scale_EI in scales.values())])
+        probe.advance(block)
     return run, widest
 
 

@@ -37,7 +37,7 @@ class Foreign:
 
 
 def configuration(*steps: object, **settings: Any) -> str:
-    return run_fingerprint(settings, steps, nn.Linear(2, 2), "data")["configuration"]
+    return run_fingerprint(settings, steps, "model", torch.float32, "data")["configuration"]
 
 
 def test_the_order_of_steps_counts() -> None:

@@ -1,8 +1,11 @@
 """Learned rounding of a block runs, and never leaves it worse, in every family."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from moeq.disk.waiting import WaitingStates
 from moeq.fit.activations import ActivationStore, BlockBatch
 from moeq.fit.learn_block import tune_block
 from moeq.fit.run import Needs, Run
@@ -24,11 +27,13 @@ def solved(family: str) -> tuple[Adapter, Run, int, list[BlockBatch]]:
     batches = []
     for index in range(2):
         ids = torch.arange(1, 49).roll(7 * index).reshape(2, 24)
-        calls, store = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids}), ActivationStore()
-        hidden_BTD = store.advance(0, block, calls, adapter.blocks)
-        call = calls[block]
-        original_BTD = store.advance(0, block + 1, calls, adapter.blocks)
-        batches.append(BlockBatch(hidden_BTD, original_BTD, call, torch.ones(ids.shape, dtype=torch.bool)))
+        calls = capture_calls(adapter.model, adapter.blocks, {"input_ids": ids})
+        store = ActivationStore(WaitingStates(1 << 30, Path()))
+        for number in range(block):
+            store.advance(0, number, calls[number], adapter.blocks[number])
+        call = store.enter(0, block, calls[block])
+        store.advance(0, block, calls[block], adapter.blocks[block])
+        batches.append(BlockBatch(call.hidden, store.at(0, "cpu"), call, torch.ones(ids.shape, dtype=torch.bool)))
     sites = adapter.sites(block)
     run = Run(plan={name: GRID for site in sites for name in site.weight_names()}, needs=Needs(offsets=True))
     quantize_sites(adapter, run, sites, lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, torch.float32))

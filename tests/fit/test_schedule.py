@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from moeq.fit.schedule import GIB, SitePart, build_schedule, whole
+from moeq.fit.schedule import GIB, Pass, SitePart, build_schedule, whole
 from moeq.models.adapter import Adapter
 from tests.tiny import tiny_model
 
@@ -13,6 +13,10 @@ def sites() -> list[tuple]:
     return [adapter.sites(block) for block in range(2)]
 
 
+def calibrations(schedule: tuple[Pass, ...]) -> list[Pass]:
+    return [each for each in schedule if each.kind == "calibrate"]
+
+
 def test_every_site_is_calibrated_exactly_once_in_block_order(sites: list[tuple]) -> None:
     for sequential in ("stage", "block"):
         schedule = build_schedule(sites, survey=False, sequential=sequential)
@@ -20,14 +24,15 @@ def test_every_site_is_calibrated_exactly_once_in_block_order(sites: list[tuple]
 
 
 def test_stage_mode_gives_one_pass_per_stage_and_block_mode_one_per_block(sites: list[tuple]) -> None:
-    assert len(build_schedule(sites, survey=False, sequential="stage")) == 10
-    assert len(build_schedule(sites, survey=False, sequential="block")) == 2
+    for sequential, expected in (("stage", 10), ("block", 2)):
+        schedule = build_schedule(sites, survey=False, sequential=sequential)
+        assert sum(p.kind == "calibrate" for p in schedule) == expected
 
 
 def test_a_survey_sweeps_every_block_first(sites: list[tuple]) -> None:
     schedule = build_schedule(sites, survey=True, sequential="block")
     assert [(p.kind, p.block) for p in schedule] == [
-        ("survey", 0), ("survey", 1), ("calibrate", 0), ("calibrate", 1)
+        ("survey", 0), ("survey", 1), ("calibrate", 0), ("advance", 0), ("calibrate", 1)
     ]  # fmt: skip
 
 
@@ -38,9 +43,11 @@ def test_only_the_last_pass_of_a_block_ends_it(sites: list[tuple]) -> None:
     assert schedule[-1].ends_block
 
 
-def test_finished_blocks_are_left_out(sites: list[tuple]) -> None:
-    schedule = build_schedule(sites, survey=False, sequential="stage", first_block=1)
-    assert {p.block for p in schedule} == {1}
+def test_a_resumed_run_only_advances_through_finished_blocks(sites: list[tuple]) -> None:
+    schedule = build_schedule(sites, survey=False, sequential="block", first_block=1, originals=True)
+    assert [(p.kind, p.block) for p in schedule] == [
+        ("original", 0), ("advance", 0), ("original", 1), ("calibrate", 1)
+    ]  # fmt: skip
     assert build_schedule(sites, survey=False, sequential="stage", first_block=2) == ()
 
 
@@ -63,7 +70,7 @@ def test_chunks_hold_every_expert_once_in_order_and_stay_within_the_bound(
     sites: list[tuple], megabytes: float, sequential: str
 ) -> None:
     gib = megabytes * 1e6 / GIB
-    schedule = build_schedule(sites, survey=False, sequential=sequential, hessian_gib=gib)
+    schedule = calibrations(build_schedule(sites, survey=False, sequential=sequential, hessian_gib=gib))
     covered = [(part.site.name, expert) for p in schedule for part in p.parts for expert in part.experts]
     assert covered == [(site.name, expert) for block in sites for site in block for expert in range(site.num_experts)]
     assert all(0 < needed(p.parts) <= megabytes * 1e6 for p in schedule)
@@ -83,7 +90,7 @@ def test_weights_are_written_after_the_last_chunk_of_their_sites(sites: list[tup
     assert chunked
     assert all(bool(p.sites) == (p.chunk[0] == p.chunk[1]) for p in chunked)
     assert len({p.label for p in schedule}) == len(schedule)
-    assert all(p.observed for p in schedule)
+    assert all(p.observed for p in calibrations(schedule))
 
 
 def test_without_a_need_nothing_is_cut(sites: list[tuple]) -> None:

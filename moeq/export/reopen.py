@@ -1,0 +1,145 @@
+"""An export as it is read back for verification: as a user opens it where it is small, else block by block.
+
+Files are read by the safetensors library, which shares no code with the writer of exports, and become parameters by
+transformers' conversions in loading direction, the ones that ``from_pretrained`` uses.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from moeq.checkpoint.loading import align
+from moeq.checkpoint.names import packed_conversions
+from moeq.checkpoint.quantizer import METHOD, MoEQConfig
+from moeq.checkpoint.stream import BlockStream, stored_in, stream_into
+from moeq.disk.folder import weight_files
+from moeq.disk.tensor_file import StoredTensor
+from moeq.export.assemble import packed_skeleton
+from moeq.models.adapter import find_blocks
+from moeq.models.residency import InMemory
+from moeq.models.storage import is_widened, storage_dtype, widen
+
+# Exports up to this size are opened whole, as a user does.
+WHOLE_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A model that was read back.
+
+    Attributes:
+        model: In evaluation mode, in the dtype that the evaluated model computes in.
+        resident: Within, the weights of a block are there; see ``moeq.models.residency``.
+        unexpected: Keys of the files that are no tensors of the model, and those of another dtype than the model's.
+    """
+
+    model: PreTrainedModel
+    resident: Callable[[int], AbstractContextManager[None]]
+    unexpected: list[str]
+
+
+def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
+    """Read an export back.
+
+    Args:
+        directory: Its folder.
+        model: The evaluated model.
+
+    Raises:
+        ValueError: The files lack tensors of their model.
+    """
+    if sum(path.stat().st_size for path in weight_files(directory)) <= WHOLE_BYTES:
+        return _whole(directory, model)
+    return _streamed(Path(directory), model)
+
+
+def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
+    attention = model.config._attn_implementation
+    reloaded, found = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation=attention, output_loading_info=True
+    )
+    if is_widened(model):
+        widen(reloaded)
+    reloaded = reloaded.to(model.device).eval()
+    align(reloaded)
+    blocks = find_blocks(reloaded)[1]
+    return Reopened(reloaded, InMemory(reloaded, len(blocks)).resident, sorted(found["unexpected_keys"]))
+
+
+def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
+    skeleton, mapping = _empty(folder)
+    skeleton.set_attn_implementation(model.config._attn_implementation)
+    library = _Library()
+    stored = {key: _LibraryTensor(**vars(tensor), library=library) for key, tensor in stored_in(folder).items()}
+    stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))
+    library.close()
+    stream.place(model.device)
+
+    @contextmanager
+    def resident(block: int) -> Iterator[None]:
+        with stream.resident(block):
+            library.close()
+            yield
+
+    return Reopened(skeleton, resident, _unexpected(skeleton, stream, stored))
+
+
+def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
+    """The model of a folder without values, and the conversions from its files."""
+    config = AutoConfig.from_pretrained(folder)
+    description = getattr(config, "quantization_config", None)
+    if description is None:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        return skeleton, get_model_conversion_mapping(skeleton)
+    assert description["quant_method"] == METHOD
+    quantization = MoEQConfig.from_dict(description)
+    skeleton = packed_skeleton(config, quantization, config.dtype)
+    return skeleton, packed_conversions(get_model_conversion_mapping(skeleton), quantization.expert_leaves)
+
+
+def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, StoredTensor]) -> list[str]:
+    used = {tensor.name for tensors in stream.stored.values() for tensor in tensors}
+    return sorted(stored.keys() - used) + [
+        tensor.name
+        for name, tensors in stream.stored.items()
+        for tensor in tensors
+        if tensor.dtype.is_floating_point and tensor.dtype != storage_dtype(model, name)
+    ]
+
+
+class _Library:
+    """Files that the safetensors library has open; it maps them into memory until they are closed."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """A copy of a tensor."""
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        tensor: Tensor = self._files[path].get_tensor(name)
+        return tensor.clone()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._files.clear()
+
+
+@dataclass(frozen=True)
+class _LibraryTensor(StoredTensor):
+    library: _Library
+
+    def read(self) -> Tensor:
+        """Its values, as the library reads them."""
+        tensor = self.library.read(self.path, self.name)
+        assert (tensor.dtype, tuple(tensor.shape)) == (self.dtype, self.shape), self.name
+        return tensor

@@ -1,0 +1,111 @@
+"""A fit that streams its blocks ends with the bytes of one that holds them all, in every family and with every step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch import Callback
+
+from callbacks.awq import AWQ
+from callbacks.bit_allocation import BitAllocation
+from callbacks.expert_usage import ExpertUsage
+from callbacks.export import Export
+from callbacks.gptq import GPTQ
+from callbacks.hessian_calibration import HessianCalibration
+from callbacks.learned_rounding import LearnedRounding
+from callbacks.record import Record
+from callbacks.rotation import Rotation
+from callbacks.router_calibration import RouterCalibration
+from callbacks.rtn import RTN
+from callbacks.survey import Survey
+from moeq.checkpoint.stream import BlockStream
+from moeq.module import MoEQuantModule
+from tests.families import FAMILIES
+from tests.fit.test_damaged_blocks import Own
+from tests.tiny import save_tiny
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+]
+Steps = list[Callback]
+# Times, paths and what the run was asked for.
+TOLD = frozenset({"manifest.json", "moeq_manifest.json", "memory.csv", "summary.md", "preflight.json", "preflight.md"})
+
+
+def fit(steps: Steps, model: Path, folder: Path, placement: str, **options: object) -> MoEQuantModule:
+    module = MoEQuantModule(str(model), bits=3, group_size=16, placement=placement, **options)  # type: ignore[arg-type]
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=-1, callbacks=steps, default_root_dir=folder, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Own())
+    return module
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Every file of a run folder but those of ``TOLD``, by its path in the folder."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TOLD)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def assert_same_bytes(steps: Callable[[], Steps], model: Path, folder: Path, **options: object) -> None:
+    modules = {place: fit(steps(), model, folder / place, place, **options) for place in ("memory", "stream")}
+    memory, stream = (written(folder / place) for place in modules)
+    assert memory.keys() == stream.keys()
+    assert [name for name in memory if memory[name] != stream[name]] == []
+    assert {"export/model.safetensors", "blocks/block_000.safetensors", "verification.json"} <= stream.keys()
+    residency = modules["stream"].adapter.residency
+    assert isinstance(residency, BlockStream)
+    assert all(parameter.is_meta for parameter in residency.blocks.parameters()), "a block stayed in memory"
+
+
+@pytest.mark.parametrize("family", sorted(name for name in FAMILIES if name != "llama"))
+def test_every_family_has_the_bytes_of_a_fit_in_memory(family: str, tmp_path: Path) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    assert_same_bytes(lambda: [HessianCalibration(), GPTQ(), Export()], model, tmp_path)
+
+
+STEPS: dict[str, Callable[[], Steps]] = {
+    "rotated, routers refitted, rounding learned": lambda: [
+        Rotation(), HessianCalibration(), GPTQ(), RouterCalibration(), LearnedRounding(num_steps=3), ExpertUsage(),
+        Export(), Record(),
+    ],
+    "surveyed and allocated": lambda: [
+        Survey(choices=[2, 4], costs=["fisher", "gemq"], num_gradient_batches=2),
+        BitAllocation(method="allocate", cost="fisher", budget=3.0, choices=[2, 4]), HessianCalibration(), GPTQ(),
+        Export(),
+    ],
+    "channels scaled": lambda: [HessianCalibration(), AWQ(), Export(dense=False)],
+    "rounded to nearest": lambda: [RTN(), Export(dense=False)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_every_step_has_the_bytes_of_a_fit_in_memory(steps: str, family: str, tmp_path: Path) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    assert_same_bytes(STEPS[steps], model, tmp_path)
+
+
+def test_waiting_states_on_disk_and_small_hessians_change_nothing(tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model")
+    fit([HessianCalibration(), GPTQ(), Export()], model, tmp_path / "wide", "memory")
+    fit([HessianCalibration(), GPTQ(), Export()], model, tmp_path / "tight", "stream", hidden_gib=0, hessian_gib=1e-3)
+    assert written(tmp_path / "wide") == written(tmp_path / "tight")
+
+
+@pytest.mark.parametrize("placements", [("memory", "stream"), ("stream", "memory")])
+def test_a_run_may_go_on_in_the_other_placement(placements: tuple[str, str], tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model", num_hidden_layers=3)
+
+    def steps() -> Steps:
+        return [Rotation(), HessianCalibration(), GPTQ(), LearnedRounding(num_steps=2), Export()]
+
+    fit(steps(), model, tmp_path / "whole", placements[0])
+    fit(steps()[:-1], model, tmp_path / "parts", placements[0])
+    for block in (1, 2):
+        (tmp_path / f"parts/blocks/block_{block:03d}.safetensors").unlink()
+    fit(steps(), model, tmp_path / "parts", placements[1])
+    assert written(tmp_path / "whole") == written(tmp_path / "parts")
