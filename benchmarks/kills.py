@@ -7,10 +7,12 @@
 A fit of the bundled model (3 bits, GPTQ, packed and dense export, verification) runs undisturbed once.  Then, in a new
 folder for each number, it is killed at a moment that is uniform over the duration of the undisturbed run, and started
 again by the same command until it ends; every second continued run is killed once more, at a moment of the same kind.
-Compared are all files of blocks/, export/ and dense/, and errors.csv, fallbacks.json and allocation.json of the run
-folder, byte for byte.  Of JSON files of the exports the values named "seconds" are left out, and with them the size and
-the checksum of such a file in the manifest.  Processes are forked from one that has imported everything, so that no
-kill is spent on imports.
+What ends before its moment is not killed.
+
+Compared are all files of blocks/, export/ and dense/, errors.csv, fallbacks.json and allocation.json, byte for byte.
+Of JSON files of the exports the values named "seconds" are left out, and with them the size and the checksum of
+config.json in the manifest.  Processes are forked from one that has imported everything, so that no kill is spent on
+imports.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.lab.provenance import command, provenance
 from benchmarks.lab.tables import Row, markdown
-from benchmarks.large.killed import differing_files, run_killed
+from benchmarks.large.killed import differing_files, has_ended, run_killed
 from moeq.disk.atomic import write_json, write_text
 
 FIT = [
@@ -78,11 +80,13 @@ def kill_and_compare(folder: Path, times: int, seed: int, more: Sequence[str]) -
         rng = random.Random(seed * times + number)
         moments = [rng.uniform(0, duration) for _ in range(1 + number % 2)]
         shutil.rmtree(killed, ignore_errors=True)
-        met = [run_killed([*fit, str(killed)], after=moment) for moment in moments]
-        run_killed([*fit, str(killed)])
+        met: list[str | None] = []
+        for after in (*moments, None):
+            if not has_ended(killed):
+                met.append(run_killed([*fit, str(killed)], after).phase)
         rows.append({
             "number": number, "undisturbed_seconds": duration, "moments": moments,
-            "phases": [one.phase for one in met], "differing": differing_files(whole, killed),
+            "phases": [phase for phase in met if phase], "differing": differing_files(whole, killed),
             "num_files": sum(path.is_file() for path in whole.rglob("*")),
         })  # fmt: skip
         print(rows[-1], flush=True)
@@ -99,7 +103,7 @@ def report(rows: Sequence[Row]) -> str:
         for row in rows
     ]  # fmt: skip
     same = sum(not row["differing"] for row in rows)
-    kills = sum(len(row["moments"]) for row in rows)
+    kills = sum(len(row["phases"]) for row in rows)
     head = f"{same} of {len(rows)} runs ended with the bytes of the undisturbed run, which took "
     head += f"{rows[0]['undisturbed_seconds']:.1f} s; {kills} kills.\n\n"
     return head + markdown(("run", "killed after, s", "what was there then", "files that differ"), lines)

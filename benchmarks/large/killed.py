@@ -13,6 +13,7 @@ from typing import Any
 
 from moeq.disk.folder import MANIFEST
 
+UNFINISHED = "export.unfinished"  # of callbacks/export.py
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["moeq.cli", "moeq.checkpoint.stream", "transformers", "lightning.pytorch"])
 # Of a run folder: what a fit is for.  Others hold times (manifest.json, memory.csv) or a process id.
@@ -26,11 +27,11 @@ class Ended:
 
     Attributes:
         seconds: Until then.
-        phase: What its run folder held by then, in words.
+        phase: What its run folder held when it was killed, in words; None where it ended by itself.
     """
 
     seconds: float
-    phase: str
+    phase: str | None
 
 
 def run_killed(arguments: Sequence[str], after: float | None = None) -> Ended:
@@ -56,12 +57,12 @@ def run_killed(arguments: Sequence[str], after: float | None = None) -> Ended:
     seconds = time.perf_counter() - start
     if process.exitcode and not killed:
         raise ValueError(f"the command ended with {process.exitcode}:\n{log.read_text(encoding='utf8')[-2000:]}")
-    return Ended(seconds, phase_of(folder) if killed else "it had ended")
+    return Ended(seconds, phase_of(folder) if killed else None)
 
 
 def _main(arguments: list[str], log: Path) -> None:
     for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
     import torch
 
     torch.set_num_threads(1)
@@ -69,15 +70,20 @@ def _main(arguments: list[str], log: Path) -> None:
     runpy.run_path("main.py", run_name="__main__")
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether a run is complete: its command would be refused, as there is nothing to continue."""
+    return (folder / "manifest.json").is_file() and not (folder / UNFINISHED).exists()
+
+
 def phase_of(folder: Path) -> str:
     """How far a killed run had come, from what it left."""
     num_blocks = len(list((folder / "blocks").glob("block_*.safetensors")))
     if (folder / "manifest.json").is_file():
         return "all was written"
-    if not (folder / "export.unfinished").is_file():
-        return f"{num_blocks} blocks"
     if (folder / "verification.json").is_file():
-        return "verified"
+        return "exports were verified"
+    if not (folder / UNFINISHED).is_file():
+        return f"{num_blocks} blocks"
     finished = [name for name in ("export", "dense") if (folder / name).is_dir()]
     return f"{num_blocks} blocks, exporting{''.join(f', {name}/ written' for name in finished)}"
 
