@@ -20,7 +20,8 @@ def row(blocks: int, gib: float, **more: Any) -> dict[str, Any]:
         {"label": "block 1 mlp_in", "expected": 100, "measured": 120},
     ]
     return {
-        "blocks": blocks, "limit_bytes": 8 * GIB, "code": 0, "seconds": 10 + 30 * blocks, "processor_seconds": 40 * blocks, "model_bytes": blocks * GIB,
+        "blocks": blocks, "limit_bytes": 8 * GIB, "code": 0, "seconds": 10 + 30 * blocks,
+        "processor_seconds": 40 * blocks, "model_bytes": blocks * GIB,
         "block_bytes": GIB, "resident_bytes": int(gib * GIB), "anonymous_bytes": GIB, "address_space_bytes": 5 * GIB,
         "phases": PHASES, "memory": memory, "export_bytes": blocks * GIB, "blocks_bytes": blocks * GIB, **more,
     }  # fmt: skip
