@@ -94,7 +94,7 @@ def kill_and_compare(folder: Path, times: int, seed: int, more: Sequence[str]) -
 
 
 def report(rows: Sequence[Row]) -> str:
-    """A table with one line for each run."""
+    """How many runs ended with the same bytes, and a line for each of them."""
     lines = [
         [
             row["number"], ", ".join(f"{moment:.1f}" for moment in row["moments"]), ", then ".join(row["phases"]),
@@ -104,9 +104,11 @@ def report(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     same = sum(not row["differing"] for row in rows)
     kills = sum(len(row["phases"]) for row in rows)
-    head = f"{same} of {len(rows)} runs ended with the bytes of the undisturbed run, which took "
-    head += f"{rows[0]['undisturbed_seconds']:.1f} s; {kills} kills.\n\n"
-    return head + markdown(("run", "killed after, s", "what was there then", "files that differ"), lines)
+    total = ["all", len(rows), kills, same, f"{rows[0]['undisturbed_seconds']:.1f}", rows[0]["num_files"]]
+    head = ("", "runs", "kills", "runs that ended with the bytes of the undisturbed one", "its seconds", "its files")
+    return f"{markdown(head, [total])}\n" + markdown(
+        ("run", "killed after, s", "what was there then", "files that differ"), lines
+    )
 
 
 if __name__ == "__main__":

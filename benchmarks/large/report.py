@@ -1,15 +1,13 @@
 """What a fit under a limit of memory left behind, and the tables over numbers of blocks."""
 
 import csv
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.lab.tables import Row, markdown
+from benchmarks.lab.tables import Row, grouped, markdown
 from benchmarks.large.checkpoint import Shape
 from benchmarks.large.floor import Rates, block_floor
 from benchmarks.large.limited import GIB
@@ -41,33 +39,27 @@ class Scale:
 
 
 def read_run(folder: Path) -> Row:
-    """Seconds by phase, expected and measured memory, and sizes of what was written, from a run folder."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
+    """What each kind of phase took and was expected to take, and sizes of what was written, from a run folder."""
     with (folder / "memory.csv").open(encoding="utf8", newline="") as file:
-        memory = [
-            {"label": row["label"], "expected": int(row["expected"]), "measured": int(row["measured"])}
-            for row in csv.DictReader(file)
-        ]
+        phases = grouped(csv.DictReader(file), lambda row: str(row["phase"]))
     return {
-        "phases": manifest["seconds"], "memory": memory,
+        "phases": {kind: _phase(rows) for kind, rows in phases.items()},
         "export_bytes": size_of(folder / "export"), "blocks_bytes": size_of(folder / "blocks"),
     }  # fmt: skip
+
+
+def _phase(rows: Sequence[Row]) -> Row:
+    """All phases of a kind: seconds in all, bytes of the largest; nothing where nothing was expected."""
+    found: Row = {"times": len(rows)}
+    for kind in ("measured", "expected"):
+        seconds, peaks = ([float(row[f"{what}_{kind}"] or 0) for row in rows] for what in ("seconds", "host"))
+        found |= {f"seconds_{kind}": sum(seconds), f"bytes_{kind}": int(max(peaks))}
+    return found
 
 
 def size_of(folder: Path) -> int:
     """Bytes of the files of a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def block_phases(seconds: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each phase over all blocks, without the number of the block, and of what belongs to no block."""
-    of_blocks: dict[str, float] = {}
-    rest: dict[str, float] = {}
-    for label, value in seconds.items():
-        found = re.fullmatch(r"block \d+ (.+)", label)
-        target, name = (of_blocks, found[1]) if found else (rest, label)
-        target[name] = target.get(name, 0.0) + value
-    return of_blocks, rest
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -125,34 +117,39 @@ def prediction(rows: Sequence[Row]) -> str:
 
 
 def seconds_table(scale: Scale, rows: Sequence[Row]) -> str:
-    """Seconds per block of each phase, beside the floor."""
-    phases = {row["blocks"]: block_phases(row["phases"]) for row in rows}
-    names = list(dict.fromkeys(name for of_blocks, _ in phases.values() for name in of_blocks))
-    whole = list(dict.fromkeys(name for _, rest in phases.values() for name in rest))
-    lines = [[name, *(f"{found[0].get(name, 0.0) / num:.2f}" for num, found in phases.items())] for name in names]
-    lines.append(["all phases of a block", *(f"{sum(found[0].values()) / num:.1f}" for num, found in phases.items())])
-    lines += [
-        [f"{name} (of the run, divided)", *(f"{found[1].get(name, 0.0) / num:.2f}" for num, found in phases.items())]
-        for name in whole
-    ]
+    """Seconds of each kind of phase, divided by the number of blocks, beside the floor."""
+    names = list(dict.fromkeys(name for row in rows for name in row["phases"]))
+    lines = [[name, *(_per_block(row, name) for row in rows)] for name in names]
     for name, key in (("everything", "seconds"), ("everything, processor seconds", "processor_seconds")):
-        lines.append([f"{name}, divided", *(f"{row[key] / row['blocks']:.1f}" for row in rows)])
+        lines.append([name, *(f"{row[key] / row['blocks']:.1f}" for row in rows)])
+    expected = [sum(phase["seconds_expected"] for phase in row["phases"].values()) / row["blocks"] for row in rows]
+    lines.append(["expected by the preflight", *(f"{seconds:.1f}" for seconds in expected)])
     floor = block_floor(scale.shape, rows[0]["block_bytes"], scale.num_tokens, scale.length, scale.rates)
+    lines.append(["floor", *(f"{floor.total:.1f}" for _ in rows)])
     read, *products = scale.rates.read / 1e9, scale.rates.model_products / 1e9, scale.rates.float32_products / 1e9
-    return markdown(["seconds per block", *(f"{num} blocks" for num in phases)], lines) + (
+    return markdown(["seconds per block", *(f"{row['blocks']} blocks" for row in rows)], lines) + (
         f"\nFloor of a block: {floor.total:.1f} s = {floor.read:.1f} reading, {floor.forward:.1f} forward (twice), "
         f"{floor.hessians:.1f} Hessians, {floor.solves:.1f} solves; {read:.2f} GB/s from the disk, "
         f"{products[0]:.0f} and {products[1]:.0f} Gop/s of bfloat16 and float32 products; {scale.num_tokens} tokens.\n"
     )
 
 
+def _per_block(row: Row, name: str) -> str:
+    seconds = row["phases"].get(name, {}).get("seconds_measured", 0.0)
+    return f"{seconds / row['blocks']:.2f}"
+
+
 def expected_table(rows: Sequence[Row]) -> str:
-    """Largest and smallest ratio of measured to expected memory over the passes of a run."""
-    lines = []
-    for row in rows:
-        ratios = {one["label"]: one["measured"] / one["expected"] for one in row["memory"] if one["expected"]}
-        peak = max(row["memory"], key=lambda one: one["measured"])
-        low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-        cells = [f"{ratios[label]:.2f} ({label})" for label in (low, high)]
-        lines.append([row["blocks"], *cells, f"{peak['measured'] / peak['expected']:.2f} ({peak['label']})"])
-    return markdown(("blocks", "measured / expected, least", "most", "of the largest phase"), lines)
+    """Measured memory of each kind of phase, as a share of what the preflight expected."""
+    names = list(dict.fromkeys(name for row in rows for name in row["phases"]))
+    lines = [[name, *(_of_expected(row["phases"].get(name)) for row in rows)] for name in names]
+    head = ["peak, GiB: measured / expected", *(f"{row['blocks']} blocks" for row in rows)]
+    return markdown(head, lines)
+
+
+def _of_expected(phase: Row | None) -> str:
+    if phase is None:
+        return ""
+    measured, expected = (phase[f"bytes_{kind}"] for kind in ("measured", "expected"))
+    share = f"{expected / GIB:.2f} ({measured / expected - 1:+.0%})" if expected else "-"
+    return f"{measured / GIB:.2f} / {share}"
