@@ -12,7 +12,8 @@ from benchmarks.large.report import Scale, line, memory_table, read_run, scale_r
 
 PHASES = {
     "calibrate mlp_in": {
-        "times": 4, "seconds_measured": 8.0, "seconds_expected": 6.0, "bytes_measured": 3 * GIB, "bytes_expected": 4 * GIB
+        "times": 4, "seconds_measured": 8.0, "seconds_expected": 6.0,
+        "bytes_measured": 3 * GIB, "bytes_expected": 4 * GIB
     },
     "figures": {
         "times": 1, "seconds_measured": 2.0, "seconds_expected": 0.0, "bytes_measured": GIB, "bytes_expected": 0
