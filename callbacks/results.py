@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.callback import Step, module_of
-from moeq.disk.digest import model_digest
 from moeq.disk.folder import MANIFEST
+from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.models.storage import storage_dtype
 from moeq.module import MoEQuantModule
@@ -60,8 +59,9 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     model = {
         "name": options["name"],
         "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
-        "digest": model_digest(module.model, partial(storage_dtype, module.model)),
+        "digest": model_identity(options["name"]),  # of the files: not all weights need be in memory
         "reference": options["reference"],
+        "placement": {whose: place.kind for whose, place in module.validation.placements.items()},
     }
     known = {
         "model": model,

@@ -1,16 +1,22 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
 
 from moeq.allocation.evidence import Promise, read_evidence
 from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
+from moeq.disk.waiting import WaitingStates
+from moeq.fit.schedule import GIB
+from moeq.module import MoEQuantModule
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
 
@@ -41,13 +47,13 @@ class Survey(Step):
         )  # fmt: skip
         for choice in self._spec.choices:
             choice.grid(grid)  # raises for widths that no grid has
-        Surveyor(module.adapter, self._spec)  # raises where no choice fits a weight
+        Surveyor(module.adapter, self._spec, self._waiting(module))  # raises where no choice fits a weight
         module.run.needs.survey = True
         spec = self._spec
         module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run makes no survey: it reads the one of its first part."""
+        """Sweep ahead of the first pass; a resumed run makes no survey: it reads the one of its first part."""
         module = module_of(pl_module)
         run, path = module.run, module.run_dir / "survey.json"
         if any(each.kind == "survey" for each in module.walk.schedule):
@@ -55,23 +61,20 @@ class Survey(Step):
                 logging.getLogger(__name__).warning(
                     f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
                 )
+            self._surveyor = Surveyor(module.adapter, self._spec, self._waiting(module), module.device)
+            self._sweep_ahead(trainer, module, self._surveyor)
         elif path.exists():
             run.evidence = read_evidence(path, module.weight_shapes())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the block of a survey pass."""
-        module = module_of(pl_module)
-        if module.current_pass.kind != "survey":
-            return
-        if self._surveyor is None:
-            self._surveyor = Surveyor(module.adapter, self._spec, module.device)
-        self._surveyor.open_block(module.current_pass.block)
+        if self._surveyor is not None:
+            self._surveyor.open_block(module_of(pl_module).current_pass.block)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Backward passes on the first batches of the first block; padding does not count."""
+        """Padding does not count."""
         if self._surveyor is not None:
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
-            self._surveyor.start_batch(batch_idx, inputs)
+            self._surveyor.start_batch(batch_idx, _inputs(batch))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish a block; after the last one write what was found."""
@@ -92,3 +95,26 @@ class Survey(Step):
         """Hooks come off whatever happens."""
         if self._surveyor is not None:
             self._surveyor.close()
+
+    def _waiting(self, module: MoEQuantModule) -> WaitingStates:
+        """As much as the module's hidden states may take, which do not wait yet while the sweeps are made."""
+        return WaitingStates(int(module.walk_spec.hidden_gib * GIB), module.run_dir)
+
+    def _sweep_ahead(self, trainer: Trainer, module: MoEQuantModule, surveyor: Surveyor) -> None:
+        num_batches = min(surveyor.num_ahead, trainer.num_training_batches)
+        loader: Any = trainer.train_dataloader
+        batches = [
+            _inputs(trainer.strategy.batch_to_device(batch, module.device))
+            for batch in (islice(loader, int(num_batches)) if num_batches else ())
+        ]
+
+        def show(blocks: Iterable[int], sweep: str) -> Iterable[int]:
+            hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+            return tqdm(blocks, f"survey {sweep}", total=len(module.adapter.blocks), unit="block", disable=hidden)
+
+        # Not into run.seconds, where the first pass counts it already.
+        surveyor.sweep_ahead(batches, show)
+
+
+def _inputs(batch: Any) -> dict[str, Tensor]:
+    return {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}

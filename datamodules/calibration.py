@@ -69,3 +69,10 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
         ids_NL = self.calibration_ids()
         share = BatchShare(len(ids_NL), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader([{"input_ids": ids_L} for ids_L in ids_NL], batch_sampler=share)  # type: ignore[arg-type]
+
+
+def check_positions(config: Any, length: int) -> None:
+    """Raise ValueError where sequences of ``length`` tokens are longer than a model's configuration allows."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"length ({length}) must not exceed the {limit} positions of the model; choose {limit}")

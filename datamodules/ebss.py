@@ -1,20 +1,24 @@
-"""Calibration on sequences that the model writes itself, balanced over its experts (Expert-Balanced Self-Sampling)."""
+"""Calibration on sequences that the model writes itself (expert-balanced self-sampling)."""
 
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.calibration import CalibrationDataModule
+from datamodules.calibration import CalibrationDataModule, check_positions
 from moeq.disk.atomic import copy_file
-from moeq.disk.texts import read_documents, token_stream
+from moeq.distributed import gather_lists
 from moeq.sampling.balance import is_degenerate
 from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled
-from moeq.sampling.text import text_windows
+from moeq.sampling.writer import BITS, WRITERS, Writer, WriterChoice
+
+if TYPE_CHECKING:
+    from moeq.sampling.compared_text import ComparedText
 
 NUM_SHOWN = 3
 
@@ -23,6 +27,9 @@ class EBSSDataModule(CalibrationDataModule):
     """Self-sampled calibration sequences, kept in the run folder with a report of their balance.
 
     Args:
+        writer: Who writes them: "original" is the model, whole on the device; "lockstep" gives the same numbers from
+            blocks that wait in main memory and visit the device in turn; "packed8" and "packed4" are the model rounded
+            to 8 or 4 bits in memory. "auto" takes the first of these that fits.
         sequences_at_once: Sequences (times branches) per forward pass; bounds the memory of the search. In corpus mode
             ranks divide them, in the other modes each rank takes so many.
         cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.
@@ -33,6 +40,7 @@ class EBSSDataModule(CalibrationDataModule):
 
     def __init__(
         self,
+        writer: WriterChoice = "auto",
         sequences_at_once: int = 64,
         cache_dir: str | None = None,
         compare_text: str | None = None,
@@ -43,58 +51,146 @@ class EBSSDataModule(CalibrationDataModule):
         self.spec = EBSSSpec(**settings)
         if sequences_at_once < 1:
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
+        self.writer: WriterChoice = writer
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text
 
     @override
     def make_ids(self) -> Tensor:
-        from moeq.sampling.store import check_cache, load_sampled, save_sampled, set_fingerprint
+        from moeq.sampling.store import check_cache, load_sampled
 
-        assert self.trainer is not None
-        trainer, module = self.trainer, self._module()
-        _check_positions(module.model, self.spec.length)
+        trainer, module = self._run()
+        check_positions(module.model.config, self.spec.length)
         if self.cache_dir is not None:
             check_cache(Path(self.cache_dir))
-        key = set_fingerprint(module.model, module.tokenizer, self.spec, self.sequences_at_once, trainer.world_size)
-        path = module.run_dir / "calibration" / f"ebss-{key}.safetensors"
-        shared = path if self.cache_dir is None else Path(self.cache_dir) / path.name
-        if trainer.is_global_zero and not path.is_file() and shared.is_file():
-            copy_file(shared, path)
+        files, text = self._files(), self._text()
+        writer = self._agreed_writer(files)
+        path = files[writer]
+        if trainer.is_global_zero and not path.is_file() and self._shared(path).is_file():
+            copy_file(self._shared(path), path)
         trainer.strategy.barrier("moeq_ebss_cache")
-        if not path.is_file():
-            # Ends with a barrier, so no rank looks for the file after the first one has written it.
-            sampled = self._sample(path.with_suffix(".parts"))
-            if trainer.is_global_zero:
-                save_sampled(path, sampled)
+        self._write_missing(writer, path, text)
         if trainer.is_global_zero:
-            if not shared.is_file():
-                copy_file(path, shared)
-            self._report(path)
+            if not self._shared(path).is_file():
+                copy_file(path, self._shared(path))
+            self._report(path, text, writer)
         trainer.strategy.barrier("moeq_ebss")
         if trainer.is_global_zero:
             # Not before the barrier: all ranks have to have read the parts.
-            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+            shutil.rmtree(_parts(path), ignore_errors=True)
         return load_sampled(path).ids_NT
 
-    def _module(self) -> Any:
-        assert self.trainer is not None
-        return self.trainer.lightning_module
+    def _run(self) -> tuple[Any, Any]:
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return self.trainer, self.trainer.lightning_module
 
-    def _sample(self, folder: Path) -> Sampled:
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._run()[1].model.get_input_embeddings().weight.device
+        return device
+
+    def _text(self) -> "ComparedText | None":
+        from moeq.sampling.compared_text import ComparedText
+
+        if self.compare_text is None:
+            return None
+        return ComparedText.read(self.compare_text, self._tokenizer, self.spec)
+
+    def _files(self) -> dict[Writer, Path]:
+        """Where the set of each writer is in the run folder; original and lockstep have the same."""
+        from moeq.sampling.store import model_mark, set_fingerprint
+
+        trainer, module = self._run()
+        mark = model_mark(module.adapter, module.hparams["name"])
+        sizes = self.sequences_at_once, trainer.world_size
+        keys = {writer: set_fingerprint(mark, module.tokenizer, self.spec, *sizes, writer) for writer in WRITERS}
+        return {writer: module.run_dir / "calibration" / f"ebss-{key}.safetensors" for writer, key in keys.items()}
+
+    def _shared(self, path: Path) -> Path:
+        return path if self.cache_dir is None else Path(self.cache_dir) / path.name
+
+    # -- who writes
+
+    def _agreed_writer(self, files: dict[Writer, Path]) -> Writer:
+        """The same on all ranks: the last in the list of those that they would take."""
+        from moeq.sampling.writer import rounded_fallback
+
+        writer = max(gather_lists([self._own_writer(files)]), key=WRITERS.index)
+        if self.writer == "auto" and writer in BITS:
+            self._run()[1].run.fallbacks.append(rounded_fallback(writer))
+        return writer
+
+    def _own_writer(self, files: dict[Writer, Path] | None = None) -> Writer:
+        """Of this rank, which takes what files tell into account where there are any."""
+        from moeq.models.residency import InMemory
+        from moeq.sampling.writer import describe_writer, settle_writer
+
+        if self.writer != "auto":
+            return self.writer
+        if isinstance(self._run()[1].adapter.residency, InMemory):
+            return "original"
+        sizes, files = self._sizes(), files or {}
+        writer = settle_writer(
+            sizes,
+            finished=[writer for writer, path in files.items() if path.is_file()],
+            begun=[writer for writer, path in files.items() if _parts(path).is_dir()],
+            shared=[writer for writer, path in files.items() if self._shared(path).is_file()],
+        )
+        rank_zero_info(describe_writer(writer, sizes))
+        return writer
+
+    def _sizes(self) -> Any:
+        from moeq.checkpoint.free_memory import free_bytes
+        from moeq.sampling.open_writer import writer_sizes
+
+        trainer, module = self._run()
+        # Ranks of one machine share its main memory.
+        share = max(1, trainer.world_size // trainer.num_nodes)
+        host, device = torch.device("cpu"), self._device
+        host_free = free_bytes(host) // share
+        return writer_sizes(
+            module.adapter, device, rows=self.sequences_at_once * self.spec.branches, length=self.spec.length,
+            device_free=host_free if device == host else free_bytes(device), host_free=host_free,
+        )  # fmt: skip
+
+    # -- writing
+
+    def _write_missing(self, writer: Writer, path: Path, text: "ComparedText | None") -> None:
+        """Write the set, and score the text, where that is not done yet; the only time that a whole model is needed."""
+        from moeq.sampling.effective import measure_evidence
+        from moeq.sampling.open_writer import use_writer
+        from moeq.sampling.store import save_sampled
+
+        trainer, module = self._run()
+        device, missing = self._device, not path.is_file()
+        unscored = trainer.is_global_zero and text is not None and not text.path(path).is_file()
+
+        def use(model: Any) -> None:
+            if missing:
+                # Ends with a barrier, so no rank looks for the file after the first one has written it.
+                sampled = self._sample(model, _parts(path))
+                if trainer.is_global_zero:
+                    save_sampled(path, sampled, measure_evidence(model, sampled.ids_NT.to(device)))
+            if unscored:
+                assert text is not None
+                text.score(model, path, device)
+
+        if missing or unscored:
+            use_writer(module.adapter, writer if missing else self._own_writer(), device, use)
+
+    def _sample(self, model: Any, folder: Path) -> Sampled:
         from tqdm import tqdm
 
         from moeq.sampling.effective import measure_evidence
         from moeq.sampling.next_token import ModelNextToken
         from moeq.sampling.parts import SetWriter, sample_set
 
-        assert self.trainer is not None
-        trainer, module = self.trainer, self._module()
-        device = module.model.device
+        trainer, module = self._run()
         sampler = SetWriter(
             self.spec,
             self.sequences_at_once,
-            candidates_V=first_token_candidates(module.model, module.tokenizer),
+            candidates_V=first_token_candidates(model, module.tokenizer),
             is_degenerate=lambda ids_NT: [is_degenerate(text) for text in module.tokenizer.batch_decode(ids_NT)],
-            evidence=lambda ids_NT: measure_evidence(module.model, ids_NT.to(device)),
+            evidence=lambda ids_NT: measure_evidence(model, ids_NT.to(self._device)),
             folder=folder,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
@@ -104,48 +200,43 @@ class EBSSDataModule(CalibrationDataModule):
         total = None if self.spec.mode == "corpus" else sampler.missing() * self.spec.length
         hidden = trainer.progress_bar_callback is None
         with (
-            ModelNextToken(module.model) as next_token,
+            ModelNextToken(model) as next_token,
             tqdm(total=total, desc=f"EBSS ({self.spec.mode})", unit="token", disable=hidden) as bar,
         ):
-            return sample_set(sampler, _Shown(next_token, bar), device)
+            return sample_set(sampler, _Shown(next_token, bar), self._device)
 
-    def _report(self, path: Path) -> None:
+    def _report(self, path: Path, text: "ComparedText | None", writer: Writer) -> None:
         """``report.json`` beside the ids, and its numbers in the logger: balance, likelihood, repetition, some text."""
         from moeq.disk.atomic import write_json
-        from moeq.sampling.next_token import score_sequences
-        from moeq.sampling.set_report import decision_columns, decision_steps, set_scalars
-        from moeq.sampling.store import load_sampled
+        from moeq.sampling.set_report import decision_columns, decision_steps, set_columns, set_scalars
+        from moeq.sampling.store import load_sampled, load_scored
+        from moeq.sampling.writer import identity_of
 
-        assert self.trainer is not None
-        module = self._module()
+        trainer, module = self._run()
+        decode = module.tokenizer.batch_decode
         sampled = load_sampled(path)
         report: dict[str, Any] = {
             "ids": path.name,
+            "writer": identity_of(writer),
             "settings": asdict(self.spec),
             "decisions": decision_columns(sampled.decisions_NS3, sampled.redrawn_N),
-            "sampled": self._columns(sampled.ids_NT, sampled.counts_NLE, sampled.nll_N),
+            "sampled": set_columns(*load_scored(path), decode),
         }
-        if self.compare_text is not None:
-            stream_T = token_stream(read_documents(Path(self.compare_text)), module.tokenizer)
-            ids_NL = text_windows(stream_T, self.spec.length, len(sampled.ids_NT), self.spec.seed)
-            nll_N, counts_NLE = score_sequences(module.model, ids_NL.to(module.model.device))
-            report["compare_text"] = self.compare_text
-            report["text"] = self._columns(ids_NL, counts_NLE.cpu(), nll_N.cpu())
-        report["samples"] = module.tokenizer.batch_decode(sampled.ids_NT[:NUM_SHOWN])
+        if text is not None:
+            report["compare_text"] = text.source
+            report["text"] = set_columns(*load_scored(text.path(path)), decode)
+        report["samples"] = decode(sampled.ids_NT[:NUM_SHOWN])
         write_json(path.parent / "report.json", report)
-        if self.trainer.logger is not None:
+        if trainer.logger is not None:
             for name in ("decisions", "sampled", "text"):
-                self.trainer.logger.log_metrics(set_scalars(report.get(name, {}), f"ebss_{name}"))
+                trainer.logger.log_metrics(set_scalars(report.get(name, {}), f"ebss_{name}"))
             for step, columns in enumerate(decision_steps(sampled.decisions_NS3)):
-                self.trainer.logger.log_metrics(set_scalars(columns, "ebss_steps"), step=step)
+                trainer.logger.log_metrics(set_scalars(columns, "ebss_steps"), step=step)
 
-    def _columns(self, ids_NL: Tensor, counts_NLE: Tensor, nll_N: Tensor) -> dict[str, Any]:
-        from moeq.sampling.effective import measure_evidence
-        from moeq.sampling.set_report import set_columns
 
-        module = self._module()
-        evidence = measure_evidence(module.model, ids_NL.to(module.model.device))
-        return set_columns(ids_NL, counts_NLE, nll_N, evidence, module.tokenizer.batch_decode(ids_NL))
+def _parts(path: Path) -> Path:
+    """Folder of the parts of a set that is being written."""
+    return path.with_suffix(".parts")
 
 
 def first_token_candidates(model: Any, tokenizer: Any) -> Tensor:
@@ -154,12 +245,6 @@ def first_token_candidates(model: Any, tokenizer: Any) -> Tensor:
     allowed_V = torch.ones(num_tokens, dtype=torch.bool)
     allowed_V[[i for i in tokenizer.all_special_ids if i < num_tokens]] = False
     return allowed_V.nonzero().squeeze(1)
-
-
-def _check_positions(model: Any, length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"length ({length}) must not exceed the {limit} positions of the model; choose {limit}")
 
 
 class _Shown:

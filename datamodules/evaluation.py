@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
+from moeq.evaluation.placing import Places, choose_places
 from moeq.evaluation.records import Records
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation, metric_kinds
 from moeq.evaluation.validation import result_fingerprint
@@ -81,6 +82,7 @@ class EvaluationDataModule(L.LightningDataModule):
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.sampling = sampling or Sampling()
         self.evaluations: list[TaskEvaluation] = []
+        self.places: Places
 
     @override
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -94,7 +96,10 @@ class EvaluationDataModule(L.LightningDataModule):
         assert self.trainer is not None, "the loaders are built by a Trainer"
         module = cast(Any, self.trainer.lightning_module)
         encoder = Encoder(module.tokenizer, self.max_length or window_of(module.config, module.tokenizer))
-        fingerprint = result_fingerprint(module.hparams, self.sampling, self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        # Batches are cut for the passes that they are going to run in, which a streamed model decides.
+        self.places = choose_places(module.hparams, device)
+        fingerprint = result_fingerprint(module.hparams, self.sampling, device)
         self.evaluations = [self._open(task, encoder, fingerprint) for task in self.tasks]
         # Every rank has read what is finished before any of them adds to it.
         self.trainer.strategy.barrier("moeq_evaluation")
@@ -131,10 +136,11 @@ class EvaluationDataModule(L.LightningDataModule):
             trainer.strategy.barrier("moeq_restart")
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
         evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
+        evaluation.limit = trainer.limit_val_batches
         on_cpu = trainer.strategy.root_device.type == "cpu"
         evaluation.batches = batches(
             evaluation.unfinished, self.batch_tokens, trainer.global_rank, trainer.world_size,
-            CPU_PASS_TOKENS if on_cpu else None,
+            CPU_PASS_TOKENS if on_cpu else None, self.places.without,
         )  # fmt: skip
         return evaluation
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +22,17 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Give a contiguous tensor of every rank the values that the source's has, in place, bit for bit in any dtype."""
+    if is_distributed():
+        octets = tensor.view(-1).view(torch.uint8)
+        # NCCL moves what is on a GPU, and results wait on the CPU.
+        carrier = octets.cuda() if dist.get_backend() == "nccl" and octets.is_cpu else octets
+        dist.broadcast(carrier, source)
+        if carrier is not octets and dist.get_rank() != source:
+            octets.copy_(carrier)
 
 
 def wait_for_ranks() -> None:

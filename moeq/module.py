@@ -185,6 +185,11 @@ class MoEQuantModule(L.LightningModule):
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
 
+    @override
+    def on_train_start(self) -> None:
+        """Runs after the callbacks' hooks of the same name."""
+        self.walk.start()
+
     def _fingerprint(self) -> dict[str, str]:
         """Of the configuration, the model and the data, which may have to be sampled first."""
         trainer: Any = self.trainer
@@ -221,10 +226,11 @@ class MoEQuantModule(L.LightningModule):
     @override
     def on_validation_start(self) -> None:
         """The data are read by now: a mistake in them does not wait for a large model to load."""
-        sampling = self.trainer.datamodule.sampling  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = start_validation(
-            dict(self.hparams), self.tokenizer, self.evaluations, sampling, self.device, self.run_dir, rank_zero_info
-        )
+            dict(self.hparams), data.places, self.tokenizer, data.evaluations, data.sampling, self.device, self.run_dir,
+            rank_zero_info,
+        )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
 
     @override

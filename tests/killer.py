@@ -53,15 +53,15 @@ class KillWhileSampling(Callback):
         self.num_parts = num_parts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        write, written = parts.save_part, []
+        write, written = parts.save_sampled, []
 
-        def save_part(*args: Any) -> None:
+        def save_sampled(*args: Any) -> None:
             write(*args)
             written.append(args)
             if len(written) == self.num_parts:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        parts.save_part = save_part
+        parts.save_sampled = save_sampled
 
 
 class KillWhileEvaluating(Callback):

@@ -83,7 +83,8 @@ def test_configurations_name_classes_by_their_names_alone(config: Path) -> None:
 def test_what_cannot_be_chosen_is_not_offered() -> None:
     import_parts()
     assert known_parts("trainer.callbacks").keys() >= {"AWQ", "GPTQ", "Survey"}
-    assert known_parts("data").keys() == {"EBSSDataModule", "EvaluationDataModule", "TextDataModule"}
+    calibration = {"EBSSDataModule", "GivenIdsDataModule", "TextDataModule"}
+    assert known_parts("data").keys() == calibration | {"EvaluationDataModule"}
     assert known_parts("trainer.logger") == {}
 
 

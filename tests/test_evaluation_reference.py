@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-import moeq.evaluation.validation
+import moeq.evaluation.open_models
 from tests.evaluation_data import write_evaluation_data
 from tests.test_main import fit, validate
 from tests.tiny import save_tiny
@@ -40,13 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each model was loaded."""
     counts: Counter[str] = Counter()
-    load = moeq.evaluation.validation.load_model
+    load = moeq.evaluation.open_models.load_model
 
     def counted(name: str, *args: Any) -> nn.Module:
         counts[name] += 1
         return load(name, *args)
 
-    monkeypatch.setattr(moeq.evaluation.validation, "load_model", counted)
+    monkeypatch.setattr(moeq.evaluation.open_models, "load_model", counted)
     return counts
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-import moeq.evaluation.validation
+import moeq.evaluation.open_models
 from main import main
 from tests.evaluation_data import documents_of, write_evaluation_data, write_rows
 from tests.test_main import QUIET, validate
@@ -68,7 +68,7 @@ def no_model(*_: object) -> nn.Module:
 def test_a_mistake_in_the_options_leaves_nothing_behind(
     more: list[str], message: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moeq.evaluation.validation, "load_model", no_model)
+    monkeypatch.setattr(moeq.evaluation.open_models, "load_model", no_model)
     with refused(message):
         validate(CONFIG, model, tmp_path / "run", *options(data, *more))
     assert not (tmp_path / "run").exists()
@@ -77,7 +77,7 @@ def test_a_mistake_in_the_options_leaves_nothing_behind(
 def test_missing_data_are_named_before_a_model_is_loaded(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moeq.evaluation.validation, "load_model", no_model)
+    monkeypatch.setattr(moeq.evaluation.open_models, "load_model", no_model)
     empty = tmp_path / "data"
     empty.mkdir()
     folder = re.escape(str(empty / "hellaswag"))
@@ -97,7 +97,7 @@ def test_missing_data_are_named_before_a_model_is_loaded(
 def test_a_row_that_is_none_of_the_task_s_is_named_before_a_model_is_loaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moeq.evaluation.validation, "load_model", no_model)
+    monkeypatch.setattr(moeq.evaluation.open_models, "load_model", no_model)
     write_rows(tmp_path / "data/boolq/validation.jsonl", [{"question": "is rain wet"}])
     with refused(r"task boolq \(.*boolq/validation\.jsonl\): document 0, with the fields .*KeyError: '(answer|label)'"):
         validate(CONFIG, model, tmp_path / "run", *options(tmp_path / "data", "--data.tasks=[boolq]"))
@@ -116,7 +116,7 @@ def test_a_nan_stops_the_run_with_task_document_and_module(
     whose: str, task: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged = save_tiny("qwen2_moe", tmp_path / "damaged")
-    load = moeq.evaluation.validation.load_model
+    load = moeq.evaluation.open_models.load_model
 
     def planted(name: str, *args: Any) -> nn.Module:
         loaded = load(name, *args)
@@ -124,7 +124,7 @@ def test_a_nan_stops_the_run_with_task_document_and_module(
             loaded.get_parameter("model.layers.1.mlp.experts.down_proj")[:, 3, 5] = torch.nan
         return loaded
 
-    monkeypatch.setattr(moeq.evaluation.validation, "load_model", planted)
+    monkeypatch.setattr(moeq.evaluation.open_models, "load_model", planted)
     name, reference = (damaged, "null") if whose == "the model" else (model, str(damaged))
     mode = "disk" if whose.endswith("disk") else "memory"
     more = [f"--data.tasks=[{task}]", "--data.num_documents=3", f"--model.reference_mode={mode}"]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from torch import nn
 
-import moeq.evaluation.validation
+import moeq.evaluation.open_models
 from moeq.evaluation.evaluator import Evaluator
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.task import Task
@@ -42,7 +42,7 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.documents: list[tuple[str, int]] = []
         self.num_passes = 0
-        evaluate, load = Evaluator.run, moeq.evaluation.validation.load_model
+        evaluate, load = Evaluator.run, moeq.evaluation.open_models.load_model
 
         def watched_run(evaluator: Evaluator, task: Task, documents: Sequence[Document]) -> list[Result]:
             self.documents += [(task.name, document.index) for document in documents]
@@ -54,7 +54,7 @@ class Watch:
             return model
 
         patch.setattr(Evaluator, "run", watched_run)
-        patch.setattr(moeq.evaluation.validation, "load_model", watched_load)
+        patch.setattr(moeq.evaluation.open_models, "load_model", watched_load)
 
     def _count(self, *_: object) -> None:
         self.num_passes += 1

@@ -19,18 +19,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"quant"},
     "checkpoint": {"models", "quant", "kernels", "disk"},
     "allocation": {"quant"},
-    "sampling": {"decoding", "models", "disk"},
+    "sampling": {"checkpoint", "decoding", "models", "quant", "disk"},
     "fit": {"allocation", "models", "quant", "disk"},
     "survey": {"allocation", "scoring", "fit", "models", "quant", "disk"},
     "export": {"checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},
-    "scoring": {"tasks", "decoding", "models", "kernels"},
+    "scoring": {"tasks", "decoding", "models", "kernels", "disk"},
     "evaluation": {"scoring", "tasks", "decoding", "programs", "report", "checkpoint", "kernels", "disk"},
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
 OPEN_TO_ALL = "distributed"
-SHELL = {"callback", "cli", "module", "progress", "strategy"}
+SHELL = {"callback", "cli", "lifeline", "module", "progress", "strategy"}
 WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

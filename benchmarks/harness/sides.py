@@ -9,7 +9,7 @@ import torch
 from benchmarks.harness.files import HARNESS_NAMES, Files
 from moeq.evaluation.batches import CPU_PASS_TOKENS, batches
 from moeq.evaluation.evaluator import Evaluator
-from moeq.scoring.likelihood import Scorer
+from moeq.scoring.scorer import Scorer
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.encode import Encoder
 from moeq.tasks.metrics import measurement, ratio_sums

@@ -10,6 +10,7 @@ Legend: N windows, L tokens of a window.
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +80,13 @@ def mixture(yardstick: Yardstick, num_windows: int, seed: int) -> Tensor:
 
 
 def sampled_set(
-    yardstick: Yardstick, spec: EBSSSpec, label: str, seed: int, folder: Path, num_windows: int, num_written: int = 0
-) -> Tensor:
-    """The first ``num_windows`` sequences of a file that holds as many, or one that is written now."""
+    yardstick: Yardstick, spec: EBSSSpec, label: str, seed: int, folder: Path, num_windows: int, num_written: int = 0,
+    writer: Any = None,
+) -> Tensor:  # fmt: skip
+    """The first ``num_windows`` sequences of a file that holds as many, or one that is written now.
+
+    By the original, or by another ``writer`` with the same tokenizer.
+    """
     name = label.replace(" ", "_")
     for path in folder.glob(f"{name}-*-{seed}.safetensors"):
         num_there = int(path.stem.split("-")[-2])
@@ -91,7 +96,7 @@ def sampled_set(
     num_sequences = num_windows if num_windows % SEQUENCES_AT_ONCE else max(num_written, num_windows)
     spec = replace(spec, num_sequences=num_sequences, length=LENGTH, seed=seed)
     path = folder / f"{name}-{spec.num_sequences}-{seed}.safetensors"
-    model, decode = yardstick.model, yardstick.tokenizer.batch_decode
+    model, decode = writer or yardstick.model, yardstick.tokenizer.batch_decode
     sampler = SetWriter(
         spec, SEQUENCES_AT_ONCE, first_token_candidates(model, yardstick.tokenizer),
         lambda ids_NL: [is_degenerate(text) for text in decode(ids_NL)],

@@ -9,16 +9,19 @@ Shape suffixes: O out, I in, G groups, W words; N tokens, D hidden, K top-k in t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeq.quant.packing import num_words, pack, unpack
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.grid import dequantize_weight
+from moeq.quant.packing import num_words, pack, unpack
 from moeq.quant.spec import QuantizedWeight
+
+# Weights that a core dequantizes at once.
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,23 @@ class PackedFormat:
 
 
 def dequantize_codes(weight: QuantizedWeight) -> Tensor:
-    """Real weights of codes, [O, I], in the dtype of the scales: by the formula with which the fit wrote them."""
-    return dequantize_weight(weight, weight.scale_OG.dtype)
+    """Real weights of codes, [O, I], in the dtype of the scales: by the formula with which the fit wrote them.
+
+    On a CPU some rows at a time, so that what is between stays in the cache of its cores: half the time.
+    """
+    dtype, (rows, columns) = weight.scale_OG.dtype, weight.codes_OI.shape
+    step = max(1, CHUNK * torch.get_num_threads() // columns)
+    if weight.codes_OI.device.type != "cpu" or rows <= step:
+        return dequantize_weight(weight, dtype)
+    weight_OI = torch.empty(rows, columns, dtype=dtype)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        zero_point = None if weight.zero_point_OG is None else weight.zero_point_OG[part]
+        codes = replace(
+            weight, codes_OI=weight.codes_OI[part], scale_OG=weight.scale_OG[part], zero_point_OG=zero_point
+        )
+        weight_OI[part] = dequantize_weight(codes, dtype)
+    return weight_OI
 
 
 class PackedLinear(nn.Module):

@@ -1,9 +1,9 @@
 """A model larger than memory: its blocks come from the files of a folder one at a time, and leave again.
 
 ``open_stream`` builds the model without weights, loads what lies outside of its blocks, and gives a ``BlockStream``,
-which loads a block where it is ``resident``.  Names and layouts of files are translated by transformers' own conversions
-(experts apart in files are one parameter in the model), tensor by tensor: beside a block, at most the parts of one of
-its parameters are in memory.  The numbers are those that ``from_pretrained`` loads.
+which loads a block where it is ``resident``.  Names and layouts of files are translated by transformers' own
+conversions (experts apart in files are one parameter in the model), tensor by tensor: beside a block, at most the parts
+of one of its parameters are in memory.  The numbers are those that ``from_pretrained`` loads.
 """
 
 import copy
@@ -33,7 +33,7 @@ from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import BlockChange
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import storage_dtype, widen
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,21 @@ class BlockStream:
         for owner, leaf, is_buffer, empty in self._unloaded[block]:
             (owner._buffers if is_buffer else owner._parameters)[leaf] = empty
 
+    def values(self, block: int) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a block as its files have them, by name, one parameter in memory at a time; none is kept."""
+        yield from self._values(self._names(block))
+
     def _load(self, names: Sequence[str]) -> None:
-        info = LoadStateDictInfo(set(), set(), set(), {}, [], set())  # type: ignore[call-arg]
+        for name, value in self._values(names):
+            _put(self._model, name, value)
+
+    def _values(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Values of parameters and buffers by name, on the device and in the dtypes that the model declares."""
+        info = LoadStateDictInfo(set(), set(), set(), {}, [], set())
         for name in names:
             for target, value in _converted(self._model, name, self._sources[name], info).items():
-                _put(self._model, target, value[0] if isinstance(value, list) else value, self._device)
+                tensor = value[0] if isinstance(value, list) else value
+                yield target, _as_declared(self._model, target, tensor, self._device)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
             raise ValueError(f"{name} could not be made of the tensors of its files: {error}")
@@ -204,9 +214,7 @@ def stored_in(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
 
 
-def _find_sources(
-    model: PreTrainedModel, stored: Mapping[str, StoredTensor], mapping: list[Any]
-) -> dict[str, _Source]:
+def _find_sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor], mapping: list[Any]) -> dict[str, _Source]:
     """Which tensors of the files each parameter is made of, by transformers' conversions; unknown ones are left out."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -249,17 +257,19 @@ def _read(model: PreTrainedModel, name: str, tensor: StoredTensor) -> Tensor:
     return value.to(storage_dtype(model, name)) if value.is_floating_point() else value
 
 
-def _put(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
-    """Give a parameter or buffer its value, in the dtype that the model declares for it."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    is_buffer = leaf in owner._buffers
-    empty = owner._buffers[leaf] if is_buffer else owner._parameters[leaf]
-    assert empty is not None
+def _as_declared(model: nn.Module, name: str, value: Tensor, device: torch.device) -> Tensor:
+    """The value of a parameter or buffer in the dtype that the model declares for it."""
+    empty = model.get_parameter_or_buffer(name)  # type: ignore[operator]
     if value.shape != empty.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)} in the files, the model needs {tuple(empty.shape)}")
-    value = value.to(device, empty.dtype)
-    if is_buffer:
+    return value.to(device, empty.dtype)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer its value."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._buffers:
         owner._buffers[leaf] = value
     else:
         owner._parameters[leaf] = parameter = nn.Parameter(value, requires_grad=False)

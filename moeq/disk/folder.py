@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moeq.disk.atomic import sync
+
 MANIFEST = "moeq_manifest.json"
 INDEX = "model.safetensors.index.json"
 
@@ -45,9 +47,12 @@ def atomic_folder(directory: Path | str, *, overwrite: bool = False) -> Iterator
     partial.mkdir(parents=True)
     try:
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
         if target.exists():
             target.rename(previous)
         partial.rename(target)
+        sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)

@@ -48,7 +48,7 @@ class StoredTensor:
             ValueError: The file ends before it.
         """
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with self.path.open("rb", buffering=0) as file:
             done = 0
             while done < self.num_bytes:
@@ -119,7 +119,7 @@ class TensorFileWriter:
         flat = tensor.detach().cpu().contiguous()
         # A dimension of one may have any stride, which a view as bytes refuses.
         octets = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
-        view, done = memoryview(octets.numpy()), 0
+        view, done = octets.numpy().data, 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], start + done)
         self._waiting.remove(name)

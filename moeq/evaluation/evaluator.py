@@ -5,7 +5,7 @@ the same plan.  Generation tasks write text, which is judged as text or, for pro
 compared along the text that would be right, since two models that write different texts share no other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -18,10 +18,12 @@ from moeq.evaluation.reference_logits import LiveOriginal
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.programs.passk import pass_at_k
 from moeq.programs.sandbox import Limits, Verdict, run_programs
-from moeq.scoring.comparison import Said, ask, compare
+from moeq.scoring.comparison import compare
 from moeq.scoring.finite import check_finite, first_non_finite, non_finite_error
 from moeq.scoring.forward_plan import Plan, plan_requests
-from moeq.scoring.likelihood import Scored, Scorer, outcomes, run_plan
+from moeq.scoring.likelihood import Scored, outcomes
+from moeq.scoring.pass_cost import Layout
+from moeq.scoring.scorer import Said, Scorer
 from moeq.tasks.documents import Document, Result
 from moeq.tasks.task import Code, Generation, LastWord, MultipleChoice, Outcome, Rolling, Task, Values
 
@@ -125,17 +127,18 @@ class Evaluator:
         return [_pass_rates(samples, list(islice(verdicts, len(samples))), self.sampling.k) for samples in texts]
 
 
-def plan_documents(documents: Sequence[Document]) -> Plan:
-    """The passes for all requests of a batch."""
+def plan_documents(documents: Sequence[Document], without: Collection[Layout] = ()) -> Plan:
+    """The cheapest passes for all requests of a batch, except for some layouts."""
     owners = [i for i, document in enumerate(documents) for _ in document.requests]
-    return plan_requests([request for document in documents for request in document.requests], owners)
+    requests = [request for document in documents for request in document.requests]
+    return plan_requests(requests, owners, without=without)
 
 
 def ask_checked(
     scorer: Scorer, plan: Plan, task: Task, documents: Sequence[Document], whose: str = "the model"
 ) -> Said:
     """What a model says of a batch; raises NonFiniteError where that is no number."""
-    said = ask(scorer, plan)
+    said = scorer.said(plan)
     ran = said.scored.plan
     logits_KV = said.scored.logits_KV
     index_K = torch.zeros(len(logits_KV), dtype=torch.int64)
@@ -144,7 +147,7 @@ def ask_checked(
         logits_KV,
         index_K,
         model=scorer.model,
-        run=lambda: run_plan(scorer.model, ran),
+        run=lambda: scorer.run_again(ran),
         task=task.name,
         whose=whose,
     )

@@ -25,10 +25,10 @@ from moeq.disk.atomic import write_json
 from moeq.disk.checked import read_checked, smallest, write_checked
 from moeq.disk.digest import digest
 from moeq.evaluation.result_digest import differences
-from moeq.scoring.comparison import Said, ask
 from moeq.scoring.forward_plan import Plan, plan_requests
-from moeq.scoring.likelihood import Scored, Scorer
+from moeq.scoring.likelihood import Scored
 from moeq.scoring.pass_cost import Layout
+from moeq.scoring.scorer import Said, Scorer
 
 OriginalPlace = Literal["memory", "disk"]
 # Models need room to run in: activations, caches and logits.
@@ -98,7 +98,7 @@ class LiveOriginal:
 
     def said(self, plan: Plan) -> Said:
         """What the original says of a batch."""
-        return ask(self.scorer, plan)
+        return self.scorer.said(plan)
 
 
 class StoredOriginal:

@@ -1,4 +1,8 @@
-"""Fingerprint of an evaluation: all that decides a result besides its document, as text that can say what differs."""
+"""Fingerprint of an evaluation: all that decides a result besides its document, as text that can say what differs.
+
+Batches and their layouts, and with them where a model is (in memory or streamed), change results by rounding only and
+are not in it: what was finished in memory counts when a run goes on streamed.
+"""
 
 import json
 from collections.abc import Mapping

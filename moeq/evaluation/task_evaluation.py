@@ -68,6 +68,10 @@ class TaskEvaluation:
         kinds: Kind of every metric.
         records: Finished documents on disk.
         rank: This rank: the first one adds what earlier runs finished.
+
+    Attributes:
+        batches: Those of this rank, of the documents that are not finished.
+        limit: The Trainer's ``limit_val_batches``: how many of them run, or (float) which share.
     """
 
     def __init__(
@@ -86,11 +90,18 @@ class TaskEvaluation:
         resumed, self.unfinished = reuse(records.finished(), documents)
         self.num_resumed = len(resumed)
         self.batches: list[list[Document]] = []
+        self.limit: int | float = 1.0
         self.seconds = 0.0
         self.fallbacks: dict[str, int] = {}
         self.protections: tuple[str, ...] = ()
         self._evaluated: list[int] = []
         self._count(resumed if rank == 0 else [])
+
+    @property
+    def expected(self) -> list[list[Document]]:
+        """The batches that are going to run: without those that ``limit_val_batches`` leaves out, and the empty one."""
+        limit = self.limit if isinstance(self.limit, int) else int(self.limit * len(self.batches))
+        return [batch for batch in self.batches[:limit] if batch]
 
     def add(self, results: Sequence[Result], seconds: float) -> None:
         """Keep the results of a batch: on disk first, then in the metrics."""

@@ -1,7 +1,8 @@
-"""What validate does between the hooks of Lightning: models in memory, batches through them.
+"""What validate does between the hooks of Lightning: models in memory or streamed, batches through them.
 
 The original of a comparison either runs beside the model on every batch ("memory"), or before it over all batches,
-leaving its logits in the run folder ("disk"), so that only one of the two is ever held.
+leaving its logits in the run folder ("disk"), so that only one of the two is ever held.  Of a model that is streamed
+only a block is held (``moeq.evaluation.placing``).
 """
 
 import gc
@@ -16,19 +17,21 @@ import torch
 from tqdm import tqdm
 
 from moeq.checkpoint.free_memory import free_bytes
-from moeq.checkpoint.loading import load_config, load_model, model_bytes
+from moeq.checkpoint.loading import load_config
 from moeq.checkpoint.packed import keep_dequantized
+from moeq.checkpoint.placement import Placement
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
-from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, choose_mode, num_bytes
+from moeq.evaluation.open_models import computed_in, open_scorer
+from moeq.evaluation.placing import Places, refuse_generation
+from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, num_bytes
 from moeq.evaluation.result_digest import result_digest
 from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation
-from moeq.kernels.compute_dtype import compute_dtype
 from moeq.programs.sandbox import protections
 from moeq.report.task_report import TaskReport, task_report
-from moeq.scoring.likelihood import Scorer
+from moeq.scoring.forward_plan import Plan
 from moeq.tasks.documents import Document
 from moeq.tasks.task import Code, Generation
 
@@ -51,32 +54,32 @@ def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling, device: 
     )  # fmt: skip
 
 
-def computed_in(settings: Mapping[str, Any], name: str, device: torch.device) -> str:
-    """Name of the dtype that a model is going to compute in, before it is loaded."""
-    stored = settings["dtype"] if settings["dtype"] != "auto" else load_config(name).dtype or torch.bfloat16
-    stored = getattr(torch, str(stored).removeprefix("torch."))
-    return str(compute_dtype(settings["compute_dtype"], stored, device)).removeprefix("torch.")
-
-
 class Validation:
     """The evaluations of a run and what evaluates them.
 
     Args:
         evaluations: One per task, in the order of the loaders.
         evaluator: Runs batches.
+        placements: Where its models are: "model" and, where it is compared with one, "reference".
     """
 
-    def __init__(self, evaluations: Sequence[TaskEvaluation], evaluator: Evaluator) -> None:
-        self.evaluations, self.evaluator = evaluations, evaluator
+    def __init__(
+        self, evaluations: Sequence[TaskEvaluation], evaluator: Evaluator, placements: Mapping[str, Placement]
+    ) -> None:
+        self.evaluations, self.evaluator, self.placements = evaluations, evaluator, placements
         self.reports: list[TaskReport] = []
         for evaluation in evaluations:
-            evaluation.metrics.to(evaluator.scorer.model.device)
+            evaluation.metrics.to(evaluator.scorer.device)
+        self._begun: set[int] = set()
 
     def step(self, documents: Sequence[Document], index: int) -> None:
         """Evaluate one batch of the task of loader ``index``; an empty batch is a rank without documents."""
         if not documents:
             return
         evaluation, start = self.evaluations[index], time.perf_counter()
+        if index not in self._begun:
+            self._begun.add(index)
+            self.evaluator.scorer.expect(evaluation.task.name, map(plan_documents, evaluation.expected))
         results = self.evaluator.run(evaluation.task, documents)
         evaluation.add(results, time.perf_counter() - start)
 
@@ -92,6 +95,7 @@ class Validation:
 
 def start_validation(
     settings: dict[str, Any],
+    places: Places,
     tokenizer: Any,
     evaluations: Sequence[TaskEvaluation],
     sampling: Sampling,
@@ -103,6 +107,7 @@ def start_validation(
 
     Args:
         settings: Hyper-parameters of the module.
+        places: Where the models go.
         tokenizer: Of the model.
         evaluations: The tasks, with this rank's batches.
         sampling: How text is generated.
@@ -111,27 +116,30 @@ def start_validation(
         announce: Tells the user something, once for all ranks.
 
     Raises:
-        ValueError: A model cannot be read, or the disk has no room for the original's logits.
+        ValueError: A model cannot be read, a streamed one would have to write text, or the disk has no room for the
+            original's logits.
     """
     name, reference = settings["name"], settings["reference"]
-    how = settings["dtype"], settings["compute_dtype"], device
+    refuse_generation(places.model, evaluations)
+    for placement in places.streamed:
+        announce(placement.reason)
     original: Original | None = None
     if reference is not None:
         check_vocabulary(name, reference)
-        sizes = model_bytes(name, *how), model_bytes(reference, *how)
-        if choose_mode(settings["reference_mode"], *sizes, free_bytes(device)) == "disk":
-            original = run_original(settings, evaluations, device, run_dir / "original", announce)
-        else:
-            original = LiveOriginal(Scorer(load_model(reference, *how).to(device)))
-    model = load_model(name, *how).to(device)
+    if places.mode == "disk":
+        original = run_original(settings, places, evaluations, device, run_dir / "original", announce)
+    elif places.original is not None:
+        original = LiveOriginal(open_scorer(settings, reference, places.original, places.without, device, run_dir))
+    scorer = open_scorer(settings, name, places.model, places.without, device, run_dir)
+    model = scorer.model
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()
     # Half of what is free: passes need the rest.
     keep_dequantized(model, free_bytes(device) / 2)
     confine(evaluations, announce)
     workers = max(1, (os.cpu_count() or 1) - 1)
-    evaluator = Evaluator(Scorer(model), tokenizer, original, sampling, decoding, num_workers=workers)
-    return Validation(evaluations, evaluator)
+    evaluator = Evaluator(scorer, tokenizer, original, sampling, decoding, num_workers=workers)
+    return Validation(evaluations, evaluator, places.by_role)
 
 
 def check_vocabulary(name: str, reference: str) -> None:
@@ -146,6 +154,7 @@ def check_vocabulary(name: str, reference: str) -> None:
 
 def run_original(
     settings: dict[str, Any],
+    places: Places,
     evaluations: Sequence[TaskEvaluation],
     device: torch.device,
     folder: Path,
@@ -153,33 +162,41 @@ def run_original(
 ) -> StoredOriginal:
     """Let the original run over all batches that it has not run over yet, and release it."""
     reference, dtype = settings["reference"], settings["dtype"]
-    computed = {"compute_dtype": computed_in(settings, reference, device)}
+    computed = computed_in(settings, reference, device)
     identity = result_digest(
-        model=model_identity(reference), dtype=dtype, reference=None, settings=computed, versions=installed_versions()
-    )
+        model=model_identity(reference), dtype=dtype, reference=None, settings={"compute_dtype": computed},
+        versions=installed_versions(),
+    )  # fmt: skip
     stored = StoredOriginal(folder, identity)
-    missing = [
-        (evaluation.task, documents, plan)
-        for evaluation in evaluations
-        for documents in evaluation.batches
-        if documents and not stored.has(plan := plan_documents(documents))
-    ]
-    if not missing:
+    missing = [_not_stored(evaluation, stored, places) for evaluation in evaluations]
+    plans = [plan for batches in missing for _, plan in batches]
+    if not plans:
         return stored
-    model = load_model(reference, dtype, settings["compute_dtype"], device).to(device)
-    stored.check_room(
-        sum(num_bytes(plan, model.config.get_text_config().vocab_size, model.dtype) for *_, plan in missing)
-    )
-    announce(f"The original {reference} runs first, as both models do not fit: its logits go to {folder}")
-    scorer = Scorer(model)
-    with torch.no_grad():
-        for task, documents, plan in tqdm(missing, desc="original", unit="batch", disable=None):
-            stored.store(ask_checked(scorer, plan, task, documents, whose="the original"))
-    del model, scorer
+    vocab_size = load_config(reference).get_text_config().vocab_size
+    needed = sum(num_bytes(plan, vocab_size, getattr(torch, computed)) for plan in plans)
+    stored.check_room(needed)
+    announce(f"The original {reference} runs before the model: its logits go to {folder}")
+    assert places.original is not None
+    scorer = open_scorer(settings, reference, places.original, places.without, device, folder, needed)
+    with torch.no_grad(), tqdm(total=len(plans), desc="original", unit="batch", disable=None) as bar:
+        for evaluation, batches in zip(evaluations, missing, strict=True):
+            scorer.expect(f"original, {evaluation.task.name}", [plan for _, plan in batches])
+            for documents, plan in batches:
+                stored.store(ask_checked(scorer, plan, evaluation.task, documents, whose="the original"))
+                bar.update()
+    del scorer
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return stored
+
+
+def _not_stored(
+    evaluation: TaskEvaluation, stored: StoredOriginal, places: Places
+) -> list[tuple[Sequence[Document], Plan]]:
+    """The batches of a task over which the original has not run, and the passes that it would run."""
+    plans = [(documents, plan_documents(documents, places.without)) for documents in evaluation.expected]
+    return [(documents, plan) for documents, plan in plans if not stored.has(plan)]
 
 
 def confine(evaluations: Sequence[TaskEvaluation], announce: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from moeq.checkpoint.packed import PackedExperts, PackedFormat, PackedLinear, pa
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.disk.tensor_file import Declared
 from moeq.export.finished import FinishedModel
-from moeq.export.stored import as_stored, block_tensors, stored_tensors
+from moeq.export.stored import as_stored, block_tensors, declared_tensors
 from moeq.models.experts import expert_modules, expert_weight, num_experts, parameter_name, projections
 from moeq.models.storage import storage_dtype
 from moeq.quant.spec import QuantizedWeight
@@ -73,7 +73,7 @@ def packed_skeleton(model_config: PretrainedConfig, config: MoEQConfig, dtype: t
 
 def packed_declared(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, Declared]:
     """Dtype and shape of everything that a packed export holds, by name in the packed model."""
-    kept, dropped = stored_tensors(model), model.state_dict().keys()
+    kept, known = declared_tensors(model), model.state_dict().keys()
     experts, declared = expert_modules(model), {}
     packed = {name for name, module in skeleton.named_modules() if isinstance(module, PackedLinear)}
     for name, tensor in skeleton.state_dict().items():
@@ -82,7 +82,7 @@ def packed_declared(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[s
             declared[name] = kept[name]
         elif owner in packed and leaf != "bias":
             declared[name] = Declared(tensor.dtype, tuple(tensor.shape))
-        elif name not in dropped:  # a projection of one expert, which is a slice of one parameter in the dense model
+        elif name not in known:  # a projection of one expert, which is a slice of one parameter in the dense model
             dtype = storage_dtype(model, _parameter_of(owner, experts))
             declared[name] = Declared(dtype, tuple(tensor.shape))
     return declared
@@ -105,20 +105,22 @@ def packed_block(
     """
     model, path = source.model, f"{source.path(block)}."
     quantized = source.blocks.quantized(block)
+    names = set(quantized)  # asking the mapping itself may read and unpack codes
     experts = {name: module for name, module in expert_modules(model).items() if name.startswith(path)}
-    if differing := sorted(quantized.keys() ^ {name for name in grids if name.startswith(path)}):
+    if differing := sorted(names ^ {name for name in grids if name.startswith(path)}):
         raise ValueError(
-            f"{path[:-1]} has codes of {len(quantized)} weights, which are not those of the plan: first {differing[0]}"
+            f"{path[:-1]} has codes of {len(names)} weights, which are not those of the plan, first {differing[0]}; "
+            "quantize every planned weight"
         )
     apart = {name: m for name, m in experts.items() if isinstance(skeleton.get_submodule(name), PackedExperts)}
-    replaced = {f"{name}.weight" for name in quantized}
+    replaced = {f"{name}.weight" for name in names}
     replaced |= {f"{name}.{parameter_name(m, part)}" for name, m in apart.items() for part in ("into", "down")}
     for name, tensor in block_tensors(source, block):
         if name not in replaced:
             yield name, as_stored(model, name, tensor)
     for name, module in apart.items():
         for projection, weight_OI in _projections(name, module):
-            if projection not in quantized:
+            if projection not in names:
                 yield f"{projection}.weight", as_stored(model, _parameter_of(projection, experts), weight_OI)
     for name, weight in quantized.items():
         check_weight(model, name, weight, grids[name], experts)

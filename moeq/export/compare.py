@@ -1,6 +1,7 @@
 """Tensors of an export that was read back, against codes and values of the evaluated model, bit for bit."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from transformers import PreTrainedModel
 from moeq.checkpoint.names import dense_weight
 from moeq.checkpoint.packed import PackedLinear, dequantize_codes
 from moeq.export.finished import FinishedModel
+from moeq.export.reopen import Reopened
 from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules
 from moeq.models.storage import is_widened, storage_dtype
 from moeq.quant.spec import QuantizedWeight
 
-# (folder, reloaded model, evaluated model, block or None for what lies outside of the blocks) -> quantized weights and
-# other tensors that are equal.  The block is there in both models; unequal ones are an ExportMismatchError.
-Compare = Callable[[Path | str, PreTrainedModel, FinishedModel, int | None], tuple[int, int]]
+# (folder, export that was read back, evaluated model, block or None for what lies outside of the blocks) -> quantized
+# weights and other tensors that are equal.  The block is finished; unequal ones are an ExportMismatchError.
+Compare = Callable[[Path | str, Reopened, FinishedModel, int | None], tuple[int, int]]
 _SHOWN = 8  # names in an error message
 
 
@@ -26,38 +28,30 @@ class ExportMismatchError(ValueError):
 
 
 def compare_packed(
-    directory: Path | str, reloaded: PreTrainedModel, source: FinishedModel, block: int | None
+    directory: Path | str, reopened: Reopened, source: FinishedModel, block: int | None
 ) -> tuple[int, int]:
     """Compare a part of a packed export with codes and values; see ``Compare``."""
-    model, experts = source.model, expert_modules(source.model)
     quantized: Mapping[str, QuantizedWeight] = {} if block is None else source.blocks.quantized(block)
-    layers = {name: module for name, module in _modules(reloaded, block) if isinstance(module, PackedLinear)}
-    raise_for(directory, "quantized weights", sorted(layers.keys() ^ quantized.keys()))
-    differing, stale = [], []
-    for name, layer in layers.items():
-        weight = quantized[name]
-        differing += [f"{name} ({part})" for part in _differences(layer.quantized(), weight)]
-        stale += [] if _stands_for(weight, dense_weight(model, name, experts), model) else [name]
-    raise_for(directory, "quantized weights", differing)
-    raise_for(directory, "dequantized weights of the model", stale)
-    dense, others = _state(model, block), {}
-    for name, tensor in _state(reloaded, block).items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in layers or leaf == "bias":
-            # An expert projection that is not quantized is a linear here and a slice of one parameter there.
-            others[name] = tensor, dense[name] if name in dense else dense_weight(model, owner, experts)
-    _raise_for_tensors(directory, reloaded, model, others)
+    with nullcontext() if block is None else reopened.resident(block):
+        layers = {name: m for name, m in _modules(reopened.model, block) if isinstance(m, PackedLinear)}
+        _compare_codes(directory, layers, source.model, quantized)
+        others = {
+            name: tensor
+            for name, tensor in _state(reopened.model, block).items()
+            if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+        }
+        _compare_values(directory, reopened.model, source, block, others.items())
     return len(layers), len(others)
 
 
 def compare_dense(
-    directory: Path | str, reloaded: PreTrainedModel, source: FinishedModel, block: int | None
+    directory: Path | str, reopened: Reopened, source: FinishedModel, block: int | None
 ) -> tuple[int, int]:
-    """Compare a part of a dense export with the values of the model; see ``Compare``."""
-    ours, theirs = _state(reloaded, block), _state(source.model, block)
-    raise_for(directory, "tensors", sorted(ours.keys() ^ theirs.keys()))
-    _raise_for_tensors(directory, reloaded, source.model, {name: (ours[name], theirs[name]) for name in ours})
-    return 0, len(ours)
+    """Compare a part of a dense export with the values of the model, tensor by tensor; see ``Compare``."""
+    ours = _state(reopened.model, None).items() if block is None else reopened.values(block)
+    names = _compare_values(directory, reopened.model, source, block, ours)
+    raise_for(directory, "tensors", sorted(names ^ _state(source.model, block).keys()))
+    return 0, len(names)
 
 
 def raise_for(directory: Path | str, what: str, names: list[str]) -> None:
@@ -69,14 +63,41 @@ def raise_for(directory: Path | str, what: str, names: list[str]) -> None:
         )
 
 
-def _raise_for_tensors(
+def _compare_codes(
+    directory: Path | str,
+    layers: Mapping[str, PackedLinear],
+    model: PreTrainedModel,
+    quantized: Mapping[str, QuantizedWeight],
+) -> None:
+    raise_for(directory, "quantized weights", sorted(layers.keys() ^ set(quantized)))
+    experts = expert_modules(model)
+    differing, stale = [], []
+    for name, layer in layers.items():
+        weight = quantized[name]
+        differing += [f"{name} ({part})" for part in _differences(layer.quantized(), weight)]
+        stale += [] if _stands_for(weight, dense_weight(model, name, experts), model) else [name]
+    raise_for(directory, "quantized weights", differing)
+    raise_for(directory, "dequantized weights of the model", stale)
+
+
+def _compare_values(
     directory: Path | str,
     reloaded: PreTrainedModel,
-    model: PreTrainedModel,
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    differing = [name for name, (ours, theirs) in pairs.items() if not _same(ours, theirs)]
-    raise_for(directory, "tensors", differing + _other_dtypes(reloaded, model, pairs))
+    source: FinishedModel,
+    block: int | None,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> set[str]:
+    """Compare tensors that are not quantized, one after another; returns their names."""
+    model, theirs = source.model, _state(source.model, block)
+    experts, names, differing = expert_modules(model), set(), []
+    for name, ours in tensors:
+        names.add(name)
+        # An expert projection that is not quantized is a linear there and a slice of one parameter here.
+        counterpart = theirs[name] if name in theirs else dense_weight(model, name.rpartition(".")[0], experts)
+        if not _same(ours, counterpart) or _other_dtype(reloaded, model, name):
+            differing.append(name)
+    raise_for(directory, "tensors", differing)
+    return names
 
 
 def _modules(model: nn.Module, block: int | None) -> Iterator[tuple[str, nn.Module]]:
@@ -117,8 +138,6 @@ def _stands_for(quantized: QuantizedWeight, weight_OI: Tensor, model: PreTrained
     return real_OI.dtype == stored and _same(real_OI.to(weight_OI.dtype), weight_OI)
 
 
-def _other_dtypes(reloaded: PreTrainedModel, model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Tensors of a widened model that the export holds in another dtype than the source; values are compared apart."""
-    if not is_widened(model):
-        return []
-    return [name for name in names if storage_dtype(reloaded, name) != storage_dtype(model, name)]
+def _other_dtype(reloaded: PreTrainedModel, model: PreTrainedModel, name: str) -> bool:
+    """Whether the export of a widened model holds a tensor in another dtype than the source; values are apart."""
+    return is_widened(model) and storage_dtype(reloaded, name) != storage_dtype(model, name)

@@ -14,7 +14,7 @@ from moeq.disk.folder import atomic_folder
 from moeq.export.finished import FinishedModel, Progress, silent
 from moeq.export.layout import plan_layout
 from moeq.export.moeq_format import finish_folder
-from moeq.export.stored import as_stored, block_tensors, stored_tensors
+from moeq.export.stored import as_stored, block_tensors, declared_tensors
 from moeq.export.weights import write_weights
 from moeq.models.storage import storage_dtype
 
@@ -44,7 +44,7 @@ def write_dense(
         ValueError: The folder exists and is not empty, or the model holds values that those dtypes do not.
     """
     with atomic_folder(directory, overwrite=overwrite) as folder:
-        layout = plan_layout(_skeleton(source.model), stored_tensors(source.model))
+        layout = plan_layout(_skeleton(source.model), declared_tensors(source.model))
         write_weights(source, layout, lambda block: _block(source, block), folder, progress)
         finish_folder(folder, tokenizer, kind="dense", metadata=metadata or {})
 

@@ -4,7 +4,7 @@ Files are read by the safetensors library, which shares no code with the writer 
 transformers' conversions in loading direction, the ones that ``from_pretrained`` uses.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +38,13 @@ class Reopened:
     Attributes:
         model: In evaluation mode, in the dtype that the evaluated model computes in.
         resident: Within, the weights of a block are there; see ``moeq.models.residency``.
+        values: Tensors of a block by name, which need not be resident.
         unexpected: Keys of the files that are no tensors of the model, and those of another dtype than the model's.
     """
 
     model: PreTrainedModel
     resident: Callable[[int], AbstractContextManager[None]]
+    values: Callable[[int], Iterable[tuple[str, Tensor]]]
     unexpected: list[str]
 
 
@@ -70,8 +72,13 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
     align(reloaded)
-    blocks = find_blocks(reloaded)[1]
-    return Reopened(reloaded, InMemory(reloaded, len(blocks)).resident, sorted(found["unexpected_keys"]))
+    prefix, blocks = find_blocks(reloaded)
+    resident = InMemory(reloaded, len(blocks)).resident
+
+    def values(block: int) -> Iterable[tuple[str, Tensor]]:
+        return blocks[block].state_dict(prefix=f"{prefix}.{block}.").items()
+
+    return Reopened(reloaded, resident, values, sorted(found["unexpected_keys"]))
 
 
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
@@ -80,16 +87,23 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
     library = _Library()
     stored = {key: _LibraryTensor(**vars(tensor), library=library) for key, tensor in stored_in(folder).items()}
     stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))
+    align(skeleton)
     library.close()
     stream.place(model.device)
 
     @contextmanager
     def resident(block: int) -> Iterator[None]:
         with stream.resident(block):
+            align(stream.blocks[block])
             library.close()
             yield
 
-    return Reopened(skeleton, resident, _unexpected(skeleton, stream, stored))
+    def values(block: int) -> Iterator[tuple[str, Tensor]]:
+        for name, value in stream.values(block):
+            library.close()
+            yield name, value
+
+    return Reopened(skeleton, resident, values, _unexpected(skeleton, stream, stored))
 
 
 def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
@@ -117,20 +131,23 @@ def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str
 
 
 class _Library:
-    """Files that the safetensors library has open; it maps them into memory until they are closed."""
+    """Files that the safetensors library has open.
+
+    It maps them into memory, where what was read stays until they are closed and no tensor of them is left.
+    """
 
     def __init__(self) -> None:
         self._files: dict[Path, Any] = {}
 
     def read(self, path: Path, name: str) -> Tensor:
-        """A copy of a tensor."""
+        """A tensor, in the memory of the file."""
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._files[path].get_tensor(name)
-        return tensor.clone()
+        return tensor
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give back the memory of what nobody holds."""
         self._files.clear()
 
 

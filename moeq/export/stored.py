@@ -12,7 +12,7 @@ from moeq.export.finished import FinishedModel
 from moeq.models.storage import storage_dtype
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, Declared]:
+def declared_tensors(model: PreTrainedModel) -> dict[str, Declared]:
     """Every tensor that ``save_pretrained`` would write, by name in the model: tied ones once; no values are needed."""
     kept = remove_tied_weights_from_state_dict(model.state_dict(), model)
     return {name: Declared(file_dtype(model, name, tensor), tuple(tensor.shape)) for name, tensor in kept.items()}

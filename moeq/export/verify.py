@@ -98,15 +98,14 @@ def _verify(
     check_integrity(directory)
     reopened = reopen(directory, source.model)
     raise_for(directory, "tensors", reopened.unexpected)
-    counts = [compare(directory, reopened.model, source, None)]
+    counts = [compare(directory, reopened, source, None)]
     shown = iter(progress(source.block_indices, "verifying"))
 
     @contextmanager
     def compared(block: int) -> Iterator[None]:
         next(shown, None)
         with source.finished(block):
-            with reopened.resident(block):
-                counts.append(compare(directory, reopened.model, source, block))
+            counts.append(compare(directory, reopened, source, block))
             yield
 
     align(source.model)

@@ -1,8 +1,8 @@
 """From sites and a plan to quantized weights: what is solved together, by which rank, and how results come together.
 
 A *unit* is a stack of weights [E', O', I] that share one grid: experts of a site in which the same linears have the
-same bits.  Units are divided over ranks by their position, and the result of a unit does not depend on which other
-units there are, so one rank and many give the same codes.
+same bits, as many as a fixed amount of work allows.  Units are divided over ranks by their cost (``moeq.fit.share``).
+The result of a unit does not depend on which other units there are, so one rank and many give the same codes.
 """
 
 from collections import defaultdict
@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeq.distributed import gather_lists, rank_and_world
+from moeq.distributed import rank_and_world
 from moeq.fit.run import Run
 from moeq.fit.schedule import SitePart, whole
+from moeq.fit.share import SolvedWeight, divide, experts_per_unit, gather_solved, solve_operations
 from moeq.models.adapter import Adapter, Site
 from moeq.models.storage import rounded_to_storage
 from moeq.quant.factor import ATTEMPTS, retry_reason
@@ -36,19 +37,15 @@ class Unit:
     leaves: tuple[int, ...]
     grid: GridSpec
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out features of the linears together, and in features."""
+        return sum(self.site.rows[leaf] for leaf in self.leaves), self.site.in_features
 
-@dataclass(frozen=True)
-class SolvedWeight:
-    """One quantized weight, the relative output error of the stack it was solved in, and what went wrong, if anything.
-
-    Linears that are stacked (q, k and v; gate and up) share their relative error.
-    """
-
-    name: str
-    weight: QuantizedWeight
-    relative_error: float
-    fallbacks: tuple[Fallback, ...]
-    offset_OI: Tensor | None
+    @property
+    def operations(self) -> int:
+        """What its solve costs."""
+        return len(self.experts) * solve_operations(*self.shape)
 
 
 def quantize_sites(
@@ -66,9 +63,11 @@ def quantize_sites(
     parts = [whole(site) for site in sites] if parts is None else parts
     rank, world = rank_and_world()
     largest = max((len(part.experts) for part in parts), default=1)
-    units = make_units(parts, run.plan, max_experts=-(-largest // world))
-    solved = [weight for unit in units[rank::world] for weight in solve_unit(adapter, unit, solver, run.needs.offsets)]
-    by_name = {weight.name: weight for weight in gather_lists(solved)}
+    units = [piece for unit in make_units(parts, run.plan, largest) for piece in cut(unit)]
+    owners = divide([unit.operations for unit in units], world)
+    own = [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
+    solved = [weight for unit in own for weight in solve_unit(adapter, unit, solver, run.needs.offsets)]
+    by_name = {weight.name: weight for weight in gather_solved(solved)}
     for site, experts in ((part.site, part.experts) for part in parts):
         for expert in experts:
             for leaf in site.leaves:
@@ -102,6 +101,13 @@ def make_units(parts: Sequence[SitePart], plan: Mapping[str, GridSpec], max_expe
             for start in range(0, len(experts), max_experts):
                 units.append(Unit(site, tuple(experts[start : start + max_experts]), leaves_of_unit, grid))
     return units
+
+
+def cut(unit: Unit) -> list[Unit]:
+    """A unit in pieces of a fixed amount of work, so that ranks have something to divide; the same on every number."""
+    size = experts_per_unit(*unit.shape)
+    starts = range(0, len(unit.experts), size)
+    return [replace(unit, experts=unit.experts[start : start + size]) for start in starts]
 
 
 def unit_rows(unit: Unit) -> list[slice]:

@@ -70,6 +70,9 @@ class Walk:
         self._calls: dict[int, tuple[BlockCall, Tensor]] = {}
         self._position, self._pass_start = 0, time.perf_counter()
         self._resident = ExitStack()
+
+    def start(self) -> None:
+        """Make the first block resident; what looks at all blocks before the first pass has none beside its own."""
         if self.schedule:
             self._enter_pass(None)
 

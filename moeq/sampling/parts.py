@@ -30,7 +30,7 @@ from moeq.sampling.corpus import search_corpus
 from moeq.sampling.ebss import draw_first_tokens, search
 from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled, Usage
 from moeq.sampling.effective import ExpertEvidence
-from moeq.sampling.store import load_part, save_part
+from moeq.sampling.store import load_part, save_sampled
 
 REDRAWS = 4
 
@@ -104,7 +104,7 @@ def sample_set(sampler: SetWriter, next_token: NextToken, device: torch.device) 
         shares = sampler.shares(chunk)
         share = shares[sampler.rank]
         if share and not sampler.path(share).is_file():
-            save_part(sampler.path(share), *_write(sampler, next_token, index, share, device, usage))
+            save_sampled(sampler.path(share), *_write(sampler, next_token, index, share, device, usage))
         paths += (new := [sampler.path(share) for share in shares if share])
         if not spec.sequential:
             continue

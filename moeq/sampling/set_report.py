@@ -7,25 +7,26 @@ set repeats itself within sequences or between them.
 Legend: N sequences, T tokens, L blocks with routed experts, E routed experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeq.sampling.balance import balance_columns
+from moeq.sampling.ebss_spec import Sampled
 from moeq.sampling.effective import ExpertEvidence
 
 NGRAMS = (1, 2, 3, 4)
 
 
 def set_columns(
-    ids_NT: Tensor, counts_NLE: Tensor, nll_N: Tensor, evidence: ExpertEvidence, texts: Sequence[str]
+    sampled: Sampled, evidence: ExpertEvidence, decode: Callable[[Tensor], Sequence[str]]
 ) -> dict[str, Any]:
     """All columns of one set: numbers, and the lists of tokens and effective samples by block and expert."""
-    counts_LE, effective_LE = counts_NLE.sum(0), evidence.effective_LE()
+    ids_NT, counts_LE, effective_LE = sampled.ids_NT, sampled.counts_NLE.sum(0), evidence.effective_LE()
     return {
-        **balance_columns(counts_NLE, nll_N, ids_NT.shape[1], texts),
+        **balance_columns(sampled.counts_NLE, sampled.nll_N, ids_NT.shape[1], decode(ids_NT)),
         "effective_samples_per_expert_min": float(effective_LE.min()),
         "effective_samples_per_expert_mean": float(effective_LE.mean()),
         **{f"distinct_{n}_grams": distinct_ngrams(ids_NT, n) for n in NGRAMS},

@@ -10,36 +10,14 @@ Shapes: N predicted tokens of a batch, V vocabulary, T tokens that an experts mo
 that several requests share is there for each), S parts of requests' rows, K experts per token.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from moeq.scoring.divergence import divergence_by_owner
-from moeq.scoring.forward_plan import Plan, Spans
-from moeq.scoring.likelihood import Scored, Scorer, run_plan
-from moeq.scoring.routing import record_routing, same_routing_by_owner
+from moeq.scoring.forward_plan import Spans
+from moeq.scoring.routing import same_routing_by_owner
+from moeq.scoring.scorer import Said
 from moeq.tasks.task import Values
-
-
-class Said(NamedTuple):
-    """What a model said of a batch.
-
-    Attributes:
-        scored: Logits, with the plan that was run.
-        routing: Chosen experts ids_TK by path of the experts module, of all tokens of the passes.
-    """
-
-    scored: Scored
-    routing: dict[str, Tensor]
-
-
-def ask(scorer: Scorer, plan: Plan) -> Said:
-    """Run a plan, in a layout that works on the model, and note where its tokens go."""
-    settled = scorer.settled(plan)  # which may run the model, so not below
-    with record_routing(scorer.model) as routing:
-        scored = run_plan(scorer.model, settled)
-    return Said(scored, routing)
 
 
 def compare(reference: Said, said: Said) -> dict[int, Values]:

@@ -5,9 +5,6 @@
 with the softmax in float32 and the sum in float64.  The output head runs on the positions that predict something and on
 no others, and no [tokens, vocabulary] tensor of the rest ever exists.
 
-Not every family's cache can be expanded and continued by several tokens at once (some raise, some forget the state), so
-``Scorer`` tries each layout of the first batch that uses it on two of its documents, against passes without a cache.
-
 Shapes: B rows of a pass, L its columns, P columns of the pass before, K positions whose logits are computed, D hidden,
 V vocabulary, N predicted tokens.
 """
@@ -22,15 +19,9 @@ from torch import Tensor
 
 from moeq.decoding.reorder import reorder_cache
 from moeq.kernels.onednn import linears_by_onednn
-from moeq.scoring.forward_plan import IGNORED, Plan, Segment, plan_requests
-from moeq.scoring.pass_cost import Layout, row_of
+from moeq.scoring.forward_plan import IGNORED, Plan, Segment
 from moeq.scoring.perplexity import CHUNK_TOKENS
 from moeq.tasks.task import Outcome
-
-# Root mean square difference of logits, in their standard deviations, averaged over positions, that is rounding.  Wrong
-# caches are off by 0.2 and more, right ones by 1e-5 in float32 and 0.02 in bfloat16.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
-_COARSE_ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,12 @@ def run_plan(model: Any, plan: Plan) -> Scored:
     with linears_by_onednn(model):
         for segment in plan.segments:
             is_last = segment is plan.segments[-1]
-            logits_KV, cache = _run_segment(model, segment, past, cache, keep_cache=not is_last)
+            inputs: dict[str, Any] = pass_inputs(model, segment, past)
+            if past is not None and segment.parent_B is not None:
+                reorder_cache(cache, segment.parent_B.to(device))
+                inputs["past_key_values"] = cache
+            logits_KV, output = run_pass(model, segment, use_cache=not is_last or past is not None, **inputs)
+            cache = None if is_last else output.past_key_values
             logits.append(logits_KV)
             past = segment
     logits_KV = torch.cat(logits) if len(logits) > 1 else logits[0] if logits else torch.empty(0, 1, device=device)
@@ -89,104 +85,33 @@ def outcomes(scored: Scored, num_requests: int) -> list[Outcome]:
     return [Outcome(*pair) for pair in zip(total_R.tolist(), (num_wrong_R == 0).tolist(), strict=True)]
 
 
-class Scorer:
-    """Runs plans on a model, in layouts that have been seen to work on it.
-
-    Args:
-        model: A causal LM in eval mode.
-
-    Attributes:
-        fallbacks: For each layout that does not work on this model: what happened, and what is done instead.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.fallbacks: list[str] = []
-        self._problems: dict[Layout, str | None] = {"plain": None}
-
-    def run(self, plan: Plan) -> Scored:
-        """The result of ``settled(plan)``."""
-        return run_plan(self.model, self.settled(plan))
-
-    def settled(self, plan: Plan) -> Plan:
-        """The plan, or the same requests in the cheapest layout that works on this model."""
-        without = {layout for layout, problem in self._problems.items() if problem is not None}
-        if _reaches_window(self.model, plan):
-            without.add("tree")
-        if plan.layout in without:
-            return self.settled(plan_requests(plan.requests, plan.owners, without=without))
-        if plan.layout in self._problems:
-            return plan
-        problem = self._problems[plan.layout] = _problem(self.model, plan)
-        if problem is None:
-            return plan
-        self.fallbacks.append(f"layout {plan.layout}: {problem}; shared tokens are computed in another way, or again")
-        return self.settled(plan)
-
-
-def _reaches_window(model: Any, plan: Plan) -> bool:
-    """Whether a tree is longer than a window of attention, of which a mask of one's own knows nothing."""
-    config = getattr(model.config, "text_config", None) or model.config
-    windows = [
-        value
-        for name, value in vars(config).items()
-        if ("sliding_window" in name or "attention_chunk" in name) and isinstance(value, int) and value > 0
-    ]
-    return plan.layout == "tree" and plan.segments[0].ids_BL.shape[1] > min(windows, default=1 << 62)
-
-
-def _problem(model: Any, plan: Plan) -> str | None:
-    """What is wrong with a layout on a model, by the shortest and the longest document of a plan; None if nothing."""
-    requests, owners = _two_documents(plan)
-    expected_NV = run_plan(model, plan_requests(requests, owners, "plain")).logits_NV.float()
-    try:
-        logits_NV = run_plan(model, plan_requests(requests, owners, plan.layout)).logits_NV
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-    difference_N = (logits_NV.float() - expected_NV).square().mean(-1).sqrt() / expected_NV.std(-1)
-    allowed = _ROUNDING.get(logits_NV.dtype, _COARSE_ROUNDING)
-    # Logits that are not finite without a cache either are no fault of the layout.
-    if not expected_NV.isfinite().all() or float(difference_N.mean()) <= allowed:
-        return None
-    return f"logits differ by {float(difference_N.mean()):.2g} of their deviation, {allowed:g} is rounding"
-
-
-def _two_documents(plan: Plan) -> tuple[list[Any], list[int]]:
-    """Requests and owners of the documents with the shortest and the longest row, so that there is padding."""
-    lengths = [len(row_of(request)) for request in plan.requests]
-    chosen = {plan.owners[lengths.index(extreme(lengths))] for extreme in (min, max)}
-    pairs = [pair for pair in zip(plan.requests, plan.owners, strict=True) if pair[1] in chosen]
-    return [request for request, _ in pairs], [owner for _, owner in pairs]
-
-
-def _run_segment(
-    model: Any, segment: Segment, past: Segment | None, cache: Any, *, keep_cache: bool
-) -> tuple[Tensor, Any]:
-    """Logits at the positions that are read, logits_KV, and the cache if it is kept."""
+def pass_inputs(model: Any, segment: Segment, past: Segment | None = None) -> dict[str, Tensor]:
+    """What the model is given of a pass, but for the cache of the pass before, on the device of its embeddings."""
     device = model.get_input_embeddings().weight.device
-    inputs: dict[str, Any] = {"input_ids": segment.ids_BL.to(device), "use_cache": keep_cache or past is not None}
-    if past is not None and segment.parent_B is not None:
-        reorder_cache(cache, segment.parent_B.to(device))
-        inputs["past_key_values"] = cache
+    inputs = {"input_ids": segment.ids_BL}
     mask, position_ids_BL = _mask_and_positions(segment, past)
     if segment.branch_BL is not None:
         mask = _tree_mask(segment.branch_BL.to(device), model.dtype)
     # Padding at the right is seen by no token: without a mask, attention takes its fastest path.
     if mask is not None:
-        inputs["attention_mask"] = mask.to(device)
+        inputs["attention_mask"] = mask
     if position_ids_BL is not None:
-        inputs["position_ids"] = position_ids_BL.to(device)
+        inputs["position_ids"] = position_ids_BL
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def run_pass(model: Any, segment: Segment, **inputs: Any) -> tuple[Tensor, Any]:
+    """Logits at the positions that a pass reads, logits_KV, and all that the model returned."""
     # A pass that is run for its cache alone reads one position, which is dropped.
-    read_K = (segment.read_K if segment.read_K.numel() else torch.zeros(1, dtype=torch.int64)).to(device)
+    read_K = segment.read_K if segment.read_K.numel() else torch.zeros(1, dtype=torch.int64)
+    read_K = read_K.to(inputs["input_ids"].device)
     with _head_reads(model, segment.ids_BL.shape, read_K):
         output = model(**inputs)
     logits = output.logits
     # Unchanged where the head is no module of its own.
     is_whole = logits.shape[:2] == segment.ids_BL.shape
     logits_KV = logits.flatten(0, 1)[read_K] if is_whole else logits[0]
-    return logits_KV[: segment.read_K.numel()], output.past_key_values if keep_cache else None
+    return logits_KV[: segment.read_K.numel()], output
 
 
 def _mask_and_positions(segment: Segment, past: Segment | None) -> tuple[Tensor | None, Tensor | None]:

@@ -160,10 +160,11 @@ def pull_back(leaves: Pair, made: Pair, gradients: Pair, *, keep_graph: bool) ->
         gradients: At what it made; None where nothing further up reads it.
         keep_graph: Another gradient is to go back the same way.
     """
-    pairs = [(value, given) for value, given in zip(made, gradients, strict=True) if given is not None]
+    pairs = zip(made, gradients, strict=True)
+    outputs = [(value, given) for value, given in pairs if value is not None and given is not None]
     found = torch.autograd.grad(
-        [value for value, _ in pairs], [leaf for leaf in leaves if leaf is not None and leaf.requires_grad],
-        [given for _, given in pairs], retain_graph=keep_graph, allow_unused=True,
+        [value for value, _ in outputs], [leaf for leaf in leaves if leaf is not None and leaf.requires_grad],
+        [given for _, given in outputs], retain_graph=keep_graph, allow_unused=True,
     )  # fmt: skip
     return found[0], found[1] if len(found) > 1 else None
 

@@ -23,7 +23,8 @@ from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import BlockCall, hand_on
 from moeq.models.head import logits_behind
 from moeq.scoring.divergence import kl_sum_and_agreement
-from moeq.survey.cost_tables import BlockFindings, solved_costs
+from moeq.survey.cost_tables import solved_costs
+from moeq.survey.findings import BlockFindings
 from moeq.survey.sensitivity import round_trip
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.sweeps import BlockStates, Inputs, Key, Show, captured, entered, original, visit

@@ -5,9 +5,10 @@ and token ids.  Every sum is added up over ranks, and solves are divided over th
 block at a time is resident.
 
 Memory of one block: the Hessians of all its sites in float64 (twice where the solver's are weighted by affinity and the
-Fisher cost needs plain ones), and for measured costs its rounded weights at every choice.  What the sweeps before the
-first pass need again (inputs of blocks, gradients) waits in ``WaitingStates``; for ``gemq`` the gradients at the outputs
-of all blocks wait there until their block comes.
+Fisher cost needs plain ones), and for measured costs its rounded weights at every choice.  What the sweeps ahead of the
+first pass need again (inputs of blocks, gradients, hidden states of rounded variants) waits in ``WaitingStates``, in
+memory up to its bound and then on the disk; so do, until their block comes, the gradients at all blocks' outputs, which
+``gemq`` reads.
 
 Shapes: B batch, T tokens of a sequence, N = B T, D width, E experts, K experts of a token, I in features.
 """

@@ -1,21 +1,77 @@
-"""What an export says of itself."""
+"""What an export says of itself, and that nothing that happens to it shows in its files."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moeq.export.layout import LayoutWriter
 from tests.test_main import fit
 from tests.tiny import save_tiny
+
+RTN = Path("configs/rtn_w3.yaml")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2_moe", tmp_path_factory.mktemp("export") / "model")
+
+
+@pytest.fixture(scope="module")
+def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted; tests change copies only."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    fit(RTN, source, folder)
+    return folder
+
+
+def exported(folder: Path) -> dict[str, bytes]:
+    """Every file of both exports but the manifests, which hold times."""
+    paths = [path for kind in ("export", "dense") for path in (folder / kind).iterdir()]
+    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in paths if p.name != "moeq_manifest.json"}
+
+
+def stop_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """End the process, as a user does, when a function is called for the ``call``-th time."""
+    original, calls = getattr(owner, name), []
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, stopping)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "call", "left"), [("write", 5, ["export"]), ("compare", 2, ["dense", "export"])])
+def test_an_export_that_was_stopped_anywhere_ends_with_the_same_bytes(
+    name: str, call: int, left: list[str], source: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeq.export import verify
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export", "dense"))
+    with monkeypatch.context() as patch:
+        owner, function = (LayoutWriter, "write") if name == "write" else (verify, "_compare_logits")
+        stop_at(patch, owner, function, call)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(RTN, source, folder)
+    assert sorted(path.name for path in folder.glob("*") if path.name in ("export", "dense")) == left
+    assert not list(folder.glob(".*.partial"))
+    fit(RTN, source, folder)
+    assert exported(folder) == exported(run)
 
 
 @pytest.mark.parametrize("gap", [0.0, 3e-6])
 def test_logits_that_are_equal_up_to_rounding_alone_are_on_record(
-    gap: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gap: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moeq.export.verify._compare_logits", lambda *_: (gap == 0.0, gap))
-    model = save_tiny("qwen2_moe", tmp_path / "model")
-    fit(Path("configs/rtn_w3.yaml"), model, tmp_path / "run")
+    fit(RTN, source, tmp_path / "run")
     records = json.loads((tmp_path / "run/fallbacks.json").read_text())
     found = [record["weight"] for record in records if record["reason"] == "logits equal up to rounding"]
     assert found == (["checkpoint", "dense"] if gap else [])

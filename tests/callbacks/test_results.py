@@ -9,6 +9,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from callbacks.results import Results
+from moeq.checkpoint.placement import Placement
+from moeq.disk.identity import model_identity
 from moeq.module import MoEQuantModule
 from moeq.report.results import read_results
 from moeq.report.task_report import Description, task_report
@@ -17,7 +19,7 @@ from moeq.tasks.documents import Result
 from moeq.tasks.metrics import TaskMetrics
 from moeq.tasks.task import MultipleChoice, Source
 from tests.reports import description
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 GROUPS = (("stem", "physics"), ("humanities", "law"))
 
@@ -41,10 +43,12 @@ class Module(MoEQuantModule):
     """A module after validate."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(name="tiny", label="original")
+        super().__init__(name=str(save_tiny("qwen2_moe", folder / "tiny")), label="original")
         self._models["model"] = tiny_model("qwen2_moe")
         self.folder = folder
-        self.validation = SimpleNamespace(reports=[task_report(Evaluation())])  # type: ignore[assignment]
+        self.validation = SimpleNamespace(  # type: ignore[assignment]
+            reports=[task_report(Evaluation())], placements={"model": Placement("memory", "it fits")}
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -72,7 +76,8 @@ def test_files_hold_what_was_measured_where_and_with_what(tmp_path: Path, monkey
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["tasks"][0]["metrics"]["acc"]["stderr"] == pytest.approx((0.75 * 0.25 / 19) ** 0.5)
     assert data["tasks"][0]["groups"]["law"]["acc"]["num_documents"] == 10
-    assert len(data["model"]["digest"]) == 16
+    assert data["model"]["digest"] == model_identity(str(tmp_path / "tiny"))
+    assert data["model"]["placement"] == {"model": "memory"}
     assert data["settings"]["data"] == {"tasks": ["mmlu"], "data_dir": "data"}
     assert (data["settings"]["limit_val_batches"], data["dtype"], data["num_ranks"]) == (1.0, "float32", 1)
     assert {"torch", "transformers", "lightning", "datasets", "python", "platform"} <= set(data["versions"])

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -40,8 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("survey") / "model", dtype=torch.float32)
 
 
-def fit(model: Path, run: Path, callback: Survey, padded: bool = False, steps: bool = False) -> MoEQuantModule:
-    module = MoEQuantModule(name=str(model), group_size=16)
+def fit(
+    model: Path, run: Path, callback: Survey, padded: bool = False, steps: bool = False, **settings: Any
+) -> MoEQuantModule:
+    module = MoEQuantModule(name=str(model), group_size=16, **settings)
     trainer = L.Trainer(
         default_root_dir=run, accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=-1,
         callbacks=[callback, HessianCalibration(), GPTQ()] if steps else [callback],
@@ -80,11 +83,22 @@ def test_padding_does_not_count(model: Path, tmp_path: Path) -> None:
     assert [int(counts.sum()) for counts in evidence.tokens.values()] == [2 * num_tokens] * 2
 
 
+def test_a_streamed_run_finds_the_same_to_the_last_bit(model: Path, tmp_path: Path) -> None:
+    def found(run: Path, **settings: Any) -> Any:
+        callback = Survey(costs=[*COSTS, "fisher_kl", "alphaq"], scores=["kurtosis"], choices=[2, 4])
+        module = fit(model, run, callback, padded=True, **settings)
+        assert module.run.evidence is not None
+        return module.run.evidence.to_json()
+
+    in_memory = found(tmp_path / "memory", placement="memory")
+    assert found(tmp_path / "stream", placement="stream", hidden_gib=0.0) == in_memory
+
+
 def test_a_resumed_run_reads_the_survey_of_its_first_part(model: Path, tmp_path: Path) -> None:
     first = fit(model, tmp_path, Survey(choices=[2, 4]), steps=True)
     (tmp_path / "blocks" / "block_001.safetensors").unlink()
     second = fit(model, tmp_path, Survey(choices=[2, 4]), steps=True)
-    assert all(each.kind == "calibrate" for each in second.walk.schedule)
+    assert not any(each.kind == "survey" for each in second.walk.schedule)
     assert first.run.evidence is not None
     assert second.run.evidence is not None
     same(second.run.evidence, first.run.evidence)

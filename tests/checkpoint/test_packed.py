@@ -39,6 +39,13 @@ def test_dequantized_weights_equal_a_loop_over_groups(grid: tuple[int, int | Non
     assert dequantize_codes(weight).dtype == dtype
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_are_dequantized_alike_in_parts_and_whole(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = round_weight(torch.randn(50, 64).bfloat16(), 4, 32, symmetric)
+    monkeypatch.setattr(packed_module, "CHUNK", 64 * 7 // torch.get_num_threads())
+    assert torch.equal(dequantize_codes(weight), real_weight(weight))
+
+
 @pytest.mark.parametrize("grid", [*GRIDS, (5, 8, False), (6, None, False), (7, 16, True)])
 def test_a_packed_linear_equals_the_dense_linear(grid: tuple[int, int | None, bool]) -> None:
     weight = round_weight(torch.randn(20, 64), *grid)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from moeq.models.adapter import Adapter
+from moeq.models.residency import Residency
 from tests.tiny import tiny_tokenizer
 
 
@@ -19,9 +21,18 @@ class StubTrainer:
     progress_bar_callback: Any = None
     logger: Any = None
     barriers: list[str] = field(default_factory=list)
+    num_nodes: int = 1
+    residency: Residency | None = None
 
     def __post_init__(self) -> None:
-        self.lightning_module = SimpleNamespace(model=self.model, tokenizer=tiny_tokenizer(), run_dir=self.run_dir)
+        self.lightning_module = module = SimpleNamespace(
+            model=self.model, tokenizer=tiny_tokenizer(), run_dir=self.run_dir, run=SimpleNamespace(fallbacks=[])
+        )
+        if self.model is not None:
+            # Files that tell it from other models; its weights are told by themselves.
+            self.model.config.save_pretrained(self.run_dir / "model")
+            module.hparams = {"name": str(self.run_dir / "model")}
+            module.adapter = Adapter(self.model, self.residency)
         self.strategy = SimpleNamespace(barrier=self.barriers.append)
 
     @property

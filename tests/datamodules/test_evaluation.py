@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from datamodules.evaluation import EvaluationDataModule
+from moeq.checkpoint.placement import Placement
+from moeq.evaluation.placing import Places
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.tasks.documents import Document, Result
 from tests.tiny import tiny_tokenizer
@@ -23,6 +25,8 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "datamodules.evaluation.result_fingerprint", lambda _, sampling, device: json.dumps(asdict(sampling))
     )
+    places = Places(Placement("memory", "it fits"), None, None)
+    monkeypatch.setattr("datamodules.evaluation.choose_places", lambda *_: places)
 
 
 @pytest.fixture
@@ -52,6 +56,7 @@ def opened(folder: Path, rank: int = 0, world_size: int = 1, restart: bool = Fal
     barriers: list[str] = []
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=module, global_rank=rank, world_size=world_size, is_global_zero=rank == 0,
+        limit_val_batches=1.0,
         strategy=SimpleNamespace(barrier=barriers.append, root_device=torch.device("cpu")),
     )  # fmt: skip
     data.loaders = data.val_dataloader()  # type: ignore[attr-defined]

@@ -6,13 +6,16 @@ import pytest
 
 from moeq.evaluation.batches import batches
 from moeq.scoring.forward_plan import plan_requests
+from moeq.scoring.pass_cost import Layout
+from moeq.scoring.scorer import TWO_PASSES
 from moeq.tasks.documents import Document, Request
 from tests.scoring.requests import random_documents
 
 
-def passes(batch: list[Document]) -> list[int]:
+def passes(batch: list[Document], without: frozenset[Layout] = frozenset()) -> list[int]:
     requests = [request for document in batch for request in document.requests]
-    plan = plan_requests(requests, [i for i, document in enumerate(batch) for _ in document.requests])
+    owners = [i for i, document in enumerate(batch) for _ in document.requests]
+    plan = plan_requests(requests, owners, without=without)
     return [segment.ids_BL.numel() for segment in plan.segments]
 
 
@@ -35,6 +38,15 @@ def test_documents_with_the_same_examples_share_a_batch_and_nobody_else_is_in_it
     cut = batches(documents, 10000)
     assert sorted({document.index % 3 for document in batch} for batch in cut) == [{0}, {1}, {2}]
     assert all(len(batch) == 10 and passes(batch) == [100, 10 * 3] for batch in cut)
+
+
+def test_batches_that_run_in_one_pass_stay_within_the_budget_in_one_pass() -> None:
+    shared = tuple(range(200))
+    documents = [Document(i, str(i), {}, (), (Request((*shared, 300 + i), (5, 6, 7)),)) for i in range(12)]
+    assert max(len(batch) for batch in batches(documents, 1000)) == 12
+    cut = batches(documents, 1000, without=TWO_PASSES)
+    assert [len(batch) for batch in cut] == [4, 4, 4]
+    assert all(passes(batch, TWO_PASSES) == [4 * 203] for batch in cut)
 
 
 def test_large_documents_come_first() -> None:

@@ -14,7 +14,7 @@ from moeq.evaluation.evaluator import Evaluator
 from moeq.evaluation.reference_logits import LiveOriginal
 from moeq.evaluation.task_evaluation import Sampling
 from moeq.scoring.finite import NonFiniteError
-from moeq.scoring.likelihood import Scorer
+from moeq.scoring.scorer import Scorer
 from moeq.tasks.documents import Document
 from moeq.tasks.encode import Encoder
 from moeq.tasks.registry import find_task

@@ -18,10 +18,10 @@ from moeq.evaluation.reference_logits import (
     plan_key,
 )
 from moeq.evaluation.result_digest import result_digest
-from moeq.scoring.comparison import ask, compare
+from moeq.scoring.comparison import compare
 from moeq.scoring.forward_plan import Plan, plan_requests
-from moeq.scoring.likelihood import Scorer
 from moeq.scoring.pass_cost import Layout
+from moeq.scoring.scorer import Scorer
 from moeq.tasks.documents import Request
 from tests.tiny import tiny_model
 
@@ -64,11 +64,11 @@ def test_what_is_stored_comes_back_bit_for_bit(dtype: torch.dtype, layout: Layou
 def test_an_original_that_ran_in_another_layout_compares_as_in_the_same(tmp_path: Path) -> None:
     original, model = Scorer(tiny_model("qwen2_moe")), Scorer(tiny_model("qwen2_moe", seed=1))
     stored = StoredOriginal(tmp_path, of())
-    stored.store(ask(original, planned("plain")))
+    stored.store(original.said(planned("plain")))
     read = stored.said(planned("document"))
     assert read.scored.plan.layout == "plain"
-    expected = compare(ask(original, planned("document")), ask(model, planned("document")))
-    values = compare(read, ask(model, planned("document")))
+    expected = compare(original.said(planned("document")), model.said(planned("document")))
+    values = compare(read, model.said(planned("document")))
     for owner in (0, 1):
         for name, pair in expected[owner].items():
             assert values[owner][name] == pytest.approx(pair, rel=1e-4), name
@@ -78,7 +78,7 @@ def test_positions_that_predict_several_tokens_are_stored_once_and_sizes_are_kno
     model = tiny_model("mixtral")
     stored = StoredOriginal(tmp_path, of())
     for plan, num_positions in ((planned("document"), 2 * 3), (plan_requests(WINDOW, [0]), 5)):
-        stored.store(ask(Scorer(model), plan))
+        stored.store(Scorer(model).said(plan))
         expected = num_bytes(plan, 264, torch.float32, num_choices=2 * 2)
         assert expected == num_positions * 264 * 4 + 2 * plan.num_tokens * 4 + HEADER_BYTES
         size = os.path.getsize(tmp_path / f"{plan_key(plan)}.safetensors")
@@ -87,7 +87,7 @@ def test_positions_that_predict_several_tokens_are_stored_once_and_sizes_are_kno
 
 def test_a_window_is_mapped_not_copied(tmp_path: Path) -> None:
     stored, plan = StoredOriginal(tmp_path, of()), plan_requests(WINDOW, [0])
-    stored.store(ask(Scorer(tiny_model("mixtral")), plan))
+    stored.store(Scorer(tiny_model("mixtral")).said(plan))
     logits_NV = stored.said(plan).scored.logits_NV
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [row[0].split("-") for row in maps if row[-1].startswith(str(tmp_path))]
@@ -96,14 +96,14 @@ def test_a_window_is_mapped_not_copied(tmp_path: Path) -> None:
 
 def test_nothing_to_predict_is_stored_too(tmp_path: Path) -> None:
     stored, plan = StoredOriginal(tmp_path, of()), plan_requests([], [])
-    said = ask(Scorer(tiny_model("mixtral")), plan)
+    said = Scorer(tiny_model("mixtral")).said(plan)
     stored.store(said)
     assert compare(stored.said(plan), said) == {}
 
 
 def test_other_requests_are_another_batch(tmp_path: Path) -> None:
     stored = StoredOriginal(tmp_path, of())
-    stored.store(ask(Scorer(tiny_model("mixtral")), plan_requests(WINDOW, [0])))
+    stored.store(Scorer(tiny_model("mixtral")).said(plan_requests(WINDOW, [0])))
     closed = Request(WINDOW[0].context, WINDOW[0].continuation)
     moved = Request((3, 4), (5, 6, 7), open_end=True)
     for other in ([closed], [moved], [*WINDOW, *WINDOW], [Request((3,), (4, 5, 6, 8), open_end=True)]):
@@ -115,7 +115,7 @@ def test_other_requests_are_another_batch(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     stored, plan = StoredOriginal(tmp_path, of()), planned()
-    stored.store(ask(Scorer(tiny_model("mixtral")), plan))
+    stored.store(Scorer(tiny_model("mixtral")).said(plan))
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_original_is_refused(tmp_path: Path) -> None:
-    StoredOriginal(tmp_path / "a", of()).store(ask(Scorer(tiny_model("mixtral")), planned()))
+    StoredOriginal(tmp_path / "a", of()).store(Scorer(tiny_model("mixtral")).said(planned()))
     other = StoredOriginal(tmp_path / "b", of("sha256:bb"))
     for path in (tmp_path / "a").glob("*.safetensors"):
         shutil.copy(path, tmp_path / "b")

@@ -1,12 +1,16 @@
 """The state of a task in a run, and how generation is set."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moeq.evaluation.task_evaluation import Sampling, metric_kinds
+from moeq.evaluation.records import Records
+from moeq.evaluation.task_evaluation import Sampling, TaskEvaluation, metric_kinds
 from moeq.tasks.registry import find_task
+from moeq.tasks.rows import Rows
+from tests.scoring.requests import random_documents
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,15 @@ def test_programs_have_pass_at_the_ks_asked_for_and_comparisons_come_last() -> N
         "word_perplexity", "byte_perplexity", "bits_per_byte", "kl", "top1_agreement", "router_agreement",
     ]  # fmt: skip
     assert set(list(kinds.values())[3:]) == {"mean"}
+
+
+@pytest.mark.parametrize(("limit", "num_batches"), [(1.0, 4), (0.5, 2), (1, 1), (9, 4), (0.0, 0)])
+def test_the_batches_that_run_are_those_within_the_limit(limit: int | float, num_batches: int, tmp_path: Path) -> None:
+    documents = random_documents(1, 4)
+    rows = Rows([], [], "test", "here", "")
+    records = Records(tmp_path, "piqa", "{}", 0)
+    evaluation = TaskEvaluation(find_task("piqa"), rows, documents, 4, {"acc": "mean"}, records, 0)
+    evaluation.batches, evaluation.limit = [[document] for document in documents], limit
+    assert evaluation.expected == evaluation.batches[:num_batches]
+    evaluation.batches = [[]]
+    assert evaluation.expected == []

@@ -33,6 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "moeq_manifest.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_streamed_model_gives_the_files_of_a_whole_one(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moeq.disk.folder import MANIFEST
+from moeq.export import reopen
 from moeq.export.dense import write_dense
 from moeq.export.finished import held
 from moeq.export.moeq_format import write_checkpoint
@@ -20,8 +21,15 @@ NAME = "model.layers.0.mlp.experts.3.down_proj"
 KEY = "model.layers.0.block_sparse_moe.experts.3.w2"
 
 
+@pytest.fixture(params=["whole", "streamed"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read exports back as a user opens them, or block by block as large ones are."""
+    if request.param == "streamed":
+        monkeypatch.setattr(reopen, "WHOLE_BYTES", 0)
+
+
 @pytest.fixture
-def export(tmp_path: Path) -> tuple[nn.Module, dict[str, QuantizedWeight], Path]:
+def export(tmp_path: Path, how: None) -> tuple[nn.Module, dict[str, QuantizedWeight], Path]:
     model = tiny_model("mixtral", num_hidden_layers=1)
     quantized = round_model(model)
     write_checkpoint(model, None, quantized, tmp_path / "export", metadata={})
@@ -101,6 +109,26 @@ def test_damage_is_found_before_loading(export: tuple) -> None:
         verify_packed(folder, held(model, quantized), IDS)
 
 
+def test_a_tensor_too_many_is_named(export: tuple) -> None:
+    model, quantized, folder = export
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.0.extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ExportMismatchError, match=r"tensors differ .*model\.layers\.0\.extra\.weight"):
+        verify_packed(folder, held(model, quantized), IDS)
+
+
+def test_a_tensor_too_few_is_named(export: tuple) -> None:
+    model, quantized, folder = export
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{KEY}.weight_packed"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=NAME):
+        verify_packed(folder, held(model, quantized), IDS)
+
+
+@pytest.mark.usefixtures("how")
 def test_a_dense_export_is_compared_with_the_model(tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe", num_hidden_layers=1, dtype=torch.bfloat16)
     write_dense(held(model), None, tmp_path / "dense")

@@ -50,7 +50,9 @@ class DictBlocks:
             dense_weight(self._adapter.model, name, experts).copy_(real_weight(weight))
 
 
-def save_packed_whole(model: PreTrainedModel, quantized: dict[str, QuantizedWeight], folder: Path) -> None:
+def save_packed_whole(
+    model: PreTrainedModel, quantized: dict[str, QuantizedWeight], folder: Path, max_shard_size: str = "5GB"
+) -> None:
     """The packed model with every tensor in memory, saved by transformers."""
     leaves = expert_leaves(model)
     grids = {name: packed_format(weight) for name, weight in quantized.items()}
@@ -62,7 +64,7 @@ def save_packed_whole(model: PreTrainedModel, quantized: dict[str, QuantizedWeig
     packed.load_state_dict(_packed_state(model, packed, quantized), strict=True, assign=True)
     packed.generation_config = model.generation_config
     packed._weight_conversions = packed_conversions(dense_conversions(model), leaves)
-    packed.save_pretrained(folder)
+    packed.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def _packed_state(model: nn.Module, packed: nn.Module, quantized: dict[str, QuantizedWeight]) -> dict[str, Tensor]:

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.fit import share
 from moeq.fit.run import Run
 from moeq.fit.schedule import whole
-from moeq.fit.solve import Unit, commit, make_units, quantize_sites, solve_unit
+from moeq.fit.solve import Unit, commit, cut, make_units, quantize_sites, solve_unit
 from moeq.models.adapter import Adapter, Site
+from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.solution import Solution
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, QuantizedWeight, SolveSpec
 from tests.tensors_made import TensorsMade
 from tests.tiny import tiny_model
 
@@ -71,6 +73,42 @@ def test_codes_equal_those_of_each_weight_quantized_alone(adapter: Adapter, mixe
         assert torch.equal(run.quantized[name].codes_OI, alone.codes_EOI[0]), name
         assert torch.equal(run.quantized[name].scale_OG, alone.scale_EOG[0])
         assert run.quantized[name].bits == plan[name].bits
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_the_amount_of_work_in_a_unit_changes_no_code(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Adapter(tiny_model(family))
+    sites, generator = adapter.sites(1), torch.Generator().manual_seed(1)
+    inputs = {site: torch.randn(site.num_experts, 90, site.in_features, generator=generator) for site in sites}
+
+    def gptq(unit: Unit, weight_EOI: Tensor) -> Solution:
+        x_ETI = inputs[unit.site][list(unit.experts)]
+        return gptq_solve(weight_EOI, x_ETI.mT @ x_ETI, unit.grid, SolveSpec(), torch.float32)
+
+    def solve(operations: int) -> dict[str, QuantizedWeight]:
+        monkeypatch.setattr(share, "UNIT_OPERATIONS", operations)
+        run = Run(plan=uniform(sites))
+        quantize_sites(Adapter(tiny_model(family)), run, sites, gptq)
+        return run.quantized
+
+    whole, three, one = (solve(operations) for operations in (1 << 36, 3 << 20, 1))
+    for name, weight in whole.items():
+        for other in (three[name], one[name]):
+            assert torch.equal(weight.codes_OI, other.codes_OI), name
+            assert torch.equal(weight.scale_OG, other.scale_OG)
+
+
+def test_a_unit_is_cut_at_a_fixed_amount_of_work_and_never_below_one_expert(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = next(site for site in adapter.sites(0) if site.kind == "routed")
+    unit = Unit(site, tuple(range(8)), (0, 1), GRID)
+    for num_experts, sizes in ((3, [3, 3, 2]), (8, [8]), (0, [1] * 8)):
+        monkeypatch.setattr(share, "UNIT_OPERATIONS", num_experts * unit.operations // 8)
+        pieces = cut(unit)
+        assert [len(piece.experts) for piece in pieces] == sizes
+        assert [expert for piece in pieces for expert in piece.experts] == list(unit.experts)
+        assert sum(piece.operations for piece in pieces) == unit.operations
 
 
 def test_the_model_then_holds_the_dequantized_weights(adapter: Adapter) -> None:

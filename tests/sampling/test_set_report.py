@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moeq.models.adapter import is_experts_module
+from moeq.sampling.ebss_spec import Sampled
 from moeq.sampling.effective import ExpertEvidence, measure_evidence
 from moeq.sampling.next_token import score_sequences
 from moeq.sampling.set_report import decision_columns, decision_steps, distinct_ngrams, set_columns, set_scalars
@@ -45,7 +46,8 @@ def test_distinct_ngrams_are_counted_within_sequences() -> None:
 def test_columns_hold_lists_by_expert_and_their_least() -> None:
     model = tiny_model("qwen2_moe")
     nll_N, counts_NLE = score_sequences(model, IDS)
-    columns = set_columns(IDS, counts_NLE, nll_N, measure_evidence(model, IDS), ["a b"] * 4)
+    sampled = Sampled(IDS, nll_N, counts_NLE, torch.zeros(4, 0, 3), torch.zeros(4, dtype=torch.int32))
+    columns = set_columns(sampled, measure_evidence(model, IDS), lambda ids_NT: ["a b"] * len(ids_NT))
     assert torch.equal(torch.tensor(columns["tokens_per_expert"]), counts_NLE.sum(0))
     least = min(min(row) for row in columns["effective_samples_per_expert"])
     assert columns["effective_samples_per_expert_min"] == pytest.approx(least, abs=0.06)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moeq.models.experts import is_experts_module
-from moeq.scoring.comparison import Said, ask, compare
+from moeq.scoring.comparison import compare
 from moeq.scoring.forward_plan import Plan, plan_requests
-from moeq.scoring.likelihood import Scorer
 from moeq.scoring.pass_cost import Layout
+from moeq.scoring.scorer import Said, Scorer
 from moeq.tasks.documents import Request
 from moeq.tasks.task import Values
 from tests.tiny import tiny_model
@@ -69,8 +69,8 @@ def test_values_by_document_equal_those_of_requests_run_alone_in_any_two_layouts
     expected = reference_compare(original, model)
     layouts: list[Layout] = ["plain", "prefix", "document"]
     plans = [plan_requests(REQUESTS, OWNERS, layout) for layout in layouts]
-    for reference in [ask(Scorer(original), plan) for plan in plans]:
-        for said in [ask(Scorer(model), plan) for plan in plans]:
+    for reference in [Scorer(original).said(plan) for plan in plans]:
+        for said in [Scorer(model).said(plan) for plan in plans]:
             values = compare(reference, said)
             assert values.keys() == expected.keys()
             for owner, entry in expected.items():
@@ -88,13 +88,13 @@ def test_a_layout_that_does_not_work_is_replaced_and_trial_passes_are_not_record
             return plan_requests(plan.requests, plan.owners, "plain")
 
     plan = plan_requests(REQUESTS, OWNERS, "document")
-    said = ask(WithoutCache(tiny_model("mixtral")), plan)
+    said = WithoutCache(tiny_model("mixtral")).said(plan)
     assert said.scored.plan.layout == "plain"
     assert {len(ids_TK) for ids_TK in said.routing.values()} == {said.scored.plan.num_tokens}
 
 
 def test_a_model_equals_itself_whatever_the_dtype_and_order_of_the_ids() -> None:
-    said = ask(Scorer(tiny_model("mixtral", dtype=torch.bfloat16)), plan_requests(REQUESTS, OWNERS))
+    said = Scorer(tiny_model("mixtral", dtype=torch.bfloat16)).said(plan_requests(REQUESTS, OWNERS))
     small = Said(said.scored, {name: ids_TK.to(torch.uint8).flip(-1) for name, ids_TK in said.routing.items()})
     for entry in compare(small, said).values():
         assert entry["kl"][0] == 0.0
@@ -103,23 +103,23 @@ def test_a_model_equals_itself_whatever_the_dtype_and_order_of_the_ids() -> None
 
 
 def test_a_model_without_experts_has_no_router_agreement() -> None:
-    said = ask(Scorer(tiny_model("llama")), plan_requests(REQUESTS, OWNERS))
+    said = Scorer(tiny_model("llama")).said(plan_requests(REQUESTS, OWNERS))
     assert {tuple(entry) for entry in compare(said, said).values()} == {("kl", "top1_agreement")}
 
 
 def test_nothing_to_compare_is_no_value() -> None:
-    said = ask(Scorer(tiny_model("mixtral")), plan_requests([], []))
+    said = Scorer(tiny_model("mixtral")).said(plan_requests([], []))
     assert compare(said, said) == {}
 
 
 def test_numbers_of_documents_may_have_gaps() -> None:
-    said = ask(Scorer(tiny_model("mixtral")), plan_requests(REQUESTS[:2], [3, 1]))
+    said = Scorer(tiny_model("mixtral")).said(plan_requests(REQUESTS[:2], [3, 1]))
     assert compare(said, said).keys() == {1, 3}
 
 
 def test_models_that_do_not_belong_together_are_refused() -> None:
-    said = ask(Scorer(tiny_model("mixtral")), plan_requests(REQUESTS, OWNERS))
-    other = ask(Scorer(tiny_model("mixtral", vocab_size=300)), plan_requests(REQUESTS, OWNERS))
+    said = Scorer(tiny_model("mixtral")).said(plan_requests(REQUESTS, OWNERS))
+    other = Scorer(tiny_model("mixtral", vocab_size=300)).said(plan_requests(REQUESTS, OWNERS))
     with pytest.raises(ValueError, match=r"264\) must have the reference's .*300\)"):
         compare(other, said)
     with pytest.raises(ValueError, match=r"do not share the experts modules \['model.layers.1.mlp.experts'\]"):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moeq.scoring.forward_plan import plan_requests
-from moeq.scoring.likelihood import Scorer, outcomes, run_plan
+from moeq.scoring.likelihood import outcomes, run_plan
 from moeq.scoring.pass_cost import Layout
 from moeq.scoring.routing import record_routing, same_routing_by_owner
+from moeq.scoring.scorer import Scorer
 from moeq.tasks.documents import Request
 from tests.families import SUPPORTED
 from tests.scoring.requests import random_requests, reference_logits, reference_routing

@@ -6,7 +6,15 @@ from moeq.models.adapter import Adapter, Site
 from moeq.models.observe import observe
 from moeq.quant.hessian import accumulate, empty_state
 from moeq.scoring.divergence import kl_sum_and_agreement
-from moeq.survey.fisher import add_squares, backward, empty_gradients, observe_gradients, sampled_tokens
+from moeq.survey.fisher import (
+    add_squares,
+    counted_tokens,
+    empty_gradients,
+    next_tokens,
+    observe_gradients,
+    sampled_tokens,
+    score_gradient,
+)
 from moeq.survey.sensitivity import fisher_costs, mean_square_gradients, row_energies, token_hessians
 from tests.tiny import tiny_model
 
@@ -22,6 +30,15 @@ def weight_gradients(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tenso
     model.zero_grad()
     model.requires_grad_(False)
     return gradients
+
+
+def backward(model: nn.Module, inputs: dict[str, Tensor], seed: int) -> None:
+    """Backward pass through the whole model of the log-likelihood of sampled tokens."""
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    logits = model(**inputs).logits
+    ids = sampled_tokens(logits.detach(), torch.Generator().manual_seed(seed))
+    torch.autograd.grad(logits, embeddings, score_gradient(logits, ids, counted_tokens(inputs)))
+    embeddings.requires_grad_(False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +60,7 @@ def test_gradients_at_the_outputs_give_the_gradients_of_the_weights(family: str)
         token_mask.keep = keep
         model(input_ids=ids, attention_mask=mask)
     with observe_gradients(adapter, adapter.all_sites(), on_gradient, keep):
-        backward(model, {"input_ids": ids, "attention_mask": mask}, torch.Generator().manual_seed(4))
+        backward(model, {"input_ids": ids, "attention_mask": mask}, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
     for site in adapter.all_sites():
         for expert in range(site.num_experts):
@@ -65,6 +82,15 @@ def test_tokens_are_sampled_from_the_prediction() -> None:
     ids = sampled_tokens(logits, torch.Generator().manual_seed(0))
     shares = ids.flatten().bincount(minlength=4) / ids.numel()
     torch.testing.assert_close(shares, logits[0, 0].softmax(-1), rtol=0, atol=0.01)
+
+
+def test_the_gradient_of_the_score_is_that_of_autograd() -> None:
+    logits, mask = torch.randn(2, 5, 9, requires_grad=True), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ids, counted = next_tokens({"input_ids": torch.randint(0, 9, (2, 5)), "attention_mask": mask})
+    assert counted.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    score = (logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1) * counted).sum()
+    (expected,) = torch.autograd.grad(score, logits)
+    torch.testing.assert_close(score_gradient(logits, ids, counted), expected)
 
 
 @torch.no_grad()
@@ -90,7 +116,7 @@ def test_the_fisher_cost_of_a_small_change_of_one_weight_predicts_the_kl_diverge
         model(ids)
     with observe_gradients(adapter, sites, add_squares(gradients), None):
         for seed in range(8):
-            backward(model, {"input_ids": ids}, torch.Generator().manual_seed(seed))
+            backward(model, {"input_ids": ids}, seed)
     predicted, measured = [], []
     for site in sites:
         expert = int(states[site.name].num_tokens_E.argmax())

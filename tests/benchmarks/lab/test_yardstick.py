@@ -12,7 +12,7 @@ from benchmarks.studies.calibration_data import kl_table, ratio_table
 from benchmarks.studies.reach import nearest, signatures
 from moeq.evaluation.evaluator import Evaluator
 from moeq.evaluation.reference_logits import LiveOriginal
-from moeq.scoring.likelihood import Scorer
+from moeq.scoring.scorer import Scorer
 from moeq.tasks.documents import Document, Request
 from moeq.tasks.task import Source, Windows
 
