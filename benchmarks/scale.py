@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.lab.provenance import command, provenance
 from benchmarks.lab.tables import Row
@@ -27,12 +28,12 @@ from benchmarks.large.checkpoint import QUICK, QWEN3_30B_A3B, Shape, link_checkp
 from benchmarks.large.floor import Rates, product_rate, reading_rate
 from benchmarks.large.limited import GIB, run_limited
 from benchmarks.large.report import Scale, read_run, scale_report
-from moeq.disk.atomic import write_json, write_text
+from moeq.disk.atomic import write_json, write_tensors, write_text
 
-TOKENIZER = "assets/reference-moe"
+TOKENIZER, IDS = "assets/reference-moe", "ids.safetensors"
 CONFIG = "benchmarks/large/fit_w4.yaml"
-# Of the calibration set in CONFIG.
-NUM_TOKENS, LENGTH = 4096, 512
+# Of the calibration set.
+NUM_SEQUENCES, LENGTH = 8, 512
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -44,7 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"{options.folder}: {options.blocks} blocks of {shape.block_numbers() / 1e6:.0f} M parameters")
         return
     write_checkpoint(options.folder / "model", shape, max(options.blocks), options.seed, TOKENIZER)
-    scale = Scale(shape, NUM_TOKENS, LENGTH, measured_rates(shape, options.folder / "model"), [])
+    write_ids(options.folder / IDS, options.seed)
+    scale = Scale(shape, NUM_SEQUENCES * LENGTH, LENGTH, measured_rates(shape, options.folder / "model"), [])
     origin = f"`{command(__name__, args)}` at {provenance()}"
     for num_blocks in options.blocks:
         scale.rows.append(fit(shape, num_blocks, options))
@@ -80,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write_ids(path: Path, seed: int) -> None:
+    """Any tokens of the tokenizer, as a file of sequences that were written elsewhere."""
+    num_tokens = len(AutoTokenizer.from_pretrained(TOKENIZER))
+    generator = torch.Generator().manual_seed(seed)
+    write_tensors(path, {"input_ids": torch.randint(num_tokens, (NUM_SEQUENCES, LENGTH), generator=generator)})
+
+
 def measured_rates(shape: Shape, model: Path) -> Rates:
     """Of this machine: the disk on the files of a block, products in the shapes of an expert."""
     return Rates(
@@ -94,10 +103,12 @@ def fit(shape: Shape, num_blocks: int, options: argparse.Namespace) -> Row:
     model, run = options.folder / f"model_{num_blocks}", options.folder / f"fit_{num_blocks}"
     link_checkpoint(options.folder / "model", model, shape, num_blocks, TOKENIZER)
     shutil.rmtree(run, ignore_errors=True)
-    arguments = ["--config", CONFIG, f"--model.name={model}", f"--trainer.default_root_dir={run}", *options.fit]
+    arguments = ["--config", CONFIG, f"--model.name={model}", f"--data.path={options.folder / IDS}", *options.fit]
     limit = int(options.limit_gib * GIB) or None
     log = run.with_suffix(".log")
-    finished = run_limited([sys.executable, "main.py", "fit", *arguments], limit, log)
+    finished = run_limited(
+        [sys.executable, "main.py", "fit", *arguments, f"--trainer.default_root_dir={run}"], limit, log
+    )
     row: Row = {
         "blocks": num_blocks, "limit_bytes": limit, "code": finished.code, "seconds": finished.seconds,
         "processor_seconds": finished.processor_seconds,
