@@ -33,7 +33,8 @@ Steps = list[Callback]
 # Times, and what the run was asked for.
 TOLD = frozenset(
     {
-        "manifest.json", "moeq_manifest.json", "memory.csv", "summary.md", "verification.json", "preflight.json", "preflight.md"
+        "manifest.json", "moeq_manifest.json", "memory.csv", "summary.md", "verification.json", "preflight.json",
+        "preflight.md",
     }
 )  # fmt: skip
 
@@ -49,7 +50,7 @@ def fit(steps: Steps, model: Path, folder: Path, placement: str, **options: obje
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """Every file of a run folder but those of ``TOLD``, by its path in the folder; the folder's own name is left out."""
+    """Every file of a run folder but those of ``TOLD``, by its path in the folder, whose own name is left out."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TOLD)
     name = str(folder).encode()
     return {path.relative_to(folder).as_posix(): path.read_bytes().replace(name, b"") for path in paths}

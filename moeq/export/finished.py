@@ -64,6 +64,7 @@ class FinishedModel:
     def finished(self, block: int) -> Iterator[None]:
         """Within, the model holds the dequantized weights and the changed parameters of a block."""
         with self.adapter.resident(block):
+            self.adapter.residency.read_ahead(block + 1)
             self.blocks.commit(block)
             yield
 

@@ -35,7 +35,6 @@ def write_weights(
         writer.write(outside_tensors(source))
         for block in progress(source.block_indices, "writing"):
             with source.finished(block):
-                source.adapter.residency.read_ahead(block + 1)
                 writer.write(block_tensors(block))
 
 

@@ -21,7 +21,6 @@ from moeq.disk.waiting import WaitingStates
 from moeq.models.blocks import BlockCall, fill_in, hand_on
 
 
-
 @dataclass(frozen=True)
 class BlockBatch:
     """One batch at a block: what the block reads now, and what the original model's returned there.

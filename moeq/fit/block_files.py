@@ -1,7 +1,7 @@
 """Finished blocks of a run on disk, the home of their codes: packed codes, changed parameters, records.
 
-A killed run continues from them, and exports are made of them.  Each block is one file with a checksum of every tensor and of its records; one that is not what was written is told
-from one of another run.
+A killed run continues from them, and exports are made of them.  Each block is one file with a checksum of every tensor
+and of its records; one that is not what was written is told from one of another run.
 """
 
 import json
@@ -55,6 +55,9 @@ class BlockFile(Mapping[str, QuantizedWeight]):
         zero_point_OG = self.tensors.get(f"{name}.zero_point")
         codes_OI = unpack(self.tensors[f"{name}.packed"], bits, num_columns)
         return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.records["grids"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.records["grids"])

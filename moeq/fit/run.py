@@ -40,7 +40,7 @@ class Run:
         plan: Grid of every weight, by canonical name.
         hessians: Hessians of the current pass.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
-        quantized: Quantized weights of the current block, on the CPU, by canonical name; a finished block's are in its file.
+        quantized: Quantized weights of the current block, on the CPU, by canonical name; others are in block files.
         offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.

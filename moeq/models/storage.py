@@ -6,7 +6,6 @@ export holds.  Of a model that was not widened, storage dtypes are the parameter
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 _STORED = "_moeq_storage_dtypes"
 # Attribute of a module: its own parameters whose dtype is a part of their meaning (scales).
 FIXED = "fixed_dtypes"
-_SHOWN = 8  # names in an error message
 
 
 def storage_dtype(model: nn.Module, name: str = "") -> torch.dtype:
@@ -53,37 +51,6 @@ def widen(model: nn.Module) -> None:
 def rounded_to_storage(model: nn.Module, name: str, value: Tensor) -> Tensor:
     """A new value of a parameter as its file would hold it."""
     return value.to(storage_dtype(model, name))
-
-
-@contextmanager
-def in_storage_dtypes(model: nn.Module) -> Iterator[None]:
-    """Within, a widened model has the dtypes of its files; others stay as they are.
-
-    Raises:
-        ValueError: Values that the files cannot hold; it names the tensors, and the model stays as it was.
-    """
-    named = dict(_floating(model)) if is_widened(model) else {}
-    # A parameter may have changed in between (an untied head), and has the whole model's dtype then.
-    changing = {name: t for name, t in named.items() if t.dtype != storage_dtype(model, name)}
-    wide = {name: tensor.dtype for name, tensor in changing.items()}
-    lossy = [name for name, t in changing.items() if not _fits(t.data, storage_dtype(model, name))]
-    if lossy:
-        shown = ", ".join(lossy[:_SHOWN]) + (f" and {len(lossy) - _SHOWN} more" if len(lossy) > _SHOWN else "")
-        raise ValueError(
-            f"{len(lossy)} tensors hold values that {storage_dtype(model)} of the source's files does not: {shown}; "
-            "round what a step writes into the model (moeq.models.storage.rounded_to_storage)"
-        )
-    try:
-        for name, tensor in changing.items():
-            tensor.data = tensor.data.to(storage_dtype(model, name))
-        yield
-    finally:
-        for name, tensor in changing.items():
-            tensor.data = tensor.data.to(wide[name])
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

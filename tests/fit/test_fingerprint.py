@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from callbacks.expert_usage import ExpertUsage
 from callbacks.gptq import GPTQ
