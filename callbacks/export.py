@@ -18,7 +18,7 @@ from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
 from moeq.quant.spec import Fallback
 
-# Stands in the run folder while exports are written and verified: what a killed run left may be replaced.
+# Stands in the run folder from the first export to the end of the run: what a killed run left may be replaced.
 UNFINISHED = "export.unfinished"
 
 
@@ -60,6 +60,11 @@ class Export(Step):
             self._export(module, hidden=trainer.progress_bar_callback is None)
         trainer.strategy.barrier("moeq_export")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The run has ended well, with what callbacks after this one write: its folders are not replaced any more."""
+        if trainer.is_global_zero:
+            (module_of(pl_module).run_dir / UNFINISHED).unlink(missing_ok=True)
+
     def _may_replace(self, run_dir: Path) -> bool:
         return self.overwrite or (run_dir / UNFINISHED).exists()
 
@@ -77,7 +82,6 @@ class Export(Step):
         write_json(module.run_dir / UNFINISHED, {"pid": os.getpid()})
         verification = self._write(module, replace, hidden)
         write_json(module.run_dir / "verification.json", verification)
-        (module.run_dir / UNFINISHED).unlink()
         run.seconds["export"] = time.perf_counter() - start
         gaps = {kind: found["max_logit_difference"] for kind, found in verification.items() if kind != "written"}
         inexact = {kind: gap for kind, gap in gaps.items() if gap}

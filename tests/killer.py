@@ -24,6 +24,26 @@ class KillAtBlock(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KillBeforeName(Callback):
+    """SIGKILL when a file or folder is written whole and about to get its name."""
+
+    affects_weights = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        os.replace, os.rename = self._killing(os.replace), self._killing(os.rename)
+
+    def _killing(self, rename: Any) -> Any:
+        def killing(source: Any, target: Any) -> None:
+            if os.path.basename(target) == self.name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        return killing
+
+
 class KillWhileSampling(Callback):
     """SIGKILL when some parts of the calibration set are written."""
 
