@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def results(folder: Path) -> dict[str, bytes]:
     """Every file of a run that says something about its weights."""
-    names = ("errors.csv", "expert_usage.json", "allocation.json", "summary.md", "blocks/block_000.safetensors")
+    names = ("errors.csv", "expert_usage.json", "allocation.json", "blocks/block_000.safetensors")
     return {name: (folder / name).read_bytes() for name in (*names, "blocks/block_001.safetensors")}
 
 
