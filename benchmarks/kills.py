@@ -7,7 +7,7 @@
 A fit of the bundled model (3 bits, GPTQ, packed and dense export, verification) runs undisturbed once.  Then, in a new
 folder for each number, it is killed at a moment that is uniform over the duration of the undisturbed run, and started
 again by the same command until it ends; every second continued run is killed once more, at a moment of the same kind.
-What ends before its moment is not killed.
+Where a run ends before its moment, another moment is drawn; where nothing is left to kill, the run starts over.
 
 Compared are all files of blocks/, export/ and dense/, errors.csv, fallbacks.json and allocation.json, byte for byte.
 Of JSON files of the exports the values named "seconds" are left out, and with them the size and the checksum of
@@ -78,15 +78,20 @@ def kill_and_compare(folder: Path, times: int, seed: int, more: Sequence[str]) -
     rows: list[Row] = []
     for number in range(times):
         rng = random.Random(seed * times + number)
-        moments = [rng.uniform(0, duration) for _ in range(1 + number % 2)]
         shutil.rmtree(killed, ignore_errors=True)
-        met: list[str | None] = []
-        for after in (*moments, None):
-            if not has_ended(killed):
-                met.append(run_killed([*fit, str(killed)], after).phase)
+        met: list[tuple[float, str]] = []
+        while len(met) < 1 + number % 2:
+            moment = rng.uniform(0, duration)
+            if has_ended(killed):  # before it could be killed often enough
+                shutil.rmtree(killed)
+                met.clear()
+            if phase := run_killed([*fit, str(killed)], moment).phase:
+                met.append((moment, phase))
+        if not has_ended(killed):
+            run_killed([*fit, str(killed)])
         rows.append({
-            "number": number, "undisturbed_seconds": duration, "moments": moments,
-            "phases": [phase for phase in met if phase], "differing": differing_files(whole, killed),
+            "number": number, "undisturbed_seconds": duration, "moments": [moment for moment, _ in met],
+            "phases": [phase for _, phase in met], "differing": differing_files(whole, killed),
             "num_files": sum(path.is_file() for path in whole.rglob("*")),
         })  # fmt: skip
         print(rows[-1], flush=True)
