@@ -22,6 +22,9 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    # Of other people's files: read, never written.
+    "F8_E8M0": torch.float8_e8m0fnu, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # In which the safetensors library lays out a file: wide numbers first, so that all of them lie aligned.
