@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeq.disk.tensor_file import stored_tensors
-
 from moeq.disk.atomic import sync
+from moeq.disk.tensor_file import stored_tensors
 
 MANIFEST = "moeq_manifest.json"
 INDEX = "model.safetensors.index.json"
