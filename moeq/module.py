@@ -16,9 +16,18 @@ from typing_extensions import override
 import moeq.strategy  # noqa: F401  registers --trainer.strategy moeq_ddp
 from moeq.allocation.plan import uniform_plan
 from moeq.checkpoint.free_memory import free_bytes
-from moeq.checkpoint.loading import DType, load_config, load_model, load_tokenizer, model_bytes, stream_model
+from moeq.checkpoint.loading import (
+    DType,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_bytes,
+    stream_model,
+    working_bytes,
+)
 from moeq.checkpoint.placement import Asked, choose_placement, stream_obstacle
 from moeq.disk.identity import model_identity
+from moeq.distributed import gather_lists
 from moeq.evaluation.task_evaluation import TaskEvaluation
 from moeq.evaluation.validation import ReferenceMode, start_validation
 from moeq.fit.fingerprint import data_digest, run_fingerprint
@@ -129,7 +138,10 @@ class MoEQuantModule(L.LightningModule):
         """Where its weights are going to be is decided before any of them is read."""
         device = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         how = self.hparams["dtype"], self.hparams["compute_dtype"], device
-        need, free = model_bytes(name, *how), min(free_bytes(torch.device("cpu")), free_bytes(device))
+        need = model_bytes(name, *how) + working_bytes(name, self.hparams["dtype"])
+        # The ranks of a machine share its memory; all ranks decide alike, by the least of them.
+        host = free_bytes(torch.device("cpu")) // (self._trainer.num_devices if self._trainer is not None else 1)
+        free = min(gather_lists([host if device.type == "cpu" else min(host, free_bytes(device))]))
         self.placement = choose_placement(self.hparams["placement"], name, need, free, stream_obstacle(name))
         if self.placement.kind == "stream":
             rank_zero_info(f"Placement: {self.placement.reason}")

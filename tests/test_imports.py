@@ -28,7 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"tasks", "disk"},
     "scoring": {"tasks", "decoding", "models", "kernels", "disk"},
     "evaluation": {
-        "scoring", "tasks", "decoding", "programs", "report", "checkpoint", "models", "kernels", "disk", "preflight",
+        "scoring",
+        "tasks",
+        "decoding",
+        "programs",
+        "report",
+        "checkpoint",
+        "models",
+        "kernels",
+        "disk",
+        "preflight",
     },
 }
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.

@@ -19,6 +19,7 @@ from callbacks.rotation import Rotation
 from callbacks.router_calibration import RouterCalibration
 from callbacks.rtn import RTN
 from callbacks.survey import Survey
+from moeq.checkpoint.loading import model_bytes, working_bytes
 from moeq.checkpoint.stream import BlockStream
 from moeq.module import MoEQuantModule
 from tests.families import FAMILIES
@@ -115,3 +116,16 @@ def test_a_run_may_go_on_in_the_other_placement(placements: tuple[str, str], tmp
         (tmp_path / f"parts/blocks/block_{block:03d}.safetensors").unlink()
     fit(steps(), model, tmp_path / "parts", placements[1])
     assert written(tmp_path / "whole") == written(tmp_path / "parts")
+
+
+def test_auto_streams_a_model_that_does_not_fit_with_what_a_fit_has_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model")
+    least = model_bytes(str(model), compute="float32") + working_bytes(str(model))
+    for free, expected in ((least, "memory"), (least - 1, "stream")):
+        monkeypatch.setattr("moeq.module.free_bytes", lambda device, free=free: free)
+        module = MoEQuantModule(str(model), compute_dtype="float32")
+        module.configure_model()
+        assert module.placement.kind == expected
+        assert module.adapter.sites(0)

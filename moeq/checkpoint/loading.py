@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moeq.disk.tensor_file import stored_tensors
 from moeq.kernels.compute_dtype import ComputeDType, compute_dtype
+from moeq.models.adapter import find_blocks
 from moeq.models.storage import storage_dtype, widen
 
 if TYPE_CHECKING:
@@ -111,21 +112,34 @@ def model_bytes(
     name: str, dtype: DType = "auto", compute: ComputeDType = "stored", device: torch.device | str = "cpu"
 ) -> int:
     """Bytes of a model in memory: of the files of a folder (packed weights stay packed), else of its parameters."""
-    from transformers import AutoModelForCausalLM
-
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     if files and (dtype == "auto" or (Path(name) / "moeq_manifest.json").is_file()):
         return sum(_file_bytes(path, compute, device) for path in files)
-    config = load_config(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+    model = _without_weights(name, dtype)
     tensors = (*model.parameters(), *model.buffers())
     return sum(
         t.numel() * (compute_dtype(compute, t.dtype, device) if t.is_floating_point() else t.dtype).itemsize
         for t in tensors
     )
+
+
+def working_bytes(name: str, dtype: DType = "auto") -> int:
+    """What a fit has beside the model at the least: its largest block in float32, and a workspace of that size.
+
+    Hessians and waiting states take what is left.
+    """
+    _, blocks = find_blocks(_without_weights(name, dtype))
+    return max(2 * torch.float32.itemsize * sum(p.numel() for p in block.parameters()) for block in blocks)
+
+
+def _without_weights(name: str, dtype: DType) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    with _readable_errors(name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
+        )
 
 
 def _file_bytes(path: Path, compute: ComputeDType, device: torch.device | str) -> int:
