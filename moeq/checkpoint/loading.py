@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from moeq.disk.tensor_file import stored_tensors
 from moeq.kernels.compute_dtype import ComputeDType, compute_dtype
 from moeq.models.storage import storage_dtype, widen
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _ALIGNMENT = 64  # bytes; what torch's own CPU allocator gives
-# Dtypes of safetensors that are widened.
-_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_model(
@@ -133,13 +131,10 @@ def model_bytes(
 def _file_bytes(path: Path, compute: ComputeDType, device: torch.device | str) -> int:
     """Bytes in memory of the tensors of a file; scales are never widened."""
     total = path.stat().st_size
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  not a dict
-            entry = file.get_slice(name)
-            stored = _NARROW.get(entry.get_dtype())
-            if stored is not None and not name.endswith("weight_scale"):
-                extra = compute_dtype(compute, stored, device).itemsize - stored.itemsize
-                total += extra * math.prod(entry.get_shape())
+    for name, tensor in stored_tensors(path).items():
+        if tensor.dtype in (torch.bfloat16, torch.float16) and not name.endswith("weight_scale"):
+            extra = compute_dtype(compute, tensor.dtype, device).itemsize - tensor.dtype.itemsize
+            total += extra * math.prod(tensor.shape)
     return total
 
 

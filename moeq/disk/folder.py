@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from moeq.disk.atomic import sync
+from moeq.disk.tensor_file import stored_tensors
 
 MANIFEST = "moeq_manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -83,11 +82,7 @@ def check_integrity(directory: Path | str) -> None:
         for name, expected in _read_json(folder / MANIFEST)["files"].items():
             _check_file(folder / name, expected)
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is missing, truncated or damaged ({error}); export or copy it again") from error
+        stored_tensors(path)
 
 
 def weight_files(directory: Path | str) -> list[Path]:

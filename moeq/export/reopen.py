@@ -1,7 +1,8 @@
 """An export as it is read back for verification: as a user opens it where it is small, else block by block.
 
-Files are read by the safetensors library, which shares no code with the writer of exports, and become parameters by
-transformers' conversions in loading direction, the ones that ``from_pretrained`` uses.
+Tensors of files become parameters by transformers' conversions in loading direction, the ones that ``from_pretrained``
+uses.  A large file is not mapped into memory, as the safetensors library would have it: a limit on addresses
+(``ulimit -v``) that a run kept to for hours would end it here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -84,26 +84,18 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
     skeleton, mapping = _empty(folder)
     skeleton.set_attn_implementation(model.config._attn_implementation)
-    library = _Library()
-    stored = {key: _LibraryTensor(**vars(tensor), library=library) for key, tensor in stored_in(folder).items()}
+    stored = stored_in(folder)
     stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))
     align(skeleton)
-    library.close()
     stream.place(model.device)
 
     @contextmanager
     def resident(block: int) -> Iterator[None]:
         with stream.resident(block):
             align(stream.blocks[block])
-            library.close()
             yield
 
-    def values(block: int) -> Iterator[tuple[str, Tensor]]:
-        for name, value in stream.values(block):
-            library.close()
-            yield name, value
-
-    return Reopened(skeleton, resident, values, _unexpected(skeleton, stream, stored))
+    return Reopened(skeleton, resident, stream.values, _unexpected(skeleton, stream, stored))
 
 
 def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
@@ -128,35 +120,3 @@ def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str
         for tensor in tensors
         if tensor.dtype.is_floating_point and tensor.dtype != storage_dtype(model, name)
     ]
-
-
-class _Library:
-    """Files that the safetensors library has open.
-
-    It maps them into memory, where what was read stays until they are closed and no tensor of them is left.
-    """
-
-    def __init__(self) -> None:
-        self._files: dict[Path, Any] = {}
-
-    def read(self, path: Path, name: str) -> Tensor:
-        """A tensor, in the memory of the file."""
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-        tensor: Tensor = self._files[path].get_tensor(name)
-        return tensor
-
-    def close(self) -> None:
-        """Give back the memory of what nobody holds."""
-        self._files.clear()
-
-
-@dataclass(frozen=True)
-class _LibraryTensor(StoredTensor):
-    library: _Library
-
-    def read(self) -> Tensor:
-        """Its values, as the library reads them."""
-        tensor = self.library.read(self.path, self.name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (self.dtype, self.shape), self.name
-        return tensor

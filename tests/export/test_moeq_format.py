@@ -176,7 +176,7 @@ def test_truncation_is_found_without_a_manifest(small: tuple) -> None:
     check_integrity(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing, truncated or damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has .* truncated"):
         check_integrity(folder)
 
 
