@@ -32,7 +32,8 @@ class EBSSDataModule(CalibrationDataModule):
     Args:
         writer: Who writes them: "original" is the model, whole on the device; "lockstep" gives the same numbers from
             blocks that wait in main memory and visit the device in turn; "packed8" and "packed4" are the model rounded
-            to 8 or 4 bits in memory. "auto" takes the first of these that fits.
+            to 8 or 4 bits in memory, whose text costs 1% of the divergence or less on the bundled model
+            (benchmarks/results/writers_reference.md). "auto" takes the first of these that fits.
         sequences_at_once: Sequences (times branches) per forward pass; bounds the memory of the search. In corpus mode
             ranks divide them, in the other modes each rank takes so many.
         cache_dir: Folder for sampled sequences alone, which runs share; null keeps them in the run folder alone.

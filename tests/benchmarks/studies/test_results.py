@@ -12,6 +12,7 @@ from benchmarks.studies.allocation import Allocation
 from benchmarks.studies.calibration_data import CalibrationData
 from benchmarks.studies.peers import Peers
 from benchmarks.studies.quantizers import Quantizers
+from benchmarks.studies.writers import Writers
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks/results"
 
@@ -28,6 +29,7 @@ def read(stem: str) -> tuple[dict, str]:
         (Allocation, "allocation_reference", {"label": "reference", "folder": Path("runs")}),
         (Allocation, "allocation_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Peers, "peers", {}),
+        (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
     ],
 )
 def test_studies(kind: type[Study], stem: str, options: dict[str, object]) -> None:
