@@ -56,9 +56,12 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
         assert self.trainer is not None, "the data are made by a Trainer"
         return self.trainer.lightning_module.tokenizer
 
-    @abstractmethod
-    def shape(self) -> DataShape:
-        """How many sequences of how many tokens there are going to be (at most), known before they are made."""
+    def shape(self) -> DataShape | None:
+        """How many sequences of how many tokens there are going to be (at most); None where only making them tells.
+
+        A run without it has no preflight.
+        """
+        return None
 
     @abstractmethod
     def make_ids(self) -> Tensor:

@@ -88,9 +88,9 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
 def data_shape(trainer: Any) -> DataShape | None:
     """Sequences, tokens of each and batch size of the calibration data, before they are made."""
     shape = getattr(trainer.datamodule, "shape", None)
-    if shape is None:
+    data: DataShape | None = shape() if shape is not None else None
+    if data is None:
         return None
-    data: DataShape = shape()
     limit = trainer.limit_train_batches
     if isinstance(limit, int) and limit:
         data = replace(data, num_sequences=min(data.num_sequences, limit * trainer.world_size * data.batch_size))
