@@ -4,6 +4,7 @@
     python -m benchmarks.scale run --blocks 4 8 16                             # fits each under 8 GiB (ulimit -v)
     python -m benchmarks.scale run --blocks 2 3 --quick                        # small shapes, same code, seconds
     python -m benchmarks.scale run --json benchmarks/results/scale.json        # what the ledger shows
+    python -m benchmarks.scale report a.json b.json --json FILE                # one report of what several calls found
     python -m benchmarks.scale run --blocks 48 --fit=--model.clip_search=true  # more options of main.py fit
 
 `make` writes random weights of realistic scale, the same for the same seed, with the tokenizer of the bundled model.
@@ -27,7 +28,7 @@ from benchmarks.lab.tables import Row
 from benchmarks.large.checkpoint import QUICK, QWEN3_30B_A3B, Shape, link_checkpoint, shards, write_checkpoint
 from benchmarks.large.floor import Rates, product_rate, reading_rate
 from benchmarks.large.limited import GIB, run_limited
-from benchmarks.large.report import Scale, read_run, scale_report
+from benchmarks.large.report import Scale, read_run, read_scales, scale_report
 from moeq.disk.atomic import write_json, write_tensors, write_text
 
 TOKENIZER, IDS = "assets/reference-moe", "ids.safetensors"
@@ -39,6 +40,11 @@ NUM_SEQUENCES, LENGTH = 8, 512
 def main(args: Sequence[str] | None = None) -> None:
     """Make a checkpoint, or run every number of blocks and print the tables."""
     options = parser().parse_args(args)
+    if options.command == "report":
+        origin, scale = read_scales(options.files)
+        write(options.json, scale, origin)
+        print(scale_report(scale))
+        return
     shape = QUICK if options.quick else QWEN3_30B_A3B
     if options.command == "make":
         write_checkpoint(options.folder, shape, options.blocks, options.seed, TOKENIZER)
@@ -76,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
         help="one more option for every fit, as --fit=--model.x=1",
     )
     run.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, and .md beside it")
+    report = commands.add_parser("report", help="one report of several results")
+    report.add_argument("files", type=Path, nargs="+", help="what --json of several calls wrote")
+    report.add_argument("--json", type=Path, metavar="FILE", help="write all rows here, and .md beside it")
     for each in (make, run):
         each.add_argument("--seed", type=int, default=0, help="of the weights")
         each.add_argument("--quick", action="store_true", help="small shapes: hidden 256, 16 experts of width 128")

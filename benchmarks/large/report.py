@@ -1,6 +1,7 @@
 """What a fit under a limit of memory left behind, and the tables over numbers of blocks."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,23 @@ class Scale:
         return asdict(self)
 
 
+def read_scales(paths: Sequence[Path]) -> tuple[str, Scale]:
+    """Where the rows of several results come from, and all of them by number of blocks; rates are those of the first.
+
+    Raises:
+        ValueError: They are of different shapes or calibration sets.
+    """
+    found = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    same = [[one[key] for key in ("shape", "num_tokens", "length")] for one in found]
+    if any(one != same[0] for one in same):
+        raise ValueError(
+            f"{[str(path) for path in paths]} have different shapes or calibration sets; report each alone"
+        )
+    rows = sorted((row for one in found for row in one["rows"]), key=lambda row: row["blocks"])
+    rates = Rates(**found[0]["rates"])
+    return "; ".join(one["origin"] for one in found), Scale(Shape(**same[0][0]), *same[0][1:], rates, rows)
+
+
 def read_run(folder: Path) -> Row:
     """What each kind of phase took and was expected to take, and sizes of what was written, from a run folder."""
     with (folder / "memory.csv").open(encoding="utf8", newline="") as file:
@@ -63,9 +81,9 @@ def size_of(folder: Path) -> int:
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Value at zero and slope of the line of least squares; one point is taken to be proportional."""
-    if len(points) == 1:
-        return 0.0, points[0][1] / points[0][0]
+    """Value at zero and slope of the line of least squares; points at one place are taken to be proportional."""
+    if len({x for x, _ in points}) == 1:
+        return 0.0, fmean(y for _, y in points) / points[0][0]
     mean_x, mean_y = (fmean(values) for values in zip(*points, strict=True))
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
     return mean_y - slope * mean_x, slope

@@ -1,5 +1,6 @@
 """Tables of a scale run: phases without their block, the line through the runs, and what failed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from benchmarks.large.checkpoint import QUICK
 from benchmarks.large.floor import Rates
 from benchmarks.large.limited import GIB
-from benchmarks.large.report import Scale, line, memory_table, read_run, scale_report
+from benchmarks.large.report import Scale, line, memory_table, read_run, read_scales, scale_report
 
 PHASES = {
     "calibrate mlp_in": {
@@ -59,6 +60,18 @@ def test_a_run_that_failed_is_said_to_have() -> None:
     failed = {"blocks": 16, "code": 1, "error": "MemoryError", "limit_bytes": GIB, "seconds": 1.0}
     assert scale_report(scale(failed)) == "16 blocks ended with 1: MemoryError"
     assert "16 blocks ended" in scale_report(scale(row(4, 4), failed))
+
+
+def test_results_of_several_calls_are_one_report(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    for path, one in zip(paths, (scale(row(16, 4)), scale(row(4, 4), row(8, 4))), strict=True):
+        path.write_text(json.dumps({"origin": path.stem, **one.as_json()}))
+    origin, joined = read_scales(paths)
+    assert origin == "a; b"
+    assert joined == scale(row(4, 4), row(8, 4), row(16, 4))
+    paths[1].write_text(json.dumps({"origin": "c", **scale().as_json(), "length": 256}))
+    with pytest.raises(ValueError, match="different shapes"):
+        read_scales(paths)
 
 
 def test_a_run_folder_is_read(tmp_path: Path) -> None:
