@@ -7,6 +7,20 @@ import sys
 import torch
 
 
+# M_MMAP_THRESHOLD of malloc.h, and what it is set to.
+_THRESHOLD_OPTION, _MAPPED_BYTES = -3, 1 << 20
+
+
+def map_large_tensors() -> None:
+    """Let the C library give tensors of a megabyte and more pages of their own, where it can be told to (glibc).
+
+    They leave memory when they are freed.  By itself it soon puts tensors of up to 32 MB on its heap, where those that
+    stay keep those that are gone: a process grows with every block, in memory and in addresses.
+    """
+    if sys.platform == "linux" and (option := getattr(ctypes.CDLL(None), "mallopt", None)):
+        option(_THRESHOLD_OPTION, _MAPPED_BYTES)
+
+
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more, what the device's allocator holds for later, and the heap."""
     gc.collect()

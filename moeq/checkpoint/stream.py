@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictInfo
 
 from moeq.checkpoint.loading import check_finite_weights, load_config
-from moeq.checkpoint.release import trim_heap
+from moeq.checkpoint.release import map_large_tensors, trim_heap
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
 from moeq.models.adapter import find_blocks
@@ -166,6 +166,7 @@ def open_stream(
     Raises:
         ValueError: Files are damaged or in another format, are quantized already, or lack tensors of the model.
     """
+    map_large_tensors()
     config = load_config(str(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
