@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 LONG_PRODUCTS, LARGE_MODEL = 1e13, 1 << 30
 # What a process comes to take beside tensors after it has started: modules of the model, threads, buffers of libraries.
 GROWTH = 64 << 20
+# Of what is free, for a run whose Hessians take what is left: the rest is for what a forecast misses.
+SHARE = 0.85
 REMEDIES: Mapping[str, Sequence[str]] = {
     "model": ("set --model.placement stream",),
     "Hessians": ("set a smaller --model.hessian_gib",),
@@ -165,7 +167,7 @@ def _choose_bound(module: "MoEQuantModule", work: FitWork, room: Room) -> float:
     free = room.host if on_cpu else room.device
     other = max(held, default=0) + (_process_bytes(module) if on_cpu else 0)
     needs = largest_hessians(work.schedule), least_hessians(work.schedule)
-    return choose_hessian_gib(free or 0, other, *needs)
+    return choose_hessian_gib(int(SHARE * (free or 0)), other, *needs)
 
 
 def _process_bytes(module: "MoEQuantModule") -> int:

@@ -6,7 +6,6 @@ import sys
 
 import torch
 
-
 # M_MMAP_THRESHOLD of malloc.h, and what it is set to.
 _THRESHOLD_OPTION, _MAPPED_BYTES = -3, 1 << 20
 
