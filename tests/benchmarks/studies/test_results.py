@@ -30,6 +30,7 @@ def read(stem: str) -> tuple[dict, str]:
         (Allocation, "allocation_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Peers, "peers", {}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
+        (Writers, "writers_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
     ],
 )
 def test_studies(kind: type[Study], stem: str, options: dict[str, object]) -> None:
