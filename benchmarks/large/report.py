@@ -120,7 +120,9 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def prediction(rows: Sequence[Row]) -> str:
-    """The whole model, on the lines through the runs."""
+    """The whole model, on the lines through the runs; nothing where they have one number of blocks."""
+    if len({row["blocks"] for row in rows}) < 2:
+        return ""
     values = {
         key: line([(row["blocks"], row[key]) for row in rows])
         for key in ("seconds", "resident_bytes", "export_bytes", "blocks_bytes", "model_bytes")
