@@ -6,12 +6,8 @@ conversions (experts apart in files are one parameter in the model), tensor by t
 of one of its parameters are in memory.  The numbers are those that ``from_pretrained`` loads.
 """
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,29 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.modeling_utils import LoadStateDictInfo
 
+from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers
 from moeq.checkpoint.loading import check_finite_weights, load_config
 from moeq.checkpoint.release import map_large_tensors, trim_heap
-from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import StoredTensor, read_ahead, stored_tensors
+from moeq.checkpoint.sources import Source, find_sources, made_of, stored_in
+from moeq.disk.tensor_file import StoredTensor, read_ahead
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import BlockChange
-from moeq.models.storage import storage_dtype, widen
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where one parameter of the model comes from: its files' tensors with the pattern that each matched."""
-
-    converter: WeightConverter | None
-    tensors: tuple[tuple[StoredTensor, str | None], ...]
+from moeq.models.storage import widen
 
 
 class BlockStream:
@@ -53,14 +36,14 @@ class BlockStream:
         sources: By name of the (first) parameter that is made of them.
     """
 
-    def __init__(self, model: PreTrainedModel, sources: dict[str, _Source]) -> None:
+    def __init__(self, model: PreTrainedModel, sources: dict[str, Source]) -> None:
         self._model, self._sources = model, sources
         self.prefix, self.blocks = find_blocks(model)
         self._device = torch.device("cpu")
         self._changes: list[BlockChange] = []
         self._depth = [0] * len(self.blocks)
         self._checked: set[int] = set()
-        self._unloaded = [_tensors(block, "meta") for block in self.blocks]
+        self._unloaded = [_tensors(block) for block in self.blocks]
         self.num_loads = 0
 
     def place(self, device: torch.device | str) -> None:
@@ -145,7 +128,7 @@ class BlockStream:
         """Values of parameters and buffers by name, on the device and in the dtypes that the model declares."""
         info = LoadStateDictInfo(set(), set(), set(), {}, [], set())
         for name in names:
-            for target, value in _converted(self._model, name, self._sources[name], info).items():
+            for target, value in made_of(self._model, name, self._sources[name], info).items():
                 tensor = value[0] if isinstance(value, list) else value
                 yield target, _as_declared(self._model, target, tensor, self._device)
         if info.conversion_errors:
@@ -198,67 +181,14 @@ def stream_into(
     Raises:
         ValueError: The files lack tensors of the model, or a tensor has another shape.
     """
-    _apply_dtype_plan(model, dtype)
+    declare_dtypes(model, dtype)
     model.eval().requires_grad_(False)
     if wide:
         widen(model)
-    _make_unsaved_buffers(model)
-    stream = BlockStream(model, _find_sources(model, stored, mapping))
+    make_unsaved_buffers(model)
+    stream = BlockStream(model, find_sources(model, stored, mapping))
     stream.load_outside()
     return stream
-
-
-def stored_in(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder by its key."""
-    paths = weight_files(folder)
-    if missing := [path for path in paths if not path.is_file()]:
-        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
-        remedy = f"it holds {other}; convert them to safetensors" if other else "download or copy the folder again"
-        raise ValueError(f"{missing[0]} is missing, so blocks cannot be streamed; {remedy}")
-    return {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
-
-
-def _find_sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor], mapping: list[Any]) -> dict[str, _Source]:
-    """Which tensors of the files each parameter is made of, by transformers' conversions; unknown ones are left out."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, list[tuple[StoredTensor, str | None]]] = defaultdict(list)
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known and key in known:
-            name, pattern = rename_source_key(key, [], [], prefix, known)
-        if name in known:
-            found[name].append((stored[key], pattern))
-    # What save_pretrained reverts: the conversions that these files needed.
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
-    return {
-        name: _Source(by_pattern[tensors[0][1]] if tensors[0][1] else None, tuple(tensors))
-        for name, tensors in found.items()
-    }
-
-
-def _converted(
-    model: PreTrainedModel, name: str, source: _Source, info: LoadStateDictInfo
-) -> dict[str, Tensor | list[Tensor]]:
-    """Parameters that are made of a source, by name."""
-    if source.converter is None:
-        # Of several keys that are one parameter (a tied head in the files) the last is taken, as in from_pretrained.
-        return {name: _read(model, name, source.tensors[-1][0])}
-    converter = copy.deepcopy(source.converter)
-    for tensor, pattern in source.tensors:
-        converter.add_tensor(name, tensor.name, pattern, partial(_read, model, name, tensor))
-    values: dict[str, Tensor | list[Tensor]] = converter.convert(
-        name, model=model, config=model.config, hf_quantizer=None, loading_info=info
-    )
-    return values
-
-
-def _read(model: PreTrainedModel, name: str, tensor: StoredTensor) -> Tensor:
-    """A tensor of a file in the storage dtype of its parameter."""
-    value = tensor.read()
-    return value.to(storage_dtype(model, name)) if value.is_floating_point() else value
 
 
 def _as_declared(model: nn.Module, name: str, value: Tensor, device: torch.device) -> Tensor:
@@ -280,44 +210,22 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _tensors(module: nn.Module, device: str) -> list[tuple[nn.Module, str, bool, Any]]:
-    """Owner, name and kind of each tensor of a module that files hold, with an empty one on a device."""
+def _tensors(module: nn.Module) -> list[tuple[nn.Module, str, bool, Any]]:
+    """Owner, name and kind of each tensor of a module that files hold, with one without values."""
     found: list[tuple[nn.Module, str, bool, Any]] = []
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device=device)
+                empty = torch.empty_like(parameter, device="meta")
                 found.append((owner, leaf, False, nn.Parameter(empty, requires_grad=False)))
         for leaf, buffer in owner._buffers.items():
             if buffer is not None and leaf not in owner._non_persistent_buffers_set:
-                found.append((owner, leaf, True, torch.empty_like(buffer, device=device)))
+                found.append((owner, leaf, True, torch.empty_like(buffer, device="meta")))
     return found
 
 
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Declare the dtypes of parameters that transformers keeps in float32."""
-    kept = [*(model._keep_in_fp32_modules_strict or ())] if dtype != torch.float32 else []
-    kept += [*(model._keep_in_fp32_modules or ())] if dtype == torch.float16 else []
-    for name, tensor in _named(model):
-        # Parts of a path, one or several, as transformers matches them.
-        if tensor.is_floating_point() and any(f".{part}." in f".{name}." for part in kept):
-            tensor.data = tensor.data.float()
-
-
-def _make_unsaved_buffers(model: PreTrainedModel) -> None:
-    """Compute what no file holds (rotary frequencies, slopes) on the CPU, as a model that is loaded whole does."""
-    owners = {name.rpartition(".")[0] for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta}
-    for path in owners:
-        module = model.get_submodule(path)
-        for leaf in module._non_persistent_buffers_set:
-            buffer = module._buffers[leaf]
-            if buffer is not None and buffer.is_meta:
-                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-        model._init_weights(module)
 
 
 def _refuse_absent(model: nn.Module, blocks: nn.ModuleList) -> None:

@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
-from moeq.checkpoint.stream import BlockStream, stored_in, stream_into
+from moeq.checkpoint.sources import stored_in
+from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor
 from moeq.export.assemble import packed_skeleton
