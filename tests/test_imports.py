@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocation": {"quant"},
     "preflight": set(),
     "sampling": {"checkpoint", "decoding", "models", "quant", "disk", "preflight"},
-    "fit": {"allocation", "models", "quant", "disk", "preflight"},
+    "fit": {"allocation", "models", "quant", "kernels", "disk", "preflight"},
     "survey": {"allocation", "scoring", "fit", "models", "quant", "disk", "preflight"},
     "export": {"checkpoint", "models", "quant", "disk", "preflight"},
     "tasks": {"disk"},

@@ -20,9 +20,10 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers
 from moeq.checkpoint.loading import check_finite_weights, load_config
-from moeq.checkpoint.release import map_large_tensors, trim_heap
+from moeq.checkpoint.release import map_large_tensors, release_memory, trim_heap
 from moeq.checkpoint.sources import Source, find_sources, made_of, stored_in
 from moeq.disk.tensor_file import StoredTensor, read_ahead
+from moeq.kernels.onednn import keep_fewer_kernels
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import BlockChange
 from moeq.models.storage import widen
@@ -114,7 +115,7 @@ class BlockStream:
     def _unload_block(self, block: int) -> None:
         for owner, leaf, is_buffer, empty in self._unloaded[block]:
             (owner._buffers if is_buffer else owner._parameters)[leaf] = empty
-        trim_heap()
+        release_memory(self._device)  # cycles keep some of what a block's passes made
 
     def values(self, block: int) -> Iterator[tuple[str, Tensor]]:
         """Tensors of a block as its files have them, by name, one parameter in memory at a time; none is kept."""
@@ -126,7 +127,14 @@ class BlockStream:
 
     def _values(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Values of parameters and buffers by name, on the device and in the dtypes that the model declares."""
-        info = LoadStateDictInfo(set(), set(), set(), {}, [], set())
+        info = LoadStateDictInfo(
+            missing_keys=set(),
+            unexpected_keys=set(),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        )
         for name in names:
             for target, value in made_of(self._model, name, self._sources[name], info).items():
                 tensor = value[0] if isinstance(value, list) else value
@@ -150,6 +158,7 @@ def open_stream(
         ValueError: Files are damaged or in another format, are quantized already, or lack tensors of the model.
     """
     map_large_tensors()
+    keep_fewer_kernels()
     config = load_config(str(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(

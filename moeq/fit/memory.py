@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from moeq.fit.schedule import GIB, SitePart
+from moeq.kernels.onednn import most_kernels
 from moeq.models.adapter import Adapter
 from moeq.models.sites import Site
 from moeq.quant.hessian import PANEL
@@ -32,8 +33,8 @@ from moeq.quant.spec import GridSpec, WeightShape
 # Least and most that ``choose_hessian_gib`` gives where one Hessian does not need more.
 LEAST_HESSIAN_BYTES, MOST_HESSIAN_BYTES = GIB // 4, 64 * GIB
 _STEP = GIB // 8
-# Of a kernel of oneDNN: 0.2 MB of wide linears to 0.7 MB of narrow ones, on AMX.
-KERNEL_BYTES, MOST_KERNELS = 450_000, 1024
+# Of a kernel of oneDNN: 0.2 MB of wide linears to 0.9 MB of narrow ones, on AMX.
+KERNEL_BYTES = 800_000
 # Tokens of a popular expert, in those of the mean.
 SPREAD = 4
 
@@ -105,7 +106,7 @@ def block_file_bytes(
 def kernel_bytes(site: Site, data: DataShape, num_blocks: int, experts_per_token: int) -> int:
     """What oneDNN keeps of products in bfloat16 on a CPU: a kernel for each number of rows that a linear has seen.
 
-    Experts see another number of tokens each time, up to several times the mean; 1024 kernels are kept at most.
+    Experts see another number of tokens each time, up to several times the mean; ``most_kernels`` are kept.
 
     Args:
         site: Into the routed experts.
@@ -115,7 +116,7 @@ def kernel_bytes(site: Site, data: DataShape, num_blocks: int, experts_per_token
     """
     mean = data.batch_tokens * experts_per_token // site.num_experts
     seen = min(data.num_batches * site.num_experts * num_blocks, SPREAD * mean)
-    return KERNEL_BYTES * min(MOST_KERNELS, (len(site.leaves) + 1) * seen)
+    return KERNEL_BYTES * min(most_kernels(), (len(site.leaves) + 1) * seen)
 
 
 def choose_hessian_gib(free_bytes: int, other_bytes: int, largest_need_bytes: int, least_need_bytes: int = 0) -> float:

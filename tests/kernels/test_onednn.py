@@ -1,10 +1,21 @@
 """oneDNN's products and linears compute what torch's do, and nothing of them stays."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from moeq.kernels.onednn import ONEDNN_ROWS, add_product_, by_onednn, linears_by_onednn
+from moeq.kernels.onednn import (
+    ONEDNN_ROWS,
+    add_product_,
+    by_onednn,
+    keep_fewer_kernels,
+    linears_by_onednn,
+    most_kernels,
+)
 
 
 @pytest.mark.parametrize("size", [ONEDNN_ROWS - 1, ONEDNN_ROWS])
@@ -65,3 +76,38 @@ def test_hooked_linears_are_left_alone_and_no_hook_stays() -> None:
     assert not linear._forward_pre_hooks
     assert not linear._forward_hooks
     assert len(hooked._forward_pre_hooks) == 1
+
+
+def test_the_number_of_kernels_is_the_users_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    keep_fewer_kernels()
+    assert most_kernels() == 7
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert most_kernels() == 1024
+
+
+# Products of 300 numbers of rows, twice: all of the second are there already, or none of them.
+SWEEPS = """
+import torch
+from moeq.kernels.onednn import keep_fewer_kernels
+if {fewer}:
+    keep_fewer_kernels()
+linear = torch.nn.Linear(16, 16).requires_grad_(False)
+for sweep in range(2):
+    print("sweep", flush=True)
+    for rows in range(1, 301):
+        linear(torch.zeros(rows, 16).to_mkldnn())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize(("fewer", "compiled"), [(False, 0), (True, 300)])
+def test_onednn_keeps_as_many_kernels_as_it_was_told(fewer: bool, compiled: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN")}
+    output = subprocess.run(
+        [sys.executable, "-c", SWEEPS.format(fewer=fewer)],
+        env={**environment, "ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    second = output.split("sweep\n")[2]
+    assert second.count("create:cache_miss,cpu,inner_product") == compiled
