@@ -26,7 +26,7 @@ from moeq.disk.tensor_file import StoredTensor
 from moeq.export.assemble import packed_skeleton
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import file_dtype, is_widened, widen
 
 # Exports up to this size are opened whole, as a user does.
 WHOLE_BYTES = 10**9
@@ -96,7 +96,7 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
             align(stream.blocks[block])
             yield
 
-    return Reopened(skeleton, resident, stream.values, _unexpected(skeleton, stream, stored))
+    return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
 
 
 def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
@@ -119,5 +119,5 @@ def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str
         tensor.name
         for name, tensors in stream.stored.items()
         for tensor in tensors
-        if tensor.dtype.is_floating_point and tensor.dtype != storage_dtype(model, name)
+        if tensor.dtype.is_floating_point and tensor.dtype != file_dtype(model, name)
     ]

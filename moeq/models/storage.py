@@ -3,15 +3,21 @@
 ``widen`` notes the dtype of each tensor before it widens it.  What a run writes into such a model (dequantized
 weights, scaled norms, refitted routers) is rounded to that *storage dtype* first, so that what is evaluated is what an
 export holds.  Of a model that was not widened, storage dtypes are the parameters' own.
+
+Files may hold some tensors in a wider dtype than the model does (routers in float32 in a model in bfloat16).
+``note_files`` says which: as long as nothing changes their values, an export has those of the source, to the bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 # Attribute of a widened model: storage dtype by name, and of the whole under "".
 _STORED = "_moeq_storage_dtypes"
+# Attribute of a model: what its source's files hold in a wider dtype, by name.
+_WIDER = "_moeq_wider_in_files"
 # Attribute of a module: its own parameters whose dtype is a part of their meaning (scales).
 FIXED = "fixed_dtypes"
 
@@ -27,6 +33,35 @@ def storage_dtype(model: nn.Module, name: str = "") -> torch.dtype:
     tensor = getattr(model.get_submodule(owner), leaf)
     assert isinstance(tensor, Tensor)
     return tensor.dtype
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of the model as its source's files hold it: the dtype, and a function that reads the values."""
+
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def note_files(model: nn.Module, tensors: Mapping[str, FileTensor]) -> None:
+    """Note which tensors of a model its files hold in a wider dtype, by name."""
+    setattr(model, _WIDER, dict(tensors))
+
+
+def file_dtype(model: nn.Module, name: str) -> torch.dtype:
+    """Dtype that the source's files have for a floating-point tensor, and exports have, too."""
+    noted: FileTensor | None = getattr(model, _WIDER, {}).get(name)
+    return storage_dtype(model, name) if noted is None else noted.dtype
+
+
+def unchanged_in_files(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+    """Values that files hold in a wider dtype than the model, as they are there; None for others, or changed ones."""
+    noted: FileTensor | None = getattr(model, _WIDER, {}).get(name)
+    if noted is None:
+        return None
+    value = noted.read()
+    rounded = value.to(storage_dtype(model, name)).to(tensor.device, tensor.dtype)
+    return value if value.shape == tensor.shape and torch.equal(rounded, tensor) else None
 
 
 def is_widened(model: nn.Module) -> bool:
