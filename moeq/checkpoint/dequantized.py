@@ -60,7 +60,7 @@ def quantized_by(description: Mapping[str, Any] | None) -> str | None:
         return None
     method = str(description["quant_method"])
     why = _not_read(method, description)
-    if why:
+    if why is not None:
         raise ValueError(
             f"the source is quantized by {method}{why}, which moeq does not read (it reads {_READ}); give "
             "the original, or save it dequantized to bfloat16 first"

@@ -28,7 +28,6 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("_scale_inv", "_scale")
 # Of four bits, by code: sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-MX_BIAS = 127
 
 
 def read_fp8(
@@ -97,8 +96,8 @@ def _numbers(scale: Tensor) -> Tensor:
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2 ** (byte - 127) as float32."""
-    return torch.ldexp(torch.ones((), dtype=torch.float32), exponent.to(torch.int32) - MX_BIAS)
+    """2 ** (byte - 127) as float32; 255 is no number."""
+    return exponent.view(torch.float8_e8m0fnu).float()
 
 
 def read_mxfp4(

@@ -11,11 +11,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.complete import complete
 from moeq.checkpoint.configuration import load_config
-from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers, wider_in_files
+from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers
 from moeq.checkpoint.finite import check_finite_weights
 from moeq.checkpoint.sources import Source, find_sources, stored_in
 from moeq.checkpoint.values import FileValues
-from moeq.models.storage import note_files, widen
+from moeq.models.storage import widen
 
 
 def open_whole(
@@ -72,15 +72,14 @@ def prepare(
         stored: Tensors of the files by key.
         mapping: Conversions from files to this model, in loading direction.
         wide: Hold it in float32.
-        as_in_files: Tensors that files hold in a wider dtype keep it, in memory where the model computes in it.
+        as_in_files: Tensors that files hold in another dtype keep it: in exports, and in memory where the model
+            computes in it.
 
     Raises:
         ValueError: The files lack tensors of the model, or a tensor has another shape.
     """
     sources = complete(model, find_sources(model, stored, mapping), stored)
-    wider = wider_in_files(model, dtype, sources) if as_in_files else {}
-    declare_dtypes(model, dtype, wider)
-    note_files(model, wider)
+    declare_dtypes(model, dtype, sources if as_in_files else None)
     model.eval().requires_grad_(False)
     if wide:
         widen(model)

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.declared import restore_float32
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import StoredTensor
 from moeq.export.assemble import packed_skeleton
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
@@ -69,6 +70,7 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     reloaded, found = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation=attention, output_loading_info=True
     )
+    restore_float32(reloaded, Path(directory), _mapping(reloaded))
     if is_widened(model):
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
@@ -99,6 +101,13 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
     return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
 
 
+def _mapping(model: PreTrainedModel) -> list[Any]:
+    """Conversions from the files of a model that was opened whole."""
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    quantization = getattr(model.config, "quantization_config", None)
+    return mapping if quantization is None else packed_conversions(mapping, quantization.expert_leaves)
+
+
 def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     """The model of a folder without values, and the conversions from its files."""
     config = AutoConfig.from_pretrained(folder)
@@ -113,7 +122,7 @@ def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     return skeleton, packed_conversions(get_model_conversion_mapping(skeleton), quantization.expert_leaves)
 
 
-def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, StoredTensor]) -> list[str]:
+def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, Readable]) -> list[str]:
     used = {tensor.name for tensors in stream.stored.values() for tensor in tensors}
     return sorted(stored.keys() - used) + [
         tensor.name

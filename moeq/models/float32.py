@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeq.models.not_quantized import is_router_part
 
@@ -35,17 +35,17 @@ def _runs_in_float32(router: nn.Module) -> bool:
     weight = router._parameters.get("weight")
     if weight is None or weight.ndim != 2 or weight.dtype == torch.float32:
         return False
-    hidden = torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    hidden = torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype)
     others = list(inspect.signature(router.forward).parameters.values())[1:]
     needed = [each for each in others if each.default is inspect.Parameter.empty]
     if not all("bias" in each.name for each in needed):
         return False
-    biases: list[Tensor] = [torch.zeros(weight.shape[0], device=weight.device) for _ in needed]
-    router._parameters["weight"] = nn.Parameter(weight.float(), requires_grad=False)
+    biases = tuple(torch.zeros(weight.shape[0]) for _ in needed)
+    held = (*router.named_parameters(), *router.named_buffers())
+    values = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in held}
+    values["weight"] = values["weight"].float()
     try:
-        router(hidden, *biases)
+        torch.func.functional_call(router, values, (hidden, *biases))  # the meta device would not mind two dtypes
     except Exception:  # whatever the code of a family raises for operands of two dtypes
         return False
-    finally:
-        router._parameters["weight"] = weight
     return True
