@@ -24,6 +24,10 @@ def codes(run_folder: Path) -> dict[str, Tensor]:
     return {f"{path.name}:{name}": tensor for path in paths for name, tensor in load_file(path).items()}
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor.read() for key, tensor in raw_tensors(folder).items()}
+
+
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 

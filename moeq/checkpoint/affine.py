@@ -8,6 +8,7 @@ Legend: O out, I in, R rows of scales, G groups of in-features.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,6 +28,10 @@ class Readable(Protocol):
     @property
     def name(self) -> str:
         """Its key."""
+
+    @property
+    def path(self) -> Path:
+        """The file that it is in, or the first part of it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +70,11 @@ class Dequantized:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     make: Callable[[], Tensor]
+
+    @property
+    def path(self) -> Path:
+        """The file of its first part."""
+        return self.parts[0].path
 
     @property
     def num_bytes(self) -> int:

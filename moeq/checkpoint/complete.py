@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ class Initial:
 
     name: str
     value: Tensor
+
+    @property
+    def path(self) -> Path:
+        """No file."""
+        return Path()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -41,7 +41,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A causal LM in evaluation mode without gradients, from a folder (original or moeq export) or the hub.
+    """A language model or its wrapper in evaluation mode without gradients, from a folder (or moeq export) or the hub.
 
     Args:
         name: Folder or hub id.
@@ -77,15 +77,16 @@ def load_model(
 
 def _load_packed(folder: Path, dtype: DType, compute: ComputeDType, device: torch.device | str) -> "PreTrainedModel":
     """A packed export of moeq, as a user opens it."""
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     import moeq.checkpoint.quantizer  # noqa: F401  registers the packed format with transformers
     from moeq.checkpoint.complete import missing_message
     from moeq.checkpoint.declared import restore_float32
+    from moeq.checkpoint.model_class import model_class
     from moeq.checkpoint.names import packed_conversions
 
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=_asked(dtype) or "auto", output_loading_info=True)
+    opened_by = model_class(load_config(str(folder)))
+    model, found = opened_by.from_pretrained(folder, dtype=_asked(dtype) or "auto", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(missing_message(missing))
     if dtype == "auto":
@@ -138,7 +139,7 @@ def _readable_errors(name: str) -> Iterator[None]:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
+            f"transformers has no language model for {name}; docs/families.md lists the families that work"
         ) from error
 
 
@@ -190,11 +191,11 @@ def working_bytes(
 
 
 def _without_weights(name: str, dtype: DType, revision: str | None, *, trust_remote_code: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+    from moeq.checkpoint.model_class import model_class
 
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with _readable_errors(name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return model_class(config).from_config(
             config, dtype=_asked(dtype) or config.dtype, trust_remote_code=trust_remote_code
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moeq.checkpoint.affine import Readable
@@ -13,6 +13,7 @@ from moeq.checkpoint.complete import complete
 from moeq.checkpoint.configuration import load_config
 from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers
 from moeq.checkpoint.finite import check_finite_weights
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.sources import Source, find_sources, stored_in
 from moeq.checkpoint.values import FileValues
 from moeq.models.storage import widen
@@ -46,7 +47,7 @@ def open_sources(
     stored = stored_in(folder)
     held = dtype or config.dtype or next(t.dtype for t in stored.values() if t.dtype.is_floating_point)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=held, trust_remote_code=trust_remote_code)
+        model = model_class(config).from_config(config, dtype=held, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = model.name_or_path = str(folder)
