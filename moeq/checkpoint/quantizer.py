@@ -28,6 +28,13 @@ from moeq.models.experts import expert_modules, expert_weight, num_experts, proj
 
 METHOD = "moeq"
 CHECKPOINT_VERSION = 1
+# Name of the weight files in ``config.json`` of a packed checkpoint.  transformers without moeq would skip the method
+# with a warning and make random weights; it refuses this name, and shows it.
+OPENING = (
+    "none. This checkpoint is packed by moeq and transformers alone cannot read it: install moeq and run "
+    "`import moeq.checkpoint.quantizer` before from_pretrained"
+)
+_WEIGHTS = "transformers_weights"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -127,11 +134,17 @@ class MoEQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: MoEQConfig
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let transformers look for the usual files; this is where a quantizer sees the configuration first."""
+        vars(config).pop(_WEIGHTS, None)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)
         self._declared = {name: p.dtype for name, p in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        setattr(model.config, _WEIGHTS, OPENING)  # for whoever saves the model again
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # loading makes floating-point parameters trainable
