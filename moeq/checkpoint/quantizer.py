@@ -144,7 +144,6 @@ class MoEQuantizer(HfQuantizer):
         self._declared = {name: p.dtype for name, p in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        setattr(model.config, _WEIGHTS, OPENING)  # for whoever saves the model again
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # loading makes floating-point parameters trainable

@@ -115,9 +115,11 @@ def _write_as_transformers(skeleton: PreTrainedModel, folder: Path) -> None:
     config = skeleton.config
     config.dtype = str(skeleton.dtype).removeprefix("torch.")
     config.architectures = [type(skeleton).__name__]
-    if getattr(config, "quantization_config", None) is not None:
-        config.update(_PACKED)
     config.save_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        # transformers would take the key out of what it saves.
+        written = json.loads((folder / NAME).read_text(encoding="utf8"))
+        write_text(folder / NAME, _as_text(written | _PACKED))
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(folder)
 

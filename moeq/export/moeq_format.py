@@ -194,7 +194,8 @@ def finish_folder(
     made = made or Made(str(getattr(source.model.config, "_name_or_path", "") or source.model.config.model_type))
     write_card(folder, made, contents, origin.folder)
     versions = {"moeq": _own_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata})
+    counts = {"num_carried": contents.num_carried, "num_draft": contents.num_draft}
+    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata, **counts})
 
 
 def describe_contents(kind: Kind, layout: Layout, source: FinishedModel) -> Contents:

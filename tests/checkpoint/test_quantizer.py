@@ -99,16 +99,6 @@ def test_a_checkpoint_of_before_the_refusal_opens_all_the_same(export: Path, tmp
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
 
 
-def test_a_packed_model_that_is_saved_again_is_refused_as_well(
-    export: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    AutoModelForCausalLM.from_pretrained(export).save_pretrained(tmp_path)
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.experts, PackedExperts)
-    request.getfixturevalue("without_moeq")
-    with pytest.raises(ValueError, match="install moeq"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 def test_a_packed_model_generates_what_the_dense_model_generates(export: Path) -> None:
     dense = tiny_model("mixtral", dtype=torch.bfloat16)
     round_model(dense)
