@@ -105,7 +105,7 @@ def test_a_command_is_what_makes_the_same_files() -> None:
 
 
 def test_data_are_described_by_their_options_without_places() -> None:
-    options = {"path": "/home/me/c4.txt", "length": 24, "spec": EBSSSpec(seed=5), "_ids": 3, "dataset": None}
+    options = {"path": "/home/me/c4.txt", "batch_size": 8, "spec": EBSSSpec(seed=5), "_ids": 3, "dataset": None}
     text = describe_data(object(), options)
-    assert text.startswith("object: path c4.txt, length 24, num_sequences 128")
+    assert text.startswith("object: path c4.txt, batch_size 8, num_sequences 128")
     assert "seed 5" in text
