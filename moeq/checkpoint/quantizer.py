@@ -139,6 +139,8 @@ class MoEQuantizer(HfQuantizer):
         vars(config).pop(_WEIGHTS, None)
         return config
 
+    update_tp_plan = update_attn_implementation  # which is that hook in 5.17
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)
         self._declared = {name: p.dtype for name, p in model.named_parameters()}

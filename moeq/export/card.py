@@ -12,6 +12,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard, ModelCardData
 
 from moeq.disk.atomic import write_text
+from moeq.disk.folder import MANIFEST
 from moeq.export.made import Made
 
 NAME = "README.md"
@@ -23,10 +24,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _QUALITY = "## Quality"
 _NOT_MEASURED = "Not measured yet: `python main.py validate --config configs/eval.yaml` does, and adds it here."
 _OPENING = {
-    "packed": """Weights stay packed in memory. transformers alone refuses the folder; moeq teaches it the format:
+    "packed": """Weights stay packed in memory. transformers alone refuses the folder; moeq has to be installed:
 
 ```python
-import moeq.checkpoint.quantizer  # pip install moeq
+import moeq.checkpoint.quantizer  # teaches transformers the format
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
@@ -106,6 +107,26 @@ def card_text(made: Made, contents: Contents, source_data: dict[str, Any]) -> st
         _limits(made, contents),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def add_quality(folder: Path, table: str) -> bool:
+    """Put what was measured into the card of an export; returns whether there was one to put it into.
+
+    Args:
+        folder: Of an export, or of any model.
+        table: Markdown.
+
+    Raises:
+        ValueError: The card cannot be written.
+    """
+    path = folder / NAME
+    if not (folder / MANIFEST).is_file() or not path.is_file():
+        return False
+    before = path.read_text(encoding="utf8")
+    after = with_quality(before, table)
+    if after != before:
+        write_text(path, after, shared=True)
+    return f"{_QUALITY}\n" in before
 
 
 def with_quality(text: str, table: str) -> str:
