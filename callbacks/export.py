@@ -122,6 +122,7 @@ class Export(Step):
         module.adapter.residency.place("cpu")
         source = FinishedModel(module.adapter, module.walk.resume, self.draft)
         run.fallbacks += source_fallbacks(source.origin)
+        run.reasons |= source.origin.left_out
         grids = {name: PackedFormat(grid.bits, grid.group_size, grid.symmetric) for name, grid in run.plan.items()}
         cost = plan_cost(run.plan, module.weight_shapes())
         metadata = {

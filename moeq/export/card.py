@@ -43,8 +43,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What the files of an export hold.
+class Tally:
+    """Counts of what the files of an export hold.
 
     Attributes:
         kind: Packed or dense.
@@ -63,31 +63,31 @@ class Contents:
     num_draft: int
 
 
-def write_card(folder: Path, made: Made, contents: Contents, source_folder: Path | None) -> None:
+def write_card(folder: Path, made: Made, counts: Tally, source_folder: Path | None) -> None:
     """Write the card of an export.
 
     Args:
         folder: Of the export.
         made: How it was made.
-        contents: What it holds.
+        counts: What it holds.
         source_folder: Whose own card gives licence and language; None where there is none.
     """
-    write_text(folder / NAME, card_text(made, contents, _source_data(source_folder)))
+    write_text(folder / NAME, card_text(made, counts, _source_data(source_folder)))
 
 
-def card_text(made: Made, contents: Contents, source_data: dict[str, Any]) -> str:
+def card_text(made: Made, counts: Tally, source_data: dict[str, Any]) -> str:
     """The card as text; see ``write_card``.
 
     Args:
         made: How the export was made.
-        contents: What it holds.
+        counts: What it holds.
         source_data: Metadata of the source's card.
     """
     bits = [] if made.bits is None else [f"{made.bits:g}-bit"]
     hub_id, commit = _hub_place(made)
     taken = {key: source_data[key] for key in _TAKEN_OVER if source_data.get(key)}
     data = ModelCardData(
-        library_name="moeq" if contents.kind == "packed" else "transformers",
+        library_name="moeq" if counts.kind == "packed" else "transformers",
         base_model=hub_id,
         base_model_relation=None if hub_id is None else "quantized",
         tags=["moeq", "quantized", "mixture-of-experts", *bits],
@@ -96,15 +96,15 @@ def card_text(made: Made, contents: Contents, source_data: dict[str, Any]) -> st
     name = (hub_id or made.source).rstrip("/").rpartition("/")[2] or "model"
     parts = [
         f"# {name}, quantized by moeq",
-        _table(_facts(made, contents, hub_id, commit)),
+        _table(_facts(made, counts, hub_id, commit)),
         "## How to open it",
-        _OPENING[contents.kind].format(folder="export" if contents.kind == "packed" else "dense"),
+        _OPENING[counts.kind].format(folder="export" if counts.kind == "packed" else "dense"),
         _QUALITY,
         _NOT_MEASURED,
         "## How it was made",
         "By a run of moeq." if made.command is None else f"```sh\n{made.command}\n```",
         "## What it is not valid for",
-        _limits(made, contents),
+        _limits(made, counts),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -140,33 +140,33 @@ def with_quality(text: str, table: str) -> str:
     return section.sub(lambda _: f"\n{table.strip()}\n\n", text, count=1)
 
 
-def _facts(made: Made, contents: Contents, hub_id: str | None, commit: str | None) -> dict[str, str]:
-    draft = f", of which {contents.num_draft} are of draft layers" if contents.num_draft else ""
+def _facts(made: Made, counts: Tally, hub_id: str | None, commit: str | None) -> dict[str, str]:
+    draft = f", of which {counts.num_draft} are of draft layers" if counts.num_draft else ""
     facts = {
         "source": hub_id or f"`{Path(made.source).name}`",
         "revision": commit or made.identity,
         "method": made.method,
-        "packed": f"{contents.num_quantized} weights" if contents.kind == "packed" else None,
+        "packed": f"{counts.num_quantized} weights" if counts.kind == "packed" else None,
         "bits per quantized weight": None if made.bits is None else f"{made.bits:.3f}",
         "with scales and zero points": None if made.average_bits is None else f"{made.average_bits:.3f}",
-        "in the dtypes of the source": f"{contents.num_kept} tensors of the model",
-        "copied": f"{contents.num_carried} tensors{draft}, byte by byte" if contents.num_carried else None,
-        "size": f"{contents.num_bytes / 1e9:.3f} GB",
+        "in the dtypes of the source": f"{counts.num_kept} tensors of the model",
+        "copied": f"{counts.num_carried} tensors{draft}, byte by byte" if counts.num_carried else None,
+        "size": f"{counts.num_bytes / 1e9:.3f} GB",
         "calibration data": made.data,
         "their digest": made.data_digest,
     }
     return {label: value for label, value in facts.items() if value}
 
 
-def _limits(made: Made, contents: Contents) -> str:
+def _limits(made: Made, counts: Tally) -> str:
     items = ["What was not measured above: a low divergence on one kind of text says little about another."]
     if made.data is not None:
         items.append("Languages and domains far from the calibration data, on which rare experts saw few tokens.")
-    if contents.kind == "packed":
+    if counts.kind == "packed":
         items.append("Runtimes that do not know the format: vLLM, SGLang and llama.cpp do not open it.")
     else:
         items.append("Saving memory: the values are those of the packed folder, their size is that of the source.")
-    if contents.num_draft:
+    if counts.num_draft:
         items.append("Acceptance rates of the source: its draft layers were trained with the unquantized model.")
     return "\n".join(f"- {item}" for item in items)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, stored_tensors
+from moeq.export.ledger import same_bytes
 
 _COMPUTED = re.compile(r"(^|\.)(\w*inv_freq|rotary_emb\.(cos|sin)_cached)$")
 _DRAFT_PART = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?(\.|$)")
@@ -75,14 +75,8 @@ def check_carried(directory: Path | str, carried: Mapping[str, StoredTensor]) ->
     """
     ours = {name: tensor for path in weight_files(directory) for name, tensor in stored_tensors(path).items()}
     for key, theirs in carried.items():
-        if key not in ours or not _same_bytes(ours[key], theirs):
+        if key not in ours or not same_bytes(ours[key], theirs):
             raise ValueError(f"{key} of {directory} is not that of {theirs.path}; export again")
-
-
-def _same_bytes(ours: StoredTensor, theirs: StoredTensor) -> bool:
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    return torch.equal(*(tensor.read().reshape(-1).view(torch.uint8) for tensor in (ours, theirs)))
 
 
 class _Renaming:

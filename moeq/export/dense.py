@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_conversions
 from moeq.disk.folder import atomic_folder
 from moeq.export.finished import FinishedModel, Progress, silent
 from moeq.export.layout import plan_layout
 from moeq.export.made import Made
-from moeq.export.moeq_format import describe_contents, finish_folder
+from moeq.export.moeq_format import finish_folder, tally
 from moeq.export.stored import as_stored, block_tensors, declared_tensors
 from moeq.export.weights import write_weights
 from moeq.models.storage import storage_dtype
@@ -62,14 +63,14 @@ def fill_dense(
     """Write the files of a dense export into an empty folder; see ``write_dense``."""
     layout = plan_layout(_skeleton(source.model), declared_tensors(source.model), source.origin.carried)
     write_weights(source, layout, lambda block: _block(source, block), folder, progress)
-    contents = describe_contents("dense", layout, source)
-    finish_folder(folder, source, tokenizer, contents, kind="dense", metadata=metadata or {}, made=made)
+    counts = tally("dense", layout, source)
+    finish_folder(folder, source, tokenizer, counts, kind="dense", metadata=metadata or {}, made=made)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The same model on the meta device, in the dtype of its files."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
+        skeleton = model_class(model.config).from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
     skeleton.generation_config = copy.deepcopy(model.generation_config)
     skeleton._weight_conversions = dense_conversions(model)
     return skeleton

@@ -22,7 +22,7 @@ from moeq.checkpoint.packed import PackedFormat, PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.disk.folder import atomic_folder, check_integrity, check_target, weight_files, write_manifest
 from moeq.export.assemble import packed_block, packed_counterpart, packed_declared, packed_format, packed_skeleton
-from moeq.export.card import Contents, Kind, write_card
+from moeq.export.card import Kind, Tally, write_card
 from moeq.export.companions import copy_companions
 from moeq.export.finished import FinishedModel, Progress, held, silent
 from moeq.export.layout import Layout, plan_layout
@@ -120,10 +120,8 @@ def fill_packed(
     skeleton, origin = packed_counterpart(source.model, grids, metadata), source.origin
     layout = plan_layout(skeleton, packed_declared(source.model, skeleton), origin.carried)
     write_weights(source, layout, lambda block: packed_block(source, skeleton, grids, block), folder, progress)
-    contents = describe_contents("packed", layout, source)
-    finish_folder(
-        folder, source, tokenizer, contents, kind=METHOD, metadata={**metadata, **(measured or {})}, made=made
-    )
+    counts = tally("packed", layout, source)
+    finish_folder(folder, source, tokenizer, counts, kind=METHOD, metadata={**metadata, **(measured or {})}, made=made)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return CheckpointReport(
         directory=str(folder),
@@ -169,7 +167,7 @@ def finish_folder(
     folder: Path,
     source: FinishedModel,
     tokenizer: Any,
-    contents: Contents,
+    counts: Tally,
     *,
     kind: str,
     metadata: dict[str, Any],
@@ -181,7 +179,7 @@ def finish_folder(
         folder: Of the export.
         source: Whose files are copied; a model that has none gives its ``tokenizer``, if any.
         tokenizer: Of the model, or None.
-        contents: What the weight files hold, for the card.
+        counts: What the weight files hold, for the card.
         kind: Of the export, for the manifest.
         metadata: JSON values for the manifest.
         made: For the card.
@@ -192,17 +190,17 @@ def finish_folder(
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     made = made or Made(str(getattr(source.model.config, "_name_or_path", "") or source.model.config.model_type))
-    write_card(folder, made, contents, origin.folder)
+    write_card(folder, made, counts, origin.folder)
     versions = {"moeq": _own_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    counts = {"num_carried": contents.num_carried, "num_draft": contents.num_draft}
-    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata, **counts})
+    carried = {"num_carried": counts.num_carried, "num_draft": counts.num_draft}
+    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata, **carried})
 
 
-def describe_contents(kind: Kind, layout: Layout, source: FinishedModel) -> Contents:
+def tally(kind: Kind, layout: Layout, source: FinishedModel) -> Tally:
     """What the planned files of an export hold."""
     carried, layers = source.origin.carried, _packed_layers(layout.skeleton)
     num_parts = sum(name != "bias" for layer in layers for name, _ in layer.named_parameters())
-    return Contents(
+    return Tally(
         kind=kind,
         num_bytes=layout.num_bytes,
         num_quantized=len(layers),

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moeq.checkpoint.loading import align
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import stored_in
@@ -68,7 +69,8 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention)
+    opener = model_class(AutoConfig.from_pretrained(directory))
+    reloaded = opener.from_pretrained(directory, attn_implementation=attention)
     unused = unused_tensors(reloaded, stored_in(Path(directory)), _conversions(reloaded))
     if is_widened(model):
         widen(reloaded)
@@ -106,7 +108,7 @@ def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     description = getattr(config, "quantization_config", None)
     if description is None:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            skeleton = model_class(config).from_config(config, dtype=config.dtype)
         return skeleton, _conversions(skeleton)
     assert description["quant_method"] == METHOD
     skeleton = packed_skeleton(config, MoEQConfig.from_dict(description), config.dtype)

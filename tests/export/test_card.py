@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from moeq.checkpoint.loading import load_model
 from moeq.disk.folder import check_integrity
-from moeq.export.card import Contents, card_text, with_quality, write_card
+from moeq.export.card import Tally, card_text, with_quality, write_card
 from moeq.export.dense import write_dense
 from moeq.export.finished import held
 from moeq.export.made import Made, command_line, describe_data
@@ -21,7 +21,7 @@ MADE = Made(
     source="org/Some-MoE", identity="org/Some-MoE@0123abc", method="MoEQuant", bits=3.0, average_bits=3.267,
     data="TextDataModule: path c4.txt", data_digest="feed", command="python main.py fit --config configs/a.yaml",
 )  # fmt: skip
-PACKED = Contents("packed", num_bytes=2_500_000_000, num_quantized=62, num_kept=19, num_carried=5, num_draft=4)
+PACKED = Tally("packed", num_bytes=2_500_000_000, num_quantized=62, num_kept=19, num_carried=5, num_draft=4)
 
 
 def test_the_hub_reads_the_metadata_of_a_card() -> None:
