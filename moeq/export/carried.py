@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moeq.disk.folder import weight_files
 from moeq.disk.tensor_file import StoredTensor, stored_tensors
-from moeq.export.ledger import same_bytes
 
 _COMPUTED = re.compile(r"(^|\.)(\w*inv_freq|rotary_emb\.(cos|sin)_cached)$")
 _DRAFT_PART = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?(\.|$)")
@@ -77,6 +77,13 @@ def check_carried(directory: Path | str, carried: Mapping[str, StoredTensor]) ->
     for key, theirs in carried.items():
         if key not in ours or not same_bytes(ours[key], theirs):
             raise ValueError(f"{key} of {directory} is not that of {theirs.path}; export again")
+
+
+def same_bytes(ours: StoredTensor, theirs: StoredTensor) -> bool:
+    """Whether two tensors of files have one dtype, one shape and the same bytes."""
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return torch.equal(ours.read().flatten().view(torch.uint8), theirs.read().flatten().view(torch.uint8))
 
 
 class _Renaming:
