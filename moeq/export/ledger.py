@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeq.checkpoint.names import expert_leaves, owned_weights
 from moeq.disk.tensor_file import StoredTensor
+from moeq.export.carried import same_bytes
 from moeq.export.contents import Contents, read_contents
 from moeq.models.experts import expert_modules, projections_of
 
@@ -260,13 +261,6 @@ class _Accountant:
                     ledger.added[f"{folder}/{key}"] = reason
                 else:
                     ledger.problems.append(f"{folder}/{key} (not of the source)")
-
-
-def same_bytes(ours: StoredTensor, theirs: StoredTensor) -> bool:
-    """Whether two tensors of files have one dtype, one shape and the same bytes."""
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    return torch.equal(ours.read().flatten().view(torch.uint8), theirs.read().flatten().view(torch.uint8))
 
 
 def _packed_keys(export: Contents) -> dict[str, list[str]]:

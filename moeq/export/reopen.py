@@ -26,6 +26,7 @@ from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
 from moeq.export.assemble import packed_skeleton
+from moeq.export.carried import unused_tensors
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
 from moeq.models.storage import file_dtype, is_widened, widen
@@ -43,6 +44,7 @@ class Reopened:
         resident: Within, the weights of a block are there; see ``moeq.models.residency``.
         values: Tensors of a block by name, which need not be resident.
         unexpected: Keys of the files that are no tensors of the model, and those of another dtype than the model's.
+            What an export carries of its source is among the former.
     """
 
     model: PreTrainedModel
@@ -68,10 +70,10 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
-    reloaded, found = model_class(AutoConfig.from_pretrained(directory)).from_pretrained(
-        directory, attn_implementation=attention, output_loading_info=True
-    )
-    restore_float32(reloaded, Path(directory), _mapping(reloaded))
+    opener = model_class(AutoConfig.from_pretrained(directory))
+    reloaded = opener.from_pretrained(directory, attn_implementation=attention)
+    unused = unused_tensors(reloaded, stored_in(Path(directory)), _conversions(reloaded))
+    restore_float32(reloaded, Path(directory), _conversions(reloaded))
     if is_widened(model):
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
@@ -82,7 +84,7 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     def values(block: int) -> Iterable[tuple[str, Tensor]]:
         return blocks[block].state_dict(prefix=f"{prefix}.{block}.").items()
 
-    return Reopened(reloaded, resident, values, sorted(found["unexpected_keys"]))
+    return Reopened(reloaded, resident, values, sorted({**unused.draft, **unused.others, **unused.reasons}))
 
 
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
@@ -102,13 +104,6 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
     return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
 
 
-def _mapping(model: PreTrainedModel) -> list[Any]:
-    """Conversions from the files of a model that was opened whole."""
-    mapping: list[Any] = get_model_conversion_mapping(model)
-    quantization = getattr(model.config, "quantization_config", None)
-    return mapping if quantization is None else packed_conversions(mapping, quantization.expert_leaves)
-
-
 def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     """The model of a folder without values, and the conversions from its files."""
     config = AutoConfig.from_pretrained(folder)
@@ -116,11 +111,17 @@ def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     if description is None:
         with torch.device("meta"):
             skeleton = model_class(config).from_config(config, dtype=config.dtype)
-        return skeleton, get_model_conversion_mapping(skeleton)
+        return skeleton, _conversions(skeleton)
     assert description["quant_method"] == METHOD
-    quantization = MoEQConfig.from_dict(description)
-    skeleton = packed_skeleton(config, quantization, config.dtype)
-    return skeleton, packed_conversions(get_model_conversion_mapping(skeleton), quantization.expert_leaves)
+    skeleton = packed_skeleton(config, MoEQConfig.from_dict(description), config.dtype)
+    return skeleton, _conversions(skeleton)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """Conversions from the files of an export to its model, dense or packed."""
+    mapping = get_model_conversion_mapping(model)
+    quantization = getattr(model.config, "quantization_config", None)
+    return mapping if quantization is None else packed_conversions(mapping, quantization.expert_leaves)
 
 
 def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, Readable]) -> list[str]:
