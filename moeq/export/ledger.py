@@ -11,7 +11,7 @@ A tensor that is none of these, or one of an export that comes from nowhere, is 
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.names import expert_leaves, owned_weights
-from moeq.disk.tensor_file import StoredTensor
+from moeq.checkpoint.sources import raw_tensors
 from moeq.export.carried import same_bytes
 from moeq.export.contents import Contents, read_contents
 from moeq.models.experts import expert_modules, projections_of
@@ -69,7 +70,7 @@ class Ledger:
         """Tensors by fate."""
         return dict(sorted(Counter(entry.fate for entry in self.tensors.values()).items()))
 
-    def to_dict(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    def to_dict(self, stored: Mapping[str, Readable]) -> dict[str, Any]:
         """As plain values, with file, dtype and shape of each tensor."""
         return {
             "counts": self.counts,
@@ -98,7 +99,7 @@ def make_ledger(
     grids: Mapping[str, str],
     reasons: Mapping[str, str],
     rounded: torch.dtype | None = None,
-) -> tuple[Ledger, Mapping[str, StoredTensor]]:
+) -> tuple[Ledger, Mapping[str, Readable]]:
     """Account for every tensor of a source.
 
     Args:
@@ -114,15 +115,29 @@ def make_ledger(
     contents = read_contents(source)
     made = {name: read_contents(folder) for name, folder in exports.items()}
     accountant = _Accountant(contents, made, grids, reasons, rounded)
-    ledger = Ledger()
+    ledger, raw, used = Ledger(), raw_tensors(source), set()
     for key in sorted(contents.stored):
+        parts = contents.stored[key].parts
         try:
-            ledger.tensors[key] = accountant.entry(key)
+            entry = accountant.entry(key)
         except LedgerError as problem:
             ledger.problems.append(str(problem))
+        else:
+            ledger.tensors |= {part.name: _of_part(entry, key, parts) for part in parts}
+        used |= {part.name for part in parts}
+    unused = Entry("left out", "of activations or caches, which are not quantized", None)
+    ledger.tensors |= dict.fromkeys(sorted(raw.keys() - used), unused)
     accountant.note_absent(ledger)
     accountant.note_added(ledger)
-    return ledger, contents.stored
+    return ledger, raw
+
+
+def _of_part(entry: Entry, key: str, parts: Sequence[Readable]) -> Entry:
+    """The entry of a tensor of the files, of several that are one weight where the source is quantized."""
+    if entry.parameter is None or [part.name for part in parts] == [key]:
+        return entry
+    dtypes = ", ".join(str(part.dtype).removeprefix("torch.") for part in parts)
+    return replace(entry, detail="; ".join([*filter(None, [entry.detail]), f"dequantized ({dtypes})"]))
 
 
 class _Accountant:
@@ -169,15 +184,18 @@ class _Accountant:
         raise LedgerError(f"{key} ({', '.join(f'{fate} in {folder}' for folder, fate in fates.items())})")
 
     def _unused(self, key: str) -> Entry:
-        """A tensor that no parameter is made of: carried through, or left out for a reason."""
-        there = [folder for folder, export in self.exports.items() if key in export.stored]
-        if not there and (reason := self._reason(key)):
+        """A tensor that no parameter is made of: carried through as it is, or left out for a reason."""
+        parts = self.source.stored[key].parts
+        raw = [
+            (folder, part, export.stored.get(part.name)) for folder, export in self.exports.items() for part in parts
+        ]
+        if not any(theirs for *_, theirs in raw) and (reason := self._reason(*(part.name for part in parts))):
             return Entry("left out", reason, None)
-        if len(there) < len(self.exports):
-            raise LedgerError(f"{key} (no parameter of the model, and not in every export)")
-        if differing := [f for f in there if not same_bytes(self.source.stored[key], self.exports[f].stored[key])]:
-            raise LedgerError(f"{key} (differs in {', '.join(differing)})")
-        self.explained |= {(folder, key) for folder in there}
+        for folder, part, theirs in raw:
+            if theirs is None or not same_bytes(part, theirs):
+                fate = "missing" if theirs is None else "differs"
+                raise LedgerError(f"{part.name} (no parameter of the model, {fate} in {folder})")
+            self.explained.add((folder, part.name))
         return Entry("kept", "no parameter of the model", None)
 
     def _fate_in(self, folder: str, key: str, parameter: str, quantized: set[str]) -> str:
@@ -196,7 +214,7 @@ class _Accountant:
         ours, theirs = self.source.values(parameter)[parameter], export.values(tied)[tied]
         return "tied" if torch.equal(ours, theirs) else "differs"
 
-    def _is_rounded(self, ours: StoredTensor, theirs: StoredTensor) -> bool:
+    def _is_rounded(self, ours: Readable, theirs: Readable) -> bool:
         return theirs.dtype == self.rounded and torch.equal(ours.read().to(theirs.dtype), theirs.read())
 
     def _same_values(self, folder: str, parameter: str, quantized: set[str]) -> bool:

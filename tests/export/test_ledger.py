@@ -106,7 +106,7 @@ def test_a_tensor_that_no_parameter_uses_is_carried_or_left_out_for_a_reason(exp
     folder, grids = exported
     draft = torch.arange(6.0).view(2, 3)
     alter(folder / "source", lambda tensors: tensors.update({"mtp.fc.weight": draft}))
-    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(no parameter"):
+    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(no parameter of the model, missing in export"):
         ledger(folder, grids).check()
     left = ledger(folder, grids, {"mtp.*": "draft layers are dropped as asked"})
     left.check()
@@ -115,7 +115,7 @@ def test_a_tensor_that_no_parameter_uses_is_carried_or_left_out_for_a_reason(exp
         alter(folder / name, lambda tensors: tensors.update({"mtp.fc.weight": draft}))
     assert ledger(folder, grids).tensors["mtp.fc.weight"].fate == "kept"
     alter(folder / "dense", lambda tensors: tensors["mtp.fc.weight"].add_(1))
-    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(differs in dense\)"):
+    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(.*differs in dense\)"):
         ledger(folder, grids).check()
 
 
