@@ -131,7 +131,13 @@ FAMILIES: dict[str, Values] = {
         rel_extent=32, sliding_window_size=32, unpadded_vocab_size=264,
     ),
     "qwen4_exp_text": _values(_GATED, _LINEAR, hc_lowrank=16),
-    "mistral4": _values(_LATENT, _ROUTED, n_group=1, head_dim=None, first_k_dense_replace=1),
+    "mistral4": _values(
+        _LATENT, _ROUTED, n_group=1, first_k_dense_replace=1,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1, "max_position_embeddings": 512,
+        },
+    ),
     "minimax_m3_vl_text": _values(
         _LOCAL, _DENSE_FIRST, head_dim=16, dense_intermediate_size=64, shared_intermediate_size=32, rotary_dim=16,
         index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2,
@@ -253,11 +259,64 @@ WRAPPERS: dict[str, Values] = {
         },
     ),
     "qwen4_exp": _values(_text("qwen4_exp_text"), vision_config=_values(_VISUAL, num_position_embeddings=64)),
+    "mistral_large4": _values(
+        _text("mistral_large4_text", _LATENT, _ROUTED, _INDEXED, n_group=1),
+        vision_config=_values(_TOWER, _SMALL_IMAGE, model_type="pixtral", head_dim=16),
+    ),
+    "inkling_mm_model": _values(
+        _text("inkling_text"), vision_config={"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2},
+        audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+    ),
 }  # fmt: skip
 # Wrappers that are refused, and what the message must say.
-REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {}
+REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
+    "llama4": (
+        _values(
+            {"text_config": REFUSED["llama4_text"][0]},
+            vision_config=_values(_TOWER, _SMALL_IMAGE, projector_input_dim=32, projector_output_dim=32,
+                                  vision_output_dim=32),
+        ),
+        NO_INTERFACE,
+    ),
+    "muse_spark": (
+        _values(
+            _text("muse_spark_text", _LOCAL, head_dim=16, moe_intermediate_size=32, moe_hidden_size=64),
+            vision_config=_values(_TOWER, pos_emb_height=4, pos_emb_width=4),
+            audio_config={"patch_sizes": [2], "hidden_sizes": [32], "depths": [1], "num_hidden_layers": 1,
+                          "out_hidden_size": 64},
+            out_hidden_size=32, projector_hidden_size=32,
+        ),
+        "has a norm after each expert",
+    ),
+    "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0])),
+                 "its blocks read the outputs of all earlier ones"),
+}  # fmt: skip
 # Families whose experts follow the interface, but which are no language models that predict the next token.
 OTHER_TASKS = ("diffusion_gemma", "openai_privacy_filter")
+# How files of a family hold layers for speculative decoding, by its number of blocks N; of the names that transformers
+# skips (``_keys_to_ignore_on_load_unexpected``) and the configurations that count them.
+DRAFT_LAYERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3"),
+        "model.layers.N.*",
+    ),
+    **dict.fromkeys(("dots3_note", "glm4v_moe", "glm5_next"), "model.language_model.layers.N.*"),
+    **dict.fromkeys(
+        ("deepseek_v4", "mellum", "minimax_m3_vl", "nemotron_h", "qwen3_5_moe", "qwen3_next", "qwen4_exp"), "mtp.*"
+    ),
+    **dict.fromkeys(("inkling_text", "mimo_v2_flash"), "model.mtp.*"),
+    "ernie4_5_moe": "model.mtp_*",
+    "kimi_k25": "language_model.model.layers.N.*",
+}
+# Families whose weights are published quantized, alone or beside a copy in 16 bits.
+PUBLISHED_AS: dict[str, str] = {
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm4_moe", "mimo_v2_flash", "minimax_m2", "qwen3_moe", "qwen3_next",
+         "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe"), "FP8 in blocks",
+    ),
+    "gpt_oss": "MXFP4",
+    "kimi_k25": "int4 (compressed-tensors)",
+}  # fmt: skip
 # An older transformers knows fewer of them.
 SUPPORTED = tuple(family for family in FAMILIES if family in CONFIG_MAPPING)
 SUPPORTED_WRAPPERS = tuple(family for family in WRAPPERS if family in CONFIG_MAPPING)

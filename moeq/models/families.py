@@ -27,10 +27,15 @@ MLP_POST = frozenset({"fc2_latent_proj"})
 
 
 # Decoder blocks that return (hidden states, something that the next block is called with).
-HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer"})
+HAND_ON = frozenset(
+    {
+        "ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer", "Glm5NextTextDecoderLayer",
+        "MistralLarge4TextDecoderLayer",
+    }
+)  # fmt: skip
 
 # Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
-SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text"})
+SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text", "glm5_next_text"})
 
 # Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
 VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
@@ -80,7 +85,7 @@ def refusal(config: Any) -> str | None:
     config = _text_config(config)
     if getattr(config, "model_type", None) == "inkling2_text":
         return "its blocks read the outputs of all earlier ones, which are not kept"
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", None) or ()):
         return "its last blocks read the keys and values of earlier ones, which are not kept"
     return None
 
