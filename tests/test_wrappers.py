@@ -30,7 +30,7 @@ METHODS: dict[str, list[Any]] = {"rtn": [RTN], "gptq": [HessianCalibration, GPTQ
 
 def quantize(source: Path, folder: Path, method: str, placement: Any) -> Path:
     """Run folder of a fit."""
-    module = MoEQuantModule(str(source), bits=3, group_size=16, placement=placement)
+    module = MoEQuantModule(str(source), bits=3, group_size=16, sequential="block", placement=placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*without.*logger.*|.*num_training_batches.*")
         trainer = pl.Trainer(
