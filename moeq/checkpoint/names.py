@@ -159,4 +159,6 @@ def module_keys(keys: list[str], model: PreTrainedModel, conversions: list[Any])
 
 
 def _merges_experts(converter: Any) -> bool:
-    return any("experts.*" in pattern for pattern in converter.source_patterns)
+    """Whether a converter makes fused experts of the language model; those of a tower are never packed."""
+    scope = (getattr(converter, "scope_prefix", None) or "").rpartition(".")[2]
+    return scope in ("", "model", "language_model") and any("experts.*" in part for part in converter.source_patterns)
