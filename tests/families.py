@@ -202,13 +202,6 @@ WRAPPERS: dict[str, Values] = {
     "glm4v_moe": _values(
         _text("glm4v_moe_text", _ROUTED, _sections(2, 1, 1), n_group=1), vision_config=_values(_VISUAL, _SMALL_IMAGE)
     ),
-    "ernie4_5_vl_moe": _values(
-        _text(
-            "ernie4_5_vl_moe_text", _sections(3, 3, 2), moe_intermediate_size=[32, 16], moe_num_experts=8, moe_k=2,
-            moe_num_shared_experts=1,
-        ),
-        vision_config=_values(_VISUAL),
-    ),
     "qwen3_omni_moe_thinker": _values(
         _text("qwen3_omni_moe_text", _EXPERTS, _sections(4, 2, 2)), audio_config=_SOUND,
         vision_config=_values(_VISUAL, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
@@ -263,10 +256,6 @@ WRAPPERS: dict[str, Values] = {
         _text("mistral_large4_text", _LATENT, _ROUTED, _INDEXED, n_group=1),
         vision_config=_values(_TOWER, _SMALL_IMAGE, model_type="pixtral", head_dim=16),
     ),
-    "inkling_mm_model": _values(
-        _text("inkling_text"), vision_config={"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2},
-        audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
-    ),
 }  # fmt: skip
 # Wrappers that are refused, and what the message must say.
 REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
@@ -287,6 +276,23 @@ REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
             out_hidden_size=32, projector_hidden_size=32,
         ),
         "has a norm after each expert",
+    ),
+    "ernie4_5_vl_moe": (
+        _values(
+            _text(
+                "ernie4_5_vl_moe_text", _sections(3, 3, 2), moe_intermediate_size=[32, 16], moe_num_experts=8, moe_k=2,
+                moe_num_shared_experts=1,
+            ),
+            vision_config=_values(_VISUAL),
+        ),
+        "number the experts of text and those of images through",
+    ),
+    "inkling_mm_model": (
+        _values(
+            _text("inkling_text"), vision_config={"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2},
+            audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+        ),
+        "gate and up rows of linears in turn",
     ),
     "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0])),
                  "its blocks read the outputs of all earlier ones"),

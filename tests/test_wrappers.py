@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks.export import Export
@@ -17,15 +17,21 @@ from callbacks.rtn import RTN
 from moeq.checkpoint.loading import load_model
 from moeq.checkpoint.names import dense_weight
 from moeq.export.moeq_format import read_quantized
+from moeq.models.adapter import Adapter
 from moeq.models.experts import expert_modules
+from moeq.models.rotation import RotationSpec, rotate
 from moeq.module import MoEQuantModule
 from tests.families import SUPPORTED_WRAPPERS
-from tests.test_families import RandomIds, logits, opened, same
-from tests.tiny import save_tiny
+from tests.test_families import PROBE, RandomIds, logits, opened, same
+from tests.test_main import fit
+from tests.tiny import save_tiny, tiny_model
 
-pytestmark = pytest.mark.slow
+# What an edit needs runs this one.
+SHORT = "qwen3_5_moe"
 PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 METHODS: dict[str, list[Any]] = {"rtn": [RTN], "gptq": [HessianCalibration, GPTQ]}
+# Wrappers of which transformers writes other keys than those they are published with, and these.
+PUBLISHED_KEYS = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
 
 
 def quantize(source: Path, folder: Path, method: str, placement: Any) -> Path:
@@ -42,14 +48,22 @@ def quantize(source: Path, folder: Path, method: str, placement: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=SUPPORTED_WRAPPERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(family, marks=[] if family == SHORT else [pytest.mark.slow]) for family in SUPPORTED_WRAPPERS],
+)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    old, new = PUBLISHED_KEYS.get(request.param, ("", ""))
+    published = {key.replace(old, new): tensor for key, tensor in tensors(folder).items()}
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[("rtn", "stream"), ("gptq", "memory")], ids=["rtn", "gptq"])
 def run(source: Path, request: pytest.FixtureRequest) -> Path:
-    return quantize(source, source.parent / request.param, request.param, "memory")
+    method, placement = request.param
+    return quantize(source, source.parent / method, method, placement)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -90,8 +104,31 @@ def test_the_exports_are_of_the_source_s_class_and_open_by_it_with_the_values_of
     assert not same(logits(opened(source)), wanted)
 
 
-def test_streamed_from_its_files_it_has_the_same_exports(source: Path, run: Path) -> None:
-    streamed = quantize(source, source.parent / f"{run.name}-streamed", run.name, "stream")
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe"])
+def test_streamed_from_its_files_it_has_the_same_exports(family: str, tmp_path: Path) -> None:
+    source = save_tiny(family, tmp_path / "model")
+    held, streamed = (quantize(source, tmp_path / place, "gptq", place) for place in ("memory", "stream"))
     for kind in ("export", "dense"):
-        for path in (run / kind).glob("*.safetensors"):
-            assert path.read_bytes() == (streamed / kind / path.name).read_bytes()
+        path = Path(kind) / "model.safetensors"
+        assert (held / path).read_bytes() == (streamed / path).read_bytes()
+
+
+# Self-sampled text, survey, bit allocation, router calibration, learned rounding; AWQ.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "family"), [("moequant_best_w3", "qwen3_5_moe"), ("moequant_awq_w4", "qwen3_vl_moe")]
+)
+def test_every_step_of_a_run_works_on_a_wrapper(config: str, family: str, tmp_path: Path) -> None:
+    source = save_tiny(family, tmp_path / "model")
+    fit(Path(f"configs/{config}.yaml"), source, tmp_path / "run")
+    files = tensors(source)
+    for kind in ("export", "dense"):
+        assert logits(opened(tmp_path / "run" / kind)).isfinite().all()
+        written = tensors(tmp_path / "run" / kind)
+        assert all(torch.equal(files[key], written[key]) for key in files if "visual" in key)
+
+
+def test_a_wrapper_is_not_rotated_as_its_image_features_would_not_be() -> None:
+    with pytest.raises(ValueError, match="features of images or sound enter its residual stream"):
+        rotate(Adapter(tiny_model("qwen3_vl_moe")), PROBE, RotationSpec())

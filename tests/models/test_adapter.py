@@ -159,3 +159,18 @@ def test_a_norm_after_each_expert_is_refused_with_the_reason() -> None:
 def test_a_module_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no list of decoder blocks"):
         find_blocks(nn.Linear(2, 2))
+
+
+# The first list of blocks is a vision tower's; the vision tower has experts, too.
+@pytest.mark.parametrize("family", ["gemma4", "dots3_note"])
+def test_the_blocks_of_a_wrapper_are_those_of_its_language_model(family: str) -> None:
+    model = tiny_model(family)
+    path, blocks = find_blocks(model)
+    assert path == "model.language_model.layers"
+    assert blocks is model.model.language_model.layers
+    assert all(name.startswith(path) for site in Adapter(model).all_sites() for name in site.weight_names())
+
+
+def test_blocks_that_share_keys_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="keys and values of earlier ones"):
+        Adapter(tiny_model("mistral_large4", kv_source_layers=[0, 0]))
