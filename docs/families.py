@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,9 +46,10 @@ weights are published where that is not in 16 bits.
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
-says what `Rotation` does; `tests/models/test_rotation.py` holds the output unchanged.
+says what `Rotation` does; `tests/models/test_rotation.py` holds the output unchanged. Wrappers are not rotated: features
+of images or sound enter their residual stream beside the embeddings.
 
-A survey (`Survey`) is refused for `deepseek_v4`, `hy_v4` and `qwen4_exp_text`, and its costs `gemq`,
+A survey (`Survey`) is refused for `deepseek_v4`, `hy_v4`, `qwen4_exp_text` and `glm5_next`, and its costs `gemq`,
 `pmq` and `block_output` for `nemotron_h` with latent experts. Those three costs take what the experts give for what is
 added to the residual stream; a constant factor or norm that a block applies after its experts (`laguna`, `beam`,
 `gemma4_text`, `minimax_m3_vl_text`, ...) is not in them.
@@ -74,8 +76,14 @@ REASONS = {
     "jetmoe": "no experts interface; attention is a mixture as well",
     "doge": "no experts interface; experts are rows of embeddings",
     "longcat_flash": "no experts interface; some experts are the identity",
+    "llama4": "as llama4_text",
+    "inkling2": "as inkling2_text",
+    "inkling_mm_model": "its files hold gate and up rows of linears in turn, which packed weights cannot be",
+    "muse_spark": "a norm follows each expert",
+    "ernie4_5_vl_moe": "its files number the experts of text and those of images through, and only text is calibrated",
 }
 UNTESTED = {
+    "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",
     "dbrx": "no experts interface; all experts are one 2-D matrix",
     "step3p7": "no experts interface",
 }
@@ -138,6 +146,9 @@ def _differences(adapter: Adapter, experts: Any) -> str:
         "gated shared expert": any(adapter.shared_affinity_gate(site) is not None for site in shared),
         "blocks hand on": any(type(block).__name__ in HAND_ON for block in adapter.blocks),
     }
+    opened_by = model_class(adapter.model.config)
+    if adapter.model.config.get_text_config() is adapter.model.config and opened_by is not AutoModelForCausalLM:
+        found[f"opened by {opened_by.__name__}"] = True
     return ", ".join(name for name, holds in found.items() if holds)
 
 

@@ -306,13 +306,12 @@ DRAFT_LAYERS: dict[str, str] = {
         ("bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3"),
         "model.layers.N.*",
     ),
-    **dict.fromkeys(("dots3_note", "glm4v_moe", "glm5_next"), "model.language_model.layers.N.*"),
+    **dict.fromkeys(("dots3_note", "glm5_next"), "model.language_model.layers.N.*"),
     **dict.fromkeys(
         ("deepseek_v4", "mellum", "minimax_m3_vl", "nemotron_h", "qwen3_5_moe", "qwen3_next", "qwen4_exp"), "mtp.*"
     ),
     **dict.fromkeys(("inkling_text", "mimo_v2_flash"), "model.mtp.*"),
     "ernie4_5_moe": "model.mtp_*",
-    "kimi_k25": "language_model.model.layers.N.*",
 }
 # Families whose weights are published quantized, alone or beside a copy in 16 bits.
 PUBLISHED_AS: dict[str, str] = {

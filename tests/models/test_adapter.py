@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from moeq.checkpoint.model_class import model_class
 from moeq.models.adapter import STAGES, Adapter, find_blocks, own_parameter
+from moeq.models.families import refusal
 from moeq.models.shapes import weight_shapes
 from tests.families import SUPPORTED
 from tests.tensors_made import TensorsMade
@@ -174,3 +176,8 @@ def test_the_blocks_of_a_wrapper_are_those_of_its_language_model(family: str) ->
 def test_blocks_that_share_keys_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match="keys and values of earlier ones"):
         Adapter(tiny_model("mistral_large4", kv_source_layers=[0, 0]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_omni_moe", "diffusion_gemma"])
+def test_models_that_cannot_run_on_text_are_refused_by_their_configuration(family: str) -> None:
+    assert refusal(CONFIG_MAPPING[family]()) is not None
