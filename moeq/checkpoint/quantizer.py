@@ -29,6 +29,13 @@ from moeq.models.experts import expert_modules, expert_weight, num_experts, proj
 
 METHOD = "moeq"
 CHECKPOINT_VERSION = 1
+# Name of the weight files in ``config.json`` of a packed checkpoint.  transformers without moeq would skip the method
+# with a warning and make random weights; it refuses this name, and shows it.
+OPENING = (
+    "none. This checkpoint is packed by moeq and transformers alone cannot read it: install moeq and run "
+    "`import moeq.checkpoint.quantizer` before from_pretrained"
+)
+_WEIGHTS = "transformers_weights"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -127,6 +134,13 @@ class MoEQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MoEQConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let transformers look for the usual files; this is where a quantizer sees the configuration first."""
+        vars(config).pop(_WEIGHTS, None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # which is that hook in 5.17
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)

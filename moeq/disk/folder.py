@@ -58,11 +58,11 @@ def atomic_folder(directory: Path | str, *, overwrite: bool = False) -> Iterator
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` with the size and SHA-256 of every file of the folder."""
+    """Write ``content`` with the size and SHA-256 of every file of the folder but its README, which may be edited."""
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "README.md"
     }
     (directory / MANIFEST).write_text(json.dumps({**content, "files": files}, indent=2, sort_keys=True) + "\n")
 

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from moeq.checkpoint.names import expert_leaves, owned_weights
 from moeq.disk.tensor_file import StoredTensor
+from moeq.export.carried import same_bytes
 from moeq.export.contents import Contents, read_contents
 from moeq.models.experts import expert_modules, projections_of
 
 Fate = Literal["quantized", "kept", "changed", "left out"]
-# Of tensors that no model reads: made anew from the configuration by every library.
-_KNOWN = {"*.rotary_emb.inv_freq": "computed from the configuration"}
 _SHOWN = 5
 
 
@@ -94,21 +93,27 @@ class Ledger:
 
 
 def make_ledger(
-    source: Path, exports: Sequence[Path], grids: Mapping[str, str], reasons: Mapping[str, str]
+    source: Path,
+    exports: Mapping[str, Path],
+    grids: Mapping[str, str],
+    reasons: Mapping[str, str],
+    rounded: torch.dtype | None = None,
 ) -> tuple[Ledger, Mapping[str, StoredTensor]]:
     """Account for every tensor of a source.
 
     Args:
         source: Its folder.
-        exports: Folders that were made of it, packed or dense.
+        exports: Folders that were made of it, packed or dense, by name.
         grids: Grid of every quantized weight, for people, by canonical name.
         reasons: What steps changed or left out on purpose: by name of a parameter, key, or pattern of either.
+        rounded: Dtype that the user asked for in the place of the source's.
 
     Returns:
         The ledger, not checked yet, and the tensors of the source by key.
     """
     contents = read_contents(source)
-    accountant = _Accountant(contents, {path.name: read_contents(path) for path in exports}, grids, reasons)
+    made = {name: read_contents(folder) for name, folder in exports.items()}
+    accountant = _Accountant(contents, made, grids, reasons, rounded)
     ledger = Ledger()
     for key in sorted(contents.stored):
         try:
@@ -122,11 +127,16 @@ def make_ledger(
 
 class _Accountant:
     def __init__(
-        self, source: Contents, exports: Mapping[str, Contents], grids: Mapping[str, str], reasons: Mapping[str, str]
+        self,
+        source: Contents,
+        exports: Mapping[str, Contents],
+        grids: Mapping[str, str],
+        reasons: Mapping[str, str],
+        rounded: torch.dtype | None,
     ) -> None:
         self.source, self.exports, self.grids = source, exports, grids
-        self.reasons = reasons
-        self.patterns = {name: why for name, why in {**_KNOWN, **reasons}.items() if "*" in name}
+        self.reasons, self.rounded = reasons, rounded
+        self.patterns = {name: why for name, why in reasons.items() if "*" in name}
         self.experts, self.leaves = expert_modules(source.model), expert_leaves(source.model)
         self.packed = {folder: _packed_keys(export) for folder, export in exports.items()}
         # Names that stand for one tensor, by its identity.
@@ -152,6 +162,8 @@ class _Accountant:
             return Entry("quantized" if quantized else "kept", others if quantized else "", parameter)
         if set(fates.values()) <= {"kept", "tied"}:
             return Entry("left out", f"the same values as {self._tied(parameter)}", parameter)
+        if set(fates.values()) == {"rounded"}:
+            return Entry("changed", f"rounded to {str(self.rounded).removeprefix('torch.')} as asked", parameter)
         if "missing" not in fates.values() and (reason := self._reason(parameter, key)):
             return Entry("changed", reason, parameter)
         raise LedgerError(f"{key} ({', '.join(f'{fate} in {folder}' for folder, fate in fates.items())})")
@@ -169,11 +181,12 @@ class _Accountant:
         return Entry("kept", "no parameter of the model", None)
 
     def _fate_in(self, folder: str, key: str, parameter: str, quantized: set[str]) -> str:
-        """kept, tied (to another that is), differs or missing."""
+        """kept, rounded (as asked), tied (to another that is), differs or missing."""
         export = self.exports[folder]
         if key in export.stored and not quantized:
             self.explained.add((folder, key))
-            return "kept" if same_bytes(self.source.stored[key], export.stored[key]) else "differs"
+            ours, theirs = self.source.stored[key], export.stored[key]
+            return "kept" if same_bytes(ours, theirs) else "rounded" if self._is_rounded(ours, theirs) else "differs"
         path = parameter.rpartition(".")[0]
         if parameter in export.sources or path in self.experts:
             return "kept" if self._same_values(folder, parameter, quantized) else "differs"
@@ -182,6 +195,9 @@ class _Accountant:
             return "missing"
         ours, theirs = self.source.values(parameter)[parameter], export.values(tied)[tied]
         return "tied" if torch.equal(ours, theirs) else "differs"
+
+    def _is_rounded(self, ours: StoredTensor, theirs: StoredTensor) -> bool:
+        return theirs.dtype == self.rounded and torch.equal(ours.read().to(theirs.dtype), theirs.read())
 
     def _same_values(self, folder: str, parameter: str, quantized: set[str]) -> bool:
         """Whether an export has what is not quantized of a parameter, whole or by expert and projection."""
@@ -260,13 +276,6 @@ class _Accountant:
                     ledger.added[f"{folder}/{key}"] = reason
                 else:
                     ledger.problems.append(f"{folder}/{key} (not of the source)")
-
-
-def same_bytes(ours: StoredTensor, theirs: StoredTensor) -> bool:
-    """Whether two tensors of files have one dtype, one shape and the same bytes."""
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    return torch.equal(ours.read().flatten().view(torch.uint8), theirs.read().flatten().view(torch.uint8))
 
 
 def _packed_keys(export: Contents) -> dict[str, list[str]]:

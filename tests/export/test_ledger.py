@@ -36,7 +36,9 @@ def export_again(folder: Path, keep_every: int = 7) -> dict[str, str]:
 
 
 def ledger(folder: Path, grids: dict[str, str], reasons: dict[str, str] | None = None) -> Ledger:
-    return make_ledger(folder / "source", [folder / "export", folder / "dense"], grids, reasons or {})[0]
+    return make_ledger(folder / "source", {name: folder / name for name in ("export", "dense")}, grids, reasons or {})[
+        0
+    ]
 
 
 def alter(folder: Path, change: object) -> None:
@@ -137,7 +139,7 @@ def test_a_head_that_is_written_twice_is_left_out_once(tmp_path: Path) -> None:
 
 def test_entries_are_plain_values(exported: tuple) -> None:
     folder, grids = exported
-    found, stored = make_ledger(folder / "source", [folder / "export"], grids, {})
+    found, stored = make_ledger(folder / "source", {"export": folder / "export"}, grids, {})
     written = found.to_dict(stored)
     assert written["counts"] == found.counts
     assert written["tensors"][ROUTER] == {
