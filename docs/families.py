@@ -46,8 +46,8 @@ weights are published where that is not in 16 bits.
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
-says what `Rotation` does; `tests/models/test_rotation.py` holds the output unchanged. Wrappers are not rotated: features
-of images or sound enter their residual stream beside the embeddings.
+says what `Rotation` does; `tests/models/test_rotation.py` holds the output unchanged. Wrappers are not rotated:
+features of images or sound enter their residual stream beside the embeddings.
 
 A survey (`Survey`) is refused for `deepseek_v4`, `hy_v4`, `qwen4_exp_text` and `glm5_next`, and its costs `gemq`,
 `pmq` and `block_output` for `nemotron_h` with latent experts. Those three costs take what the experts give for what is
