@@ -59,10 +59,10 @@ def preflight_validation(module: "MoEQuantModule", places: Places) -> Forecast |
     forecast = Forecast(lines, phases, process, module.device.type == "cpu")
     long, stops = any(role.pace for role in roles), module.hparams["preflight"]
     rank_zero_info(forecast_table(forecast) if long or stops else summary_line(forecast))
+    check_room(forecast, room_of(module), REMEDIES)
     if trainer.is_global_zero:
         write_json(module.run_dir / "preflight_validate.json", forecast_json(forecast))
         write_text(module.run_dir / "preflight_validate.md", forecast_table(forecast))
-    check_room(forecast, room_of(module), REMEDIES)
     if stops:
         raise SystemExit(0)
     return forecast

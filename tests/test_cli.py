@@ -12,7 +12,8 @@ from callbacks.survey import Survey
 from main import import_parts, main
 from moeq.allocation.decide import AllocationSpec
 from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
-from moeq.cli import close_names, first_mistake, known_parts
+from moeq.cli import close_names, known_parts
+from moeq.mistakes import first_mistake
 from moeq.models.rotation import RotationSpec
 from moeq.module import MoEQuantModule
 from moeq.quant.learned import LearnedSpec
