@@ -156,7 +156,10 @@ def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape
     if not misfits:
         return
     kinds = {in_features: kinds_of(names) for in_features, names in misfits.items()}
-    listed = [f"{size} of {', '.join(f'{k} ({n} x)' for k, n in found.items())}" for size, found in kinds.items()]
+    listed = [
+        f"{size} of {', '.join(kind + (f' ({num} x)' if num > 1 else '') for kind, num in found.items())}"
+        for size, found in kinds.items()
+    ]
     divisors = [d for d in (16, 32, 64, 128) if not any(in_features % d for in_features in misfits)]
     choice = f"one of {divisors} or null" if divisors else "null (one group per channel)"
     in_features, (first, *_) = next(iter(misfits.items()))

@@ -66,7 +66,9 @@ def test_plan_survives_json(tmp_path: Path) -> None:
 
 def test_group_size_that_does_not_fit_names_the_weight_and_the_choices() -> None:
     with pytest.raises(
-        ValueError, match=r"a\.q_proj: group_size \(48\) must divide in_features \(128\); choose one of"
+        ValueError,
+        match=r"group_size \(48\) must divide in_features; it does not divide 128 of a\.q_proj, "
+        r"a\.experts\.\*\.up_proj \(2 x\); choose one of .*by patterns of BitAllocation: \[\{pattern: 'a\.q_proj', group_size: 128\}\]",
     ):
         uniform_plan(WEIGHTS, replace(GRID, group_size=48))
 
