@@ -158,7 +158,7 @@ def test_chats_go_through_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(3)))
     given = {"path": str(path), "field": "messages", "num_windows": 1, "length": 30}
     ids_NL = with_template(attached(tmp_path, **given), TEMPLATE).calibration_ids()
-    assert "hi<assistant>hello<|endoftext|><user>h" in tiny_tokenizer().decode(ids_NL[0])
+    assert "hello<|endoftext|><user>hi<assistant>" in tiny_tokenizer().decode(ids_NL[0])
     with pytest.raises(ValueError, match=r"line 1: field 'messages' is a chat, and the tokenizer .* no chat template"):
         with_template(attached(tmp_path, **given), None).calibration_ids()
     picky = "{{ raise_exception('roles must alternate') }}"
@@ -173,7 +173,7 @@ def test_chats_of_a_data_set_are_documents_of_their_own(tmp_path: Path, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     given = {"dataset": "any", "num_windows": 1, "length": 30}
     ids_NL = with_template(attached(tmp_path, **given, field="messages"), TEMPLATE).calibration_ids()
-    assert "hi<assistant>hello<|endoftext|><user>h" in tiny_tokenizer().decode(ids_NL[0])
+    assert "hello<|endoftext|><user>hi<assistant>" in tiny_tokenizer().decode(ids_NL[0])
     with pytest.raises(ValueError, match=r"any: row 0, column 'number' is a int, not a text; leave such rows out"):
         attached(tmp_path, **given, field="number").calibration_ids()
     with pytest.raises(ValueError, match=r"any: row 1, column 'text' is null, not a text"):
