@@ -36,7 +36,7 @@ from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
 from moeq.forecast import preflight_fit, write_forecast
-from moeq.forecast_validation import preflight_validation
+from moeq.forecast_validation import preflight_validation, write_validation_forecast
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
@@ -296,6 +296,8 @@ class MoEQuantModule(L.LightningModule):
             rank_zero_info, meter,
         )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
+        if self.forecast is not None:
+            write_validation_forecast(self, self.forecast)
 
     @override
     @torch.no_grad()

@@ -47,7 +47,7 @@ def test_each_is_refused_with_what_to_do_and_its_default_is_not(name: str) -> No
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 16, "bf16", 64])
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_no_precision_but_the_default_is_taken(command: str, precision: str | int) -> None:
-    with pytest.raises(ValueError, match="--model.dtype for weights and exports, --model.compute_dtype for products"):
+    with pytest.raises(ValueError, match=r"--model.dtype for weights and exports, --model.compute_dtype for products"):
         refuse_options(command, {"precision": precision})
 
 
@@ -75,11 +75,11 @@ def test_the_command_line_refuses_before_anything_is_written(option: str, messag
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_a_trainer_of_ones_own_is_refused_alike(precision: str, tmp_path: Path) -> None:
     own: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-    trainer = L.Trainer(precision=precision, enable_checkpointing=False, **own)
+    trainer = L.Trainer(precision=precision, enable_checkpointing=False, max_epochs=-1, **own)
     with pytest.raises(ValueError, match=f"precision {precision} of the Trainer cannot be honoured"):
         trainer.fit(MoEQuantModule(name="none"), train_dataloaders=[0])
     refuse_trainer(L.Trainer(enable_checkpointing=False, **own))
-    with pytest.raises(ValueError, match="DDPStrategy needs a model that is trained; set --trainer.strategy moeq_ddp"):
+    with pytest.raises(ValueError, match=r"DDPStrategy needs a model that is trained; set --trainer.strategy moeq_ddp"):
         refuse_trainer(L.Trainer(enable_checkpointing=False, devices=2, strategy="ddp", **own))
 
 
@@ -97,7 +97,7 @@ def test_a_device_without_float64_is_not_chosen_and_refused(monkeypatch: pytest.
 
     refuse_device(torch.device("cpu"))
     monkeypatch.setattr(moeq.trainer_options.torch, "zeros", zeros)
-    with pytest.raises(ValueError, match="mps has no float64, which sums need; set --trainer.accelerator cpu"):
+    with pytest.raises(ValueError, match=r"mps has no float64, which sums need; set --trainer.accelerator cpu"):
         refuse_device(torch.device("mps"))
 
 

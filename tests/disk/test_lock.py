@@ -67,8 +67,6 @@ def test_a_folder_that_may_not_be_written_is_refused_in_one_line(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(
-        ValueError, match=r"run cannot be written \(Permission denied\); set --trainer.default_root_dir"
-    ):
+    with pytest.raises(ValueError, match=r"run cannot be written \(Permission denied\); set --trainer.default_root"):
         FolderLock(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
