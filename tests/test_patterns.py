@@ -58,7 +58,7 @@ def test_kept_weights_have_the_bytes_of_the_source_and_others_the_grids_they_wer
     name: str, model: Path, tmp_path: Path
 ) -> None:
     choices = {"choices": ["2g16", "2g32", "4g16", "4g32"]}
-    options = {"Survey": choices, "BitAllocation": choices} if "allocated" in name else {}
+    options = {"Survey": choices, "BitAllocation": choices | {"budget": 4.0}} if "allocated" in name else {}
     fit(with_patterns(name, tmp_path, PATTERNS, **options), model, tmp_path / "run")
     source = load_file(model / "model.safetensors")
     names = [key.removesuffix(".weight") for key in source if re.search(r"(_proj)\.weight$", key)]
@@ -70,14 +70,16 @@ def test_kept_weights_have_the_bytes_of_the_source_and_others_the_grids_they_wer
         assert codes.group_size == (32 if fnmatchcase(weight, "*.experts.*.down_proj") else 16) or (
             "allocated" in name
         ), weight
-    for folder in ("export", "dense"):
+    folders = [folder for folder in ("export", "dense") if (tmp_path / "run" / folder).is_dir()]
+    for folder in folders:
         written = load_file(tmp_path / "run" / folder / "model.safetensors")
         for weight in filter(is_kept, names) if "rotated" not in name else ():
             assert torch.equal(written[f"{weight}.weight"], source[f"{weight}.weight"]), weight
     plan = json.loads((tmp_path / "run/allocation.json").read_text())
     assert set(plan["kept"]) == set(filter(is_kept, names))
-    assert {row["weight"] for row in csv.DictReader((tmp_path / "run/errors.csv").open())} == packed.keys()
-    assert "8 of 62 weights are kept as they are" in (tmp_path / "run/allocation.md").read_text()
+    with (tmp_path / "run/errors.csv").open() as file:
+        assert {row["weight"] for row in csv.DictReader(file)} == packed.keys()
+    assert "6 of 62 weights are kept as they are" in (tmp_path / "run/allocation.md").read_text()
 
 
 def test_a_block_that_is_kept_whole_is_finished_like_others_and_resumed_past(model: Path, tmp_path: Path) -> None:
