@@ -30,5 +30,6 @@ class Rotation(Step):
         vocabulary = model.config.get_text_config().vocab_size
         probe = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
         module.run.fallbacks += rotate(module.adapter, probe.to(module.device), self.spec)
+        module.run.reasons["*"] = f"rotated ({self.spec.kind})"
         module.run.seconds["rotation"] = time.perf_counter() - start
         rank_zero_info(f"Rotation: {self.spec.kind} of size {model.get_input_embeddings().weight.shape[-1]}")

@@ -14,6 +14,8 @@ from moeq.module import MoEQuantModule
 from moeq.quant.router_fit import RouterState, add_router_inputs, empty_router_state, refit_router
 from moeq.quant.spec import Fallback
 
+REFITTED = "refitted to the decisions of the original"
+
 
 class RouterCalibration(HookedStep):
     """Gives routers the weights whose logits on quantized inputs match the original's best (in the manner of QESC).
@@ -59,7 +61,7 @@ class RouterCalibration(HookedStep):
         for name, state in self._states.items():
             sum_over_ranks([state.gram_DD, state.cross_ED, state.before, state.num_tokens])
             weight_ED, share = refit_router(module.model.get_parameter(f"{name}.weight"), state, self.ridge)
-            change_parameters(module.adapter, run, {f"{name}.weight": weight_ED})
+            change_parameters(module.adapter, run, {f"{name}.weight": weight_ED}, REFITTED)
             module.log("router/logit_error_left", share, rank_zero_only=True)
         if not self._states:
             routed = next(site for site in module.adapter.sites(current.block) if site.kind == "routed")

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint.loading import load_config, stream_model
 from moeq.checkpoint.loading import model_bytes as checkpoint_bytes
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.placement import Placement, stream_obstacle
 from moeq.disk.atomic import write_json, write_text
 from moeq.evaluation.placing import Places, refuse_generation
@@ -89,7 +89,7 @@ def _role(module: "MoEQuantModule", role: str, name: str, placement: Placement, 
         if packed:
             del config.quantization_config
         with torch.device("meta"):
-            adapter = Adapter(AutoModelForCausalLM.from_config(config, dtype=config.dtype))
+            adapter = Adapter(model_class(config).from_config(config, dtype=config.dtype))
         return Role(role, adapter, model_bytes(adapter, streamed=False), checkpoint_bytes(name, *how))
     model, stream = stream_model(name, *how)
     adapter = Adapter(model, stream)

@@ -26,7 +26,7 @@ _ALIGNMENT = 64  # bytes; what torch's own CPU allocator gives
 def load_model(
     name: str, dtype: DType = "auto", compute: ComputeDType = "stored", device: torch.device | str = "cpu"
 ) -> "PreTrainedModel":
-    """A causal LM in evaluation mode without gradients, from a folder (original or moeq export) or the hub.
+    """A language model or its wrapper in evaluation mode without gradients, from a folder (or moeq export) or the hub.
 
     Args:
         name: Folder or hub id.
@@ -37,16 +37,15 @@ def load_model(
     Raises:
         ValueError: The name is unknown, a file is truncated or was changed, or a weight is not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     import moeq.checkpoint.quantizer  # noqa: F401  registers the packed format with transformers
+    from moeq.checkpoint.model_class import model_class
     from moeq.disk.folder import check_integrity
 
     if Path(name).is_dir():
         check_integrity(Path(name))
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     with _readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+        model = model_class(load_config(name)).from_pretrained(name, dtype=chosen)
     check_finite_weights(model)
     if compute_dtype(compute, storage_dtype(model), device) != storage_dtype(model):
         widen(model)
@@ -81,7 +80,7 @@ def _readable_errors(name: str) -> Iterator[None]:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"transformers has no causal language model for {name}; docs/families.md lists the families that work"
+            f"transformers has no language model for {name}; docs/families.md lists the families that work"
         ) from error
 
 
@@ -133,13 +132,11 @@ def working_bytes(name: str, dtype: DType = "auto") -> int:
 
 
 def _without_weights(name: str, dtype: DType) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+    from moeq.checkpoint.model_class import model_class
 
     config = load_config(name)
     with _readable_errors(name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+        return model_class(config).from_config(config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def _file_bytes(path: Path, compute: ComputeDType, device: torch.device | str) -> int:

@@ -101,6 +101,28 @@ def expert_leaves(model: PreTrainedModel) -> dict[str, str]:
     return leaves
 
 
+def owned_weights(parameter: str, key: str, experts: dict[str, nn.Module], leaves: dict[str, str]) -> list[str]:
+    """Canonical names of the weights of which a tensor of a file is a part, or which are parts of it.
+
+    Args:
+        parameter: Of the dense model that the tensor belongs to.
+        key: Of the tensor.
+        experts: Experts modules by path.
+        leaves: File names of the expert projections, see ``expert_leaves``.
+    """
+    path, _, leaf = parameter.rpartition(".")
+    if path not in experts:
+        return [path] if leaf == "weight" else []
+    module = experts[path]
+    if leaf not in (parameter_name(module, "into"), parameter_name(module, "down")):
+        return []
+    canonical = {name: projection for projection, name in leaves.items()}
+    if (match := _EXPERT_KEY.fullmatch(key)) and match["leaf"] in canonical:
+        return [f"{path}.{int(match['expert'])}.{canonical[match['leaf']]}"]
+    chosen = ("down_proj",) if leaf == "down_proj" else projections(module)[:-1]
+    return [f"{path}.{expert}.{name}" for expert in range(num_experts(module)) for name in chosen]
+
+
 def packed_conversions(conversions: list[Any], leaves: dict[str, str]) -> list[Any]:
     """Conversions between a packed checkpoint and a packed model.
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictInfo
 
 from moeq.checkpoint.declared import declare_dtypes, make_unsaved_buffers
 from moeq.checkpoint.loading import check_finite_weights, load_config
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.release import map_large_tensors, release_memory, trim_heap
 from moeq.checkpoint.sources import Source, find_sources, made_of, stored_in
 from moeq.disk.tensor_file import StoredTensor, read_ahead
@@ -167,7 +168,7 @@ def open_stream(
     stored = stored_in(folder)
     stored_dtype = dtype or config.dtype or next(t.dtype for t in stored.values() if t.dtype.is_floating_point)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=stored_dtype)
+        model = model_class(config).from_config(config, dtype=stored_dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = model.name_or_path = str(folder)

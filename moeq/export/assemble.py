@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import (
     dense_conversions,
     dense_weight,
@@ -66,7 +67,7 @@ def packed_skeleton(model_config: PretrainedConfig, config: MoEQConfig, dtype: t
     model_config = copy.deepcopy(model_config)
     model_config.quantization_config = config
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        skeleton = model_class(model_config).from_config(model_config, dtype=dtype)
     install_packed_modules(skeleton, config)
     return skeleton
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_conversions
 from moeq.disk.folder import atomic_folder
 from moeq.export.finished import FinishedModel, Progress, silent
@@ -52,7 +53,7 @@ def write_dense(
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The same model on the meta device, in the dtype of its files."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
+        skeleton = model_class(model.config).from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
     skeleton.generation_config = copy.deepcopy(model.generation_config)
     skeleton._weight_conversions = dense_conversions(model)
     return skeleton

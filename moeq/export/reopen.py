@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moeq.checkpoint.loading import align
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import stored_in
@@ -66,7 +67,7 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
-    reloaded, found = AutoModelForCausalLM.from_pretrained(
+    reloaded, found = model_class(AutoConfig.from_pretrained(directory)).from_pretrained(
         directory, attn_implementation=attention, output_loading_info=True
     )
     if is_widened(model):
@@ -105,7 +106,7 @@ def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     description = getattr(config, "quantization_config", None)
     if description is None:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            skeleton = model_class(config).from_config(config, dtype=config.dtype)
         return skeleton, get_model_conversion_mapping(skeleton)
     assert description["quant_method"] == METHOD
     quantization = MoEQConfig.from_dict(description)

@@ -99,6 +99,7 @@ def save_block(
     records = {
         "fingerprint": fingerprint,
         "grids": {n: [(w := run.quantized[n]).bits, w.group_size, w.codes_OI.shape[1]] for n in names},
+        "reasons": {name: run.reasons[name] for name in changed if name in run.reasons},
         "errors": [row for row in run.errors if row["weight"] in chosen],
         "fallbacks": [asdict(fallback) for fallback in run.fallbacks if fallback.weight in chosen],
     }
@@ -127,8 +128,9 @@ def check_fingerprint(file: BlockFile, fingerprint: Mapping[str, str]) -> None:
 
 
 def take_records(file: BlockFile, run: Run) -> None:
-    """Enter what is known of a finished block into the run: usage, changed parameters, errors, fallbacks."""
+    """Enter what is known of a finished block into the run: usage, changed parameters and why, errors, fallbacks."""
     run.usage |= {key.removeprefix(_USAGE): counts for key, counts in file.tensors.items() if key.startswith(_USAGE)}
     run.changed |= file.changed
+    run.reasons |= file.records["reasons"]
     run.errors += file.records["errors"]
     run.fallbacks += [Fallback(**fallback) for fallback in file.records["fallbacks"]]

@@ -41,6 +41,7 @@ from moeq.quant.coverage import CoverageSpec
 from moeq.quant.spec import Fallback
 
 NOT_SCALED = "channels not scaled"
+MOVED = "took channel scales (AWQ)"
 FROM_ROWS = ("attention_out", "mlp_down")  # stages whose input is made by a linear; the others read a norm
 
 
@@ -180,7 +181,7 @@ def _scale_by_norm(
     scale_I = search_scale(weights, adapter.storage_dtype)
     norm = adapter.model.get_submodule(readers.norm)
     before_I = norm_weight(norm)
-    change_parameters(adapter, run, fold_into_norm(adapter, NormReaders(readers.norm, ()), scale_I))
+    change_parameters(adapter, run, fold_into_norm(adapter, NormReaders(readers.norm, ()), scale_I), MOVED)
     applied_I = before_I / norm_weight(norm)
     applied_I = torch.where(applied_I.isfinite() & (applied_I > 0), applied_I, scale_I)  # channels of weight 0
     quantized = {path for site in sites for path in site.modules}
@@ -188,7 +189,7 @@ def _scale_by_norm(
         for name, axis in {} if path in quantized else reader_weights(adapter.model, path).items():
             weight = adapter.model.get_parameter(name)
             shape = [-1 if axis % weight.ndim == position else 1 for position in range(weight.ndim)]
-            change_parameters(adapter, run, {name: weight.double() * applied_I.view(shape)})
+            change_parameters(adapter, run, {name: weight.double() * applied_I.view(shape)}, MOVED)
     return applied_I.float()
 
 
@@ -215,4 +216,4 @@ def _divide_bias(adapter: Adapter, run: Run, producer: Producer, applied_J: Tens
     if isinstance(bias_R, Tensor):
         factor_R = torch.ones(len(bias_R), dtype=torch.float64)
         factor_R[producer.row_J] = 1 / applied_J.double()
-        change_parameters(adapter, run, {f"{name}.bias": bias_R.double() * factor_R.to(bias_R.device)})
+        change_parameters(adapter, run, {f"{name}.bias": bias_R.double() * factor_R.to(bias_R.device)}, MOVED)

@@ -45,6 +45,7 @@ class Run:
         kept: Names of weights of the current block that the plan lacks: they stay as they are.
         offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
+        reasons: Why parameters are not what the source holds: by name, or by a pattern for many.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
@@ -61,6 +62,7 @@ class Run:
     kept: set[str] = field(default_factory=set)
     offsets: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

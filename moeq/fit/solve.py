@@ -155,12 +155,21 @@ def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fal
 
 
 @torch.no_grad()
-def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor]) -> None:
-    """Give parameters that are not quantized (norms, routers) new values, by name, and record them for resume."""
+def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor], reason: str = "") -> None:
+    """Give parameters that are not quantized (norms, routers) new values, by name, and record them for resume.
+
+    Args:
+        adapter: The model.
+        run: Takes values and reasons.
+        values: By name.
+        reason: What was done, for the ledger; nothing where that is recorded already.
+    """
     for name, value in values.items():
         parameter = adapter.model.get_parameter(name)
         parameter.copy_(rounded_to_storage(adapter.model, name, value))
         run.changed[name] = parameter.detach().cpu().clone()
+        if reason not in (earlier := run.reasons.get(name, "")):
+            run.reasons[name] = f"{earlier}, {reason}" if earlier else reason
 
 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:

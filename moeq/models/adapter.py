@@ -44,11 +44,27 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder blocks; raises ValueError where the model has none."""
+    """Path and list of the decoder blocks: those of the language model, which hold experts where any list does.
+
+    Raises:
+        ValueError: The model has no list of blocks.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists, inside = {}, ""
     for name, module in model.named_modules():
-        if isinstance(layers := getattr(module, "layers", None), nn.ModuleList):
-            return (f"{name}.layers" if name else "layers"), layers
-    raise ValueError(f"{type(model).__name__} has no list of decoder blocks named 'layers'; give a causal LM")
+        if module is decoder:
+            inside = name
+        if isinstance(layers := module._modules.get("layers"), nn.ModuleList):
+            lists[f"{name}.layers".removeprefix(".")] = layers
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks named 'layers'; give a language model")
+    # Towers of images and sound have lists of their own, which may come first, and may even hold experts.
+    path = min(lists, key=lambda path: (not _holds_experts(lists[path]), not path.startswith(inside)))
+    return path, lists[path]
+
+
+def _holds_experts(layers: nn.ModuleList) -> bool:
+    return any(is_experts_module(module) for module in layers.modules())
 
 
 class Adapter:
@@ -71,7 +87,9 @@ class Adapter:
         self.block_prefix, self.blocks = find_blocks(model)
         self.residency = residency or InMemory(model, len(self.blocks))
         self._sites: dict[int, tuple[Site, ...]] = {}
-        self._experts = experts = expert_modules(model)
+        self._experts = experts = {
+            path: module for path, module in expert_modules(model).items() if path.startswith(f"{self.block_prefix}.")
+        }
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not experts:
             raise ValueError(

@@ -9,7 +9,7 @@ other, with biases, without a gate.  The decorator of the experts interface tell
 Legend: E experts, O out, I in, N tokens, F expert width; "into" is W_in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -106,6 +106,26 @@ def expert_weight(module: nn.Module, expert: int, leaf: str) -> Tensor:
     if _in_turn(module):
         return weight[0 if first else 1 :: 2]
     return weight.chunk(2)[0 if first else 1]
+
+
+def projections_of(module: nn.Module, name: str, stored: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every projection of every expert in a parameter of an experts module, as ("3.gate_proj.weight", [O, I]).
+
+    Args:
+        module: Its values do not matter.
+        name: Of the parameter in the module: weights, or their biases ("3.gate_proj.bias", [O]).
+        stored: Its value.
+    """
+    part: ExpertSide = "down" if name.startswith("down_proj") else "into"
+    leaves = ("down_proj",) if part == "down" else projections(module)[:-1]
+    kind = "bias" if name.endswith("_bias") else "weight"
+    for expert, value in enumerate(stored):
+        if kind == "weight":
+            rows = canonical(module, part, value)
+        else:
+            rows = torch.cat([value[0::2], value[1::2]]) if part == "into" and _in_turn(module) else value
+        for leaf, piece in zip(leaves, rows.chunk(len(leaves)), strict=True):
+            yield f"{expert}.{leaf}.{kind}", piece
 
 
 def project_in(module: nn.Module, expert: int, x_NI: Tensor, weight_OI: Tensor | None = None) -> Tensor:

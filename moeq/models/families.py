@@ -30,7 +30,7 @@ MLP_POST = frozenset({"fc2_latent_proj"})
 HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer"})
 
 # Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
-SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text"})
+SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text"})
 
 # Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
 VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
@@ -68,7 +68,7 @@ def survey_refusal(config: Any, stages: Collection[str], *, of_output: bool) -> 
         stages: Stages of its sites.
         of_output: The survey measures changes of a block's output, one expert alone.
     """
-    if getattr(config, "model_type", None) in SEVERAL_STREAMS:
+    if getattr(_text_config(config), "model_type", None) in SEVERAL_STREAMS:
         return "its blocks pass on several residual streams"
     if of_output and "mlp_post" in stages:
         return "a projection stands between its experts and the output of the block; choose fisher or hessian"
@@ -77,8 +77,14 @@ def survey_refusal(config: Any, stages: Collection[str], *, of_output: bool) -> 
 
 def refusal(config: Any) -> str | None:
     """Why a family, though its experts follow the interface, cannot be run block by block; None where it can."""
+    config = _text_config(config)
     if getattr(config, "model_type", None) == "inkling2_text":
         return "its blocks read the outputs of all earlier ones, which are not kept"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its last blocks read the keys and values of earlier ones, which are not kept"
     return None
+
+
+def _text_config(config: Any) -> Any:
+    """That of the language model of a wrapper; otherwise the configuration itself."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -75,6 +75,8 @@ def rotate(adapter: Adapter, ids_BT: Tensor, spec: RotationSpec) -> list[Fallbac
         ValueError: The family cannot be rotated; where its logits show it, the model is changed by then.
     """
     model = adapter.model
+    if model.config.get_text_config() is not model.config:  # type: ignore[operator, union-attr]
+        raise _refusal(model, "features of images or sound enter its residual stream beside the embeddings")
     inputs = {"input_ids": ids_BT}
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     basis = make_basis(embedding.shape[-1], spec.kind, spec.seed, embedding.device)
