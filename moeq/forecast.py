@@ -71,9 +71,12 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
         bound = min(gather_lists([_choose_bound(module, work, room)]))
         module.walk_spec = replace(module.walk_spec, hessian_gib=bound)
         work = replace(work, schedule=_schedule(module, bound))
+    if room.disk is not None:
+        # Hidden states that wait there are gone in the end, and need their place until then.
+        room = replace(room, disk=room.disk - work.waiting_on_disk)
+    check_room(_forecast(module, work), room, REMEDIES)  # of data that nothing is known of, as if they were one token
     if data is None:
         return None
-    check_room(_forecast(module, work), room, REMEDIES)
     long, stops = is_long(work), module.hparams["preflight"]
     if work.schedule and (long or stops):
         rank_zero_info("Preflight: measuring a few operations on one block ...")
