@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.loading import load_model
+from moeq.export.accounting import make_ledger
 from moeq.export.assemble import packed_format
 from moeq.export.dense import write_dense
 from moeq.export.finished import FinishedModel
-from moeq.export.ledger import Ledger, LedgerError, make_ledger
+from moeq.export.ledger import Ledger, LedgerError
 from moeq.export.moeq_format import write_packed
 from moeq.models.adapter import Adapter
 from tests.export.whole import DictBlocks, make_codes
