@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from moeq.preflight.phases import Phase
 from moeq.quant.spec import Fallback
 
 if TYPE_CHECKING:
+    from moeq.export.finished import FinishedModel
     from moeq.export.made import Made
 
 # Stands in the run folder from the first export to the end of the run: what a killed run left may be replaced.
@@ -136,23 +138,40 @@ class Export(Step):
             return lambda blocks, label: tqdm(blocks, desc=f"{kind} export, {label}", unit="block", disable=hidden)
 
         meter, made, verified = run.meter, _made(module, cost), {}
-        with atomic_folder(packed, overwrite=replace) as folder:
+        with ExitStack() as folders:
+            partial = {"export": folders.enter_context(atomic_folder(packed, overwrite=replace))}
             with meter.phase("export", "export"):
-                report = fill_packed(
-                    source, module.tokenizer, grids, folder, metadata=metadata, measured=seconds, made=made,
+                verified["written"] = fill_packed(
+                    source, module.tokenizer, grids, partial["export"], metadata=metadata, measured=seconds, made=made,
                     progress=bar("packed"),
-                )  # fmt: skip
+                ).to_dict()  # fmt: skip
             with meter.phase("export verified", "export verified"):
-                verified["checkpoint"] = verify_packed(folder, source, probe, progress=bar("packed")).to_dict()
-        verified["written"] = report.to_dict()
-        if self.dense:
-            with atomic_folder(dense, overwrite=replace) as folder:
+                found = verify_packed(partial["export"], source, probe, progress=bar("packed"))
+                verified["checkpoint"] = found.to_dict()
+            if self.dense:
+                partial["dense"] = folders.enter_context(atomic_folder(dense, overwrite=replace))
                 with meter.phase("dense copy", "dense copy"):
-                    fill_dense(source, module.tokenizer, folder, made=made, progress=bar("dense"))
+                    fill_dense(source, module.tokenizer, partial["dense"], made=made, progress=bar("dense"))
                 with meter.phase("dense copy verified", "dense copy verified"):
-                    verified["dense"] = verify_dense(folder, source, probe, progress=bar("dense")).to_dict()
+                    found = verify_dense(partial["dense"], source, probe, progress=bar("dense"))
+                    verified["dense"] = found.to_dict()
+            run.ledger = self._account(module, source, partial)
         places = {"checkpoint": packed, "written": packed, "dense": dense}
         return {kind: {**found, "directory": str(places[kind])} for kind, found in verified.items()}
+
+    def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> dict[str, int]:
+        """Write ledger.json, whatever it says; returns the counts of a ledger in which nothing is amiss."""
+        from moeq.export.accounting import make_ledger
+
+        run, origin = module.run, source.origin
+        if origin.folder is None:
+            return {}
+        grids = {name: grid.label for name, grid in run.plan.items()}
+        asked = None if module.hparams["dtype"] == "auto" else getattr(torch, module.hparams["dtype"])
+        ledger, stored = make_ledger(origin.folder, folders, grids, {**run.reasons, **origin.left_out}, asked)
+        write_json(module.run_dir / "ledger.json", ledger.to_dict(stored))
+        ledger.check()
+        return ledger.counts
 
 
 def _made(module: MoEQuantModule, cost: PlanCost) -> "Made":

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeq.checkpoint.names import packed_conversions, weight_names
 from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
@@ -180,7 +181,8 @@ def install_packed_modules(model: PreTrainedModel, config: MoEQConfig) -> None:
     one by one; projections that are not quantized become plain linears in them.
     """
     grids = {name: grid for name in weight_names(model) if (grid := config.grid(name)) is not None}
-    experts = expert_modules(model)
+    blocks, _ = find_blocks(model)  # a tower of images may have experts, too, which stay as they are
+    experts = {path: module for path, module in expert_modules(model).items() if path.startswith(f"{blocks}.")}
     with torch.device("meta"):
         for name, grid in grids.items():
             if not any(name.startswith(f"{path}.") for path in experts):
@@ -192,6 +194,8 @@ def install_packed_modules(model: PreTrainedModel, config: MoEQConfig) -> None:
         if any(name.startswith(f"{path}.") for path in experts for name in grids):
             for path, module in experts.items():
                 model.set_submodule(path, _packed_experts(path, module, grids, config.scale_dtype))
+                # Some families (qwen3_omni_moe) initialise the fused weights, which are gone, from the block around.
+                model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _packed_experts(

@@ -21,6 +21,7 @@ _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_
 # A folder of the hub's cache tells the id and the commit that it is a copy of.
 _CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TASKS = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForMultimodalLM": "any-to-any"}
 _QUALITY = "## Quality"
 _NOT_MEASURED = "Not measured yet: `python main.py validate --config configs/eval.yaml` does, and adds it here."
 _OPENING = {
@@ -28,16 +29,16 @@ _OPENING = {
 
 ```python
 import moeq.checkpoint.quantizer  # teaches transformers the format
-from transformers import AutoModelForCausalLM
+from transformers import {opener}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {opener}.from_pretrained("{folder}")
 ```""",
     "dense": """An ordinary folder with the quantized values unpacked, in the size and for the runtimes of the source:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {opener}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {opener}.from_pretrained("{folder}")
 ```""",
 }
 
@@ -53,6 +54,7 @@ class Tally:
         num_kept: Other tensors of the model.
         num_carried: Tensors of the source's files that no parameter of the model is made of.
         num_draft: Of these, those of draft layers.
+        opener: Class of transformers that opens them.
     """
 
     kind: Kind
@@ -61,6 +63,7 @@ class Tally:
     num_kept: int
     num_carried: int
     num_draft: int
+    opener: str = "AutoModelForCausalLM"
 
 
 def write_card(folder: Path, made: Made, counts: Tally, source_folder: Path | None) -> None:
@@ -91,14 +94,14 @@ def card_text(made: Made, counts: Tally, source_data: dict[str, Any]) -> str:
         base_model=hub_id,
         base_model_relation=None if hub_id is None else "quantized",
         tags=["moeq", "quantized", "mixture-of-experts", *bits],
-        **{"pipeline_tag": "text-generation", **taken},
+        **{"pipeline_tag": _TASKS.get(counts.opener, "text-generation"), **taken},
     )
     name = (hub_id or made.source).rstrip("/").rpartition("/")[2] or "model"
     parts = [
         f"# {name}, quantized by moeq",
         _table(_facts(made, counts, hub_id, commit)),
         "## How to open it",
-        _OPENING[counts.kind].format(folder="export" if counts.kind == "packed" else "dense"),
+        _OPENING[counts.kind].format(folder="export" if counts.kind == "packed" else "dense", opener=counts.opener),
         _QUALITY,
         _NOT_MEASURED,
         "## How it was made",

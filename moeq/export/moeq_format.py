@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import check_expressible, module_keys, packed_conversions
 from moeq.checkpoint.packed import PackedFormat, PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
@@ -207,6 +208,7 @@ def tally(kind: Kind, layout: Layout, source: FinishedModel) -> Tally:
         num_kept=len(layout.declared) - num_parts - len(carried),
         num_carried=len(carried),
         num_draft=source.origin.num_draft,
+        opener=model_class(layout.skeleton.config).__name__,
     )
 
 

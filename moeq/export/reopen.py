@@ -9,24 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.declared import restore_float32
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.model_class import model_class
-from moeq.checkpoint.names import packed_conversions
-from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
-from moeq.export.assemble import packed_skeleton
 from moeq.export.carried import unused_tensors
+from moeq.export.contents import conversions, empty_model
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
 from moeq.models.storage import file_dtype, is_widened, widen
@@ -72,8 +67,9 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
     opener = model_class(AutoConfig.from_pretrained(directory))
     reloaded = opener.from_pretrained(directory, attn_implementation=attention)
-    unused = unused_tensors(reloaded, stored_in(Path(directory)), _conversions(reloaded))
-    restore_float32(reloaded, Path(directory), _conversions(reloaded))
+    mapping = conversions(reloaded)
+    unused = unused_tensors(reloaded, stored_in(Path(directory)), mapping)
+    restore_float32(reloaded, Path(directory), mapping)
     if is_widened(model):
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
@@ -88,7 +84,7 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
-    skeleton, mapping = _empty(folder)
+    skeleton, mapping = empty_model(folder)
     skeleton.set_attn_implementation(model.config._attn_implementation)
     stored = stored_in(folder)
     stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))
@@ -102,26 +98,6 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
             yield
 
     return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
-
-
-def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
-    """The model of a folder without values, and the conversions from its files."""
-    config = AutoConfig.from_pretrained(folder)
-    description = getattr(config, "quantization_config", None)
-    if description is None:
-        with torch.device("meta"):
-            skeleton = model_class(config).from_config(config, dtype=config.dtype)
-        return skeleton, _conversions(skeleton)
-    assert description["quant_method"] == METHOD
-    skeleton = packed_skeleton(config, MoEQConfig.from_dict(description), config.dtype)
-    return skeleton, _conversions(skeleton)
-
-
-def _conversions(model: PreTrainedModel) -> list[Any]:
-    """Conversions from the files of an export to its model, dense or packed."""
-    mapping = get_model_conversion_mapping(model)
-    quantization = getattr(model.config, "quantization_config", None)
-    return mapping if quantization is None else packed_conversions(mapping, quantization.expert_leaves)
 
 
 def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, Readable]) -> list[str]:

@@ -38,13 +38,15 @@ class Run:
         needs: What the steps ask for.
         promise: What a survey of the original model will find; None where no step makes one.
         evidence: What it found; None before its end.
-        plan: Grid of every weight, by canonical name.
+        plan: Grid of every weight that is quantized, by canonical name.
         hessians: Hessians of the current pass.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights of the current block, on the CPU, by canonical name; others are in block files.
+        kept: Names of weights of the current block that the plan lacks: they stay as they are.
         offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         reasons: Why parameters are not what the source holds: by name, or by a pattern for many.
+        ledger: Tensors of the source's files by what became of them, once exports are written.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
@@ -58,9 +60,11 @@ class Run:
     hessians: Hessians = field(default_factory=Hessians)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
     offsets: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    ledger: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from moeq.checkpoint.loading import align, load_model, stream_model
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import visiting
 from moeq.models.storage import storage_dtype
-from tests.families import FAMILIES
+from tests.families import FAMILIES, SUPPORTED_WRAPPERS
 from tests.tiny import save_tiny, tiny_model
 
 IDS = torch.arange(3, 21).reshape(2, 9)
@@ -29,7 +29,9 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), **dict(model.named_buffers())}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in SUPPORTED_WRAPPERS)]
+)
 @torch.no_grad()
 def test_every_family_has_the_tensors_and_logits_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")

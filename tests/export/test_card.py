@@ -36,6 +36,12 @@ def test_the_hub_reads_the_metadata_of_a_card() -> None:
     assert (dense.library_name, dense.pipeline_tag, dense.license) == ("transformers", "image-text-to-text", None)
 
 
+def test_the_card_of_a_wrapper_names_the_class_that_opens_it() -> None:
+    text = card_text(MADE, replace(PACKED, opener="AutoModelForImageTextToText"), {})
+    assert 'model = AutoModelForImageTextToText.from_pretrained("export")' in text
+    assert ModelCard(text).data.pipeline_tag == "image-text-to-text"
+
+
 def test_a_card_says_what_was_made_of_what() -> None:
     text = card_text(MADE, PACKED, {})
     for part in (
