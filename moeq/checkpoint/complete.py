@@ -125,7 +125,7 @@ def _initial(model: PreTrainedModel, name: str) -> Initial:
     values = torch.zeros(empty.shape, dtype=empty.dtype)
     held[leaf] = values if held is owner._buffers else torch.nn.Parameter(values, requires_grad=False)
     model._init_weights(owner)
-    value = held[leaf].detach()  # type: ignore[union-attr]
+    value = held[leaf].detach()
     held[leaf] = empty
     return Initial(name, value)
 

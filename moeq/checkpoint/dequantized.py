@@ -92,8 +92,9 @@ def read_description(folder: Path) -> tuple[dict[str, Any] | None, torch.dtype]:
     stated = [values.get(key) for values in (config, text or {}) for key in ("dtype", "torch_dtype")]
     name = next((str(value).removeprefix("torch.") for value in stated if value), "bfloat16")
     dtype = getattr(torch, name, None)
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
-    return description_of(config), dtype if floating else torch.bfloat16
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = torch.bfloat16
+    return description_of(config), dtype
 
 
 def dequantized(

@@ -81,7 +81,7 @@ def _why_not_in(folder: Path, what: str, name: str, chain: list[BaseException]) 
     listed = f"(it holds {present})"
     if what == "model" and not (folder / "config.json").is_file():
         return (
-            f"no model could be read from the folder {name}: it has no config.json {listed}; "
+            f"no model could be read from the folder {name} {listed}: it has no config.json; "
             "give a Hugging Face model folder"
         )
     for path in sorted(folder.glob("*.json")):
@@ -89,7 +89,7 @@ def _why_not_in(folder: Path, what: str, name: str, chain: list[BaseException]) 
             return f"no {what} could be read from the folder {name}: {path.name} is damaged ({damage}); copy it again"
     if what == "tokenizer" and not has_vocabulary(folder):
         return (
-            f"no tokenizer could be read from the folder {name}: it has no tokenizer.json or tokenizer.model {listed}; "
+            f"no tokenizer could be read from the folder {name} {listed}: it has no tokenizer.json or tokenizer.model; "
             "copy the tokenizer's files into it"
         )
     return f"no {what} could be read from the folder {name}: {_first_line(chain[0])}"
@@ -146,8 +146,8 @@ def _why_not_at_hub(what: str, name: str, chain: list[BaseException], revision: 
 
 
 def _status_message(name: str, error: BaseException, token: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", "an error")
-    meaning = {401: f"it asks who you are{token}", 403: f"you may not read it{token}"}
+    status: Any = getattr(getattr(error, "response", None), "status_code", "an error")
+    meaning: dict[Any, str] = {401: f"it asks who you are{token}", 403: f"you may not read it{token}"}
     return f"the hub answers {status} for {name}: {meaning.get(status, _first_line(error))}; check access, or try later"
 
 

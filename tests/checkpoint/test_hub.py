@@ -68,7 +68,7 @@ def test_code_of_a_tokenizer_is_refused_without_a_question(folder: Path, monkeyp
     [
         ("tokenizer.json", "{ not json", r"no tokenizer .*: tokenizer\.json is damaged \(.*\); copy it again"),
         ("config.json", '{"model_type": "qwen', r"config\.json is damaged \(.*\); copy it again"),
-        ("tokenizer.json", None, r"no tokenizer .*: it has no tokenizer\.json or tokenizer\.model"),
+        ("tokenizer.json", None, r"no tokenizer .* \(it holds .*\): it has no tokenizer\.json or tokenizer\.model"),
     ],
 )
 def test_a_file_that_is_damaged_or_absent_is_named(name: str, content: str | None, message: str, folder: Path) -> None:
