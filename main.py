@@ -6,7 +6,6 @@ python main.py validate --config configs/eval.yaml              evaluate an orig
 
 import os
 import sys
-from argparse import ArgumentError
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
@@ -35,21 +34,23 @@ if TYPE_CHECKING:
 
 
 def main(args: "ArgsType" = None) -> None:
-    """Run one command; a mistake of the user's ends with one line, without a traceback (MOEQ_DEBUG=1 shows it)."""
+    """Run one command; what a user can mend ends with one line, without a traceback (MOEQ_DEBUG=1 shows it)."""
     given = sys.argv[1:] if args is None else args
     if not given or given in (["-h"], ["--help"]):
         # Answered here, as importing torch and lightning takes seconds.
         sys.stdout.write(f"{__doc__}\n{HELP}")
         return
-    from moeq.cli import MoEQuantCLI, first_mistake
+    from moeq.cli import MoEQuantCLI
+    from moeq.mistakes import one_line
 
     import_parts()
     try:
         MoEQuantCLI.run(args)
-    except (ValueError, ArgumentError) as error:
-        if os.environ.get("MOEQ_DEBUG"):
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get("MOEQ_DEBUG"):
             raise
-        sys.exit(f"moeq: {first_mistake(error)}")
+        sys.exit(f"moeq: {line}")
 
 
 def import_parts() -> None:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from moeq.callback import SolveStep, module_of
+from moeq.callback import SolveStep
 from moeq.fit.channel_scaling import Inputs, gather_inputs, refuse_chunks, scale_stage
 from moeq.fit.solve import Solver, Unit, quantize_sites
 from moeq.models.adapter import STAGES
@@ -41,9 +40,9 @@ class AWQ(SolveStep):
         self.rounding = rounding
         self.coverage = CoverageSpec(coverage, min_tokens, kappa)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, module: MoEQuantModule) -> None:
         """Refuse before any work a bound on memory that cuts a stage into several passes."""
-        refuse_chunks(module_of(pl_module).walk.schedule)
+        refuse_chunks(module.walk.schedule)
 
     def solve_pass(self, module: MoEQuantModule) -> None:
         """Scale and quantize the sites of this pass, stage by stage: a later one divides what an earlier quantized."""

@@ -6,10 +6,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.decide import AllocationSpec, Decision, decide
+from moeq.allocation.decide import AllocationSpec, Decision, base_plan, decide
 from moeq.allocation.dry_run import rehearse
 from moeq.allocation.evidence import read_evidence
-from moeq.allocation.plan import check_plan, plan_cost, plan_from_json
+from moeq.allocation.plan import check_plan, kept_from_json, plan_cost, plan_from_json
 from moeq.allocation.plan_report import allocation_report, allocation_to_json
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json, write_text
@@ -18,7 +18,7 @@ from moeq.module import MoEQuantModule
 
 
 class BitAllocation(Step):
-    """Bits by structure, by named rules, by an allocator under a budget, or as in the allocation.json of another run.
+    """Bits by structure, name or rule, by an allocator under a budget, or as in the allocation.json of another run.
 
     Without arguments every weight has ``--model.bits``.  Rules and costs that need a survey take that of the callback
     ``Survey``, which then stands before this one, or a file of an earlier run.
@@ -31,6 +31,7 @@ class BitAllocation(Step):
     def __init__(self, survey: str | None = None, **settings: Any) -> None:
         self.spec = AllocationSpec(**settings)
         self.survey = survey
+        self._decision: Decision | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide, or make sure that a survey comes first and holds what the decision needs."""
@@ -39,11 +40,13 @@ class BitAllocation(Step):
         if self.survey is not None:
             run.evidence = read_evidence(Path(self.survey), weights)
         if not self.spec.needs_evidence or run.evidence is not None:
-            self._take(trainer, module, decide(self.spec, weights, module.grid, run.evidence))
+            self._decision = decide(self.spec, weights, module.grid, run.evidence)
+            self._take(trainer, module, self._decision)
         elif block_path(module.run_dir, 0).exists() and not module.hparams["restart"]:
             # A run that continues has no survey: finished blocks follow the plan that it made then.
-            run.plan = plan_from_json(module.run_dir / "allocation.json")
-            check_plan(run.plan, weights)
+            path = module.run_dir / "allocation.json"
+            run.plan = plan_from_json(path)
+            check_plan(run.plan, weights, kept_from_json(path))
         elif run.promise is None:
             raise ValueError(
                 "BitAllocation has rules or costs that need a survey, and nothing makes one; put "
@@ -51,11 +54,12 @@ class BitAllocation(Step):
             )
         else:
             run.needs.evidence = True
+            # Until the survey has decided: what is kept is certain.
+            run.plan, _ = base_plan(self.spec, weights, module.grid)
             rehearse(self.spec, weights, module.grid, run.promise)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, module: MoEQuantModule) -> None:
         """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
-        module = module_of(pl_module)
         run = module.run
         for name, (bits, group_size) in module.walk.resume.grids.items():
             if (bits, group_size) != (run.plan[name].bits, run.plan[name].group_size):
@@ -65,25 +69,35 @@ class BitAllocation(Step):
                     "--model.restart true"
                 )
 
+    def begin(self, module: MoEQuantModule) -> None:
+        """Write down what was decided at the start."""
+        if self._decision is not None:
+            self._write(module, self._decision)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide at the end of the last pass of the survey."""
         module = module_of(pl_module)
         epoch, schedule = module.current_epoch, module.walk.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
-            weights = module.weight_shapes()
-            self._take(trainer, module, decide(self.spec, weights, module.grid, module.run.evidence))
+            decision = decide(self.spec, module.weight_shapes(), module.grid, module.run.evidence)
+            self._take(trainer, module, decision)
+            self._write(module, decision)
 
     def _take(self, trainer: Trainer, module: MoEQuantModule, decision: Decision) -> None:
-        """Make a decision the plan of the run, and write it down."""
+        """Make a decision the plan of the run."""
         weights = module.weight_shapes()
         # Accelerators may differ in last digits, which can tip a choice: all ranks follow the first.
         module.run.plan = trainer.strategy.broadcast(decision.plan)
         cost = plan_cost(decision.plan, weights)
         rank_zero_info(
-            f"Allocation: {cost.code_bits:.3f} bits per weight, {cost.average_bits:.3f} with scales and zero points "
-            f"({cost.active_average_bits:.3f} over active weights), {cost.bytes / 1e6:.2f} MB"
+            f"Allocation: {cost.code_bits:.3f} bits per quantized weight, {cost.average_bits:.3f} with scales and zero "
+            f"points ({cost.active_average_bits:.3f} over active weights), {cost.bytes / 1e6:.2f} MB"
+            f"{f'; {len(decision.kept)} weights kept as they are' if decision.kept else ''}"
         )
-        if trainer.is_global_zero:
+
+    def _write(self, module: MoEQuantModule, decision: Decision) -> None:
+        weights = module.weight_shapes()
+        if module.trainer.is_global_zero:
             write_json(module.run_dir / "allocation.json", allocation_to_json(decision, weights))
             write_text(module.run_dir / "allocation.md", allocation_report(decision, weights))

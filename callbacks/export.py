@@ -161,7 +161,7 @@ class Export(Step):
 
     def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> dict[str, int]:
         """Write ledger.json, whatever it says; returns the counts of a ledger in which nothing is amiss."""
-        from moeq.export.ledger import make_ledger
+        from moeq.export.accounting import make_ledger
 
         run, origin = module.run, source.origin
         if origin.folder is None:

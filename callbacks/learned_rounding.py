@@ -47,7 +47,10 @@ class LearnedRounding(Step):
         current, run = module.current_pass, module.run
         if not current.ends_block:
             return
-        names = [name for site in module.adapter.sites(current.block) for name in site.weight_names()]
+        everything = [name for site in module.adapter.sites(current.block) for name in site.weight_names()]
+        names = [name for name in everything if name in run.plan]
+        if not names:
+            return  # all of the block is kept as it is
         if not run.offsets.keys() >= set(names):
             raise ValueError(
                 f"LearnedRounding found weights of block {current.block} that are not quantized yet; "

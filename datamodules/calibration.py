@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
 from moeq.fit.memory import DataShape
+from moeq.quant.spec import Fallback
 
 
 class BatchShare(Sampler[list[int]]):
@@ -46,15 +48,32 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
         self._ids_NL: Tensor | None = None
 
     def calibration_ids(self) -> Tensor:
-        """int64 [N, L] on the CPU, the same on every rank; made once, before any weight of the model is changed."""
+        """int64 [N, L] on the CPU, the same on every rank; made once, before any weight of the model is changed.
+
+        Raises:
+            ValueError: They cannot be made, or are fewer batches than ranks.
+        """
         if self._ids_NL is None:
-            self._ids_NL = self.make_ids()
+            ids_NL = self.make_ids()
+            self._share(ids_NL)
+            if num_equal := len(ids_NL) - len(ids_NL.unique(dim=0)):
+                detail = f"{num_equal} of {len(ids_NL)} repeat another one: their tokens count several times"
+                self._tell("calibration data", "equal sequences", detail)
+            self._ids_NL = ids_NL
         return self._ids_NL
 
+    def begin(self) -> None:
+        """Write what describes the data, where anything does: the run is not refused any more."""
+
     @property
-    def _tokenizer(self) -> Any:
+    def _module(self) -> Any:
         assert self.trainer is not None, "the data are made by a Trainer"
-        return self.trainer.lightning_module.tokenizer
+        return self.trainer.lightning_module
+
+    def _tell(self, source: str, reason: str, detail: str) -> None:
+        """Something about the data that a user would want otherwise: on the screen, and in the report of the run."""
+        self._module.run.fallbacks.append(Fallback(source, reason, detail))
+        rank_zero_info(f"Calibration data: {reason}: {detail}")
 
     def shape(self) -> DataShape | None:
         """How many sequences of how many tokens there are going to be (at most); None where only making them tells.
@@ -74,10 +93,14 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None, "the loader is built by a Trainer"
         ids_NL = self.calibration_ids()
-        share = BatchShare(len(ids_NL), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader([{"input_ids": ids_L} for ids_L in ids_NL], batch_sampler=share)  # type: ignore[arg-type]
+        rows = [{"input_ids": ids_L} for ids_L in ids_NL]
+        return DataLoader(rows, batch_sampler=self._share(ids_NL))  # type: ignore[arg-type]
+
+    def _share(self, ids_NL: Tensor) -> BatchShare:
+        """Batches of this rank."""
+        assert self.trainer is not None, "the data are made by a Trainer"
+        return BatchShare(len(ids_NL), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
 
 
 def check_positions(config: Any, length: int) -> None:

@@ -57,6 +57,7 @@ class EBSSDataModule(CalibrationDataModule):
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
         self.writer: WriterChoice = writer
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text
+        self._made: tuple[Path, ComparedText | None, Writer] | None = None
 
     @override
     def shape(self) -> DataShape:
@@ -99,15 +100,20 @@ class EBSSDataModule(CalibrationDataModule):
             copy_file(self._shared(path), path)
         trainer.strategy.barrier("moeq_ebss_cache")
         self._write_missing(writer, path, text)
-        if trainer.is_global_zero:
-            if not self._shared(path).is_file():
-                copy_file(path, self._shared(path))
-            self._report(path, text, writer)
+        if trainer.is_global_zero and not self._shared(path).is_file():
+            copy_file(path, self._shared(path))
+        self._made = path, text, writer
         trainer.strategy.barrier("moeq_ebss")
         if trainer.is_global_zero:
             # Not before the barrier: all ranks have to have read the parts.
             shutil.rmtree(_parts(path), ignore_errors=True)
         return load_sampled(path).ids_NT
+
+    @override
+    def begin(self) -> None:
+        if self._run()[0].is_global_zero:
+            assert self._made is not None, "the sequences are there by now"
+            self._report(*self._made)
 
     def _run(self) -> tuple[Any, Any]:
         assert self.trainer is not None, "the data are made by a Trainer"
@@ -123,7 +129,7 @@ class EBSSDataModule(CalibrationDataModule):
 
         if self.compare_text is None:
             return None
-        return ComparedText.read(self.compare_text, self._tokenizer, self.spec)
+        return ComparedText.read(self.compare_text, self._module.tokenizer, self.spec)
 
     def _files(self) -> dict[Writer, Path]:
         """Where the set of each writer is in the run folder; original and lockstep have the same."""

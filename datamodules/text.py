@@ -1,15 +1,17 @@
 """Calibration on windows of text: of a local file, or of a data set of the hub."""
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.calibration import CalibrationDataModule
-from moeq.disk.texts import read_documents, token_stream
+from datamodules.calibration import CalibrationDataModule, check_positions
+from moeq.disk.texts import as_text, is_chat, read_documents, token_stream
 from moeq.fit.memory import DataShape
-from moeq.sampling.text import text_windows
+from moeq.sampling.chats import chat_renderer
+from moeq.sampling.given_ids import check_ids
+from moeq.sampling.text import cut_windows, overlap, window_starts
 
 
 class TextDataModule(CalibrationDataModule):
@@ -20,7 +22,8 @@ class TextDataModule(CalibrationDataModule):
         dataset: Or a data set of the hub, such as wikitext; its rows are joined by empty lines, as in the GPTQ papers.
         dataset_config: Configuration of the data set, such as wikitext-2-raw-v1.
         split: Split of the data set.
-        field: Field of a .jsonl file, or column of the data set, that holds the text.
+        field: Field of a .jsonl file, or column of the data set, that holds the text; chats, which are lists of
+            {role, content} such as "messages", go through the chat template of the tokenizer.
         num_windows: Windows to calibrate on.
         length: Tokens per window.
         seed: Of the choice of windows.
@@ -55,23 +58,34 @@ class TextDataModule(CalibrationDataModule):
 
     @override
     def make_ids(self) -> Tensor:
-        source = self.path or self.dataset
+        source = str(self.path or self.dataset)
+        config = self._module.model.config
+        check_positions(config, self.length)
         try:
-            return text_windows(self._stream(), self.length, self.num_windows, self.seed)
+            ids_T = self._stream()
+            starts_N = window_starts(ids_T.numel(), self.length, self.num_windows, self.seed)
         except ValueError as error:
             raise ValueError(f"calibration text {source}: {error}") from error
+        if repeated := overlap(starts_N, self.length, ids_T.numel()):
+            self._tell(source, "calibration windows overlap", repeated)
+        ids_NL = cut_windows(ids_T, starts_N, self.length)
+        check_ids(ids_NL, f"calibration text {source}", config.get_text_config().vocab_size)
+        return ids_NL
 
     def _stream(self) -> Tensor:
+        tokenizer = self._module.tokenizer
+        render = chat_renderer(tokenizer)
         if self.path is not None:
-            return token_stream(read_documents(Path(self.path), self.field), self._tokenizer)
+            return token_stream(read_documents(Path(self.path), self.field, render), tokenizer)
         assert self.dataset is not None
         rows = load_rows(self.dataset, self.dataset_config, self.split, self.field)
-        ids = self._tokenizer.encode("\n\n".join(rows), add_special_tokens=False)
-        return torch.tensor(ids, dtype=torch.int64)
+        chats = is_chat(rows[0]) if rows else False
+        texts = [as_text(row, f"row {index}, column {self.field!r}", render) for index, row in enumerate(rows)]
+        return token_stream(texts if chats else ["\n\n".join(texts)], tokenizer, ends=chats)
 
 
-def load_rows(dataset: str, config: str | None, split: str, field: str) -> list[str]:
-    """One column of a data set of the hub (or of its local copy).
+def load_rows(dataset: str, config: str | None, split: str, field: str) -> list[Any]:
+    """One column of a data set of the hub (or of its local copy), as it is.
 
     Raises:
         ValueError: There is no such data set, configuration, split or column, or the hub cannot be reached.
@@ -87,4 +101,4 @@ def load_rows(dataset: str, config: str | None, split: str, field: str) -> list[
         ) from error
     if field not in rows.column_names:
         raise ValueError(f"field {field!r} is not one of the columns {rows.column_names} of {dataset}; choose one")
-    return [str(row) for row in rows[field]]
+    return list(rows[field])

@@ -45,6 +45,15 @@ class Step(Callback):
         """What this step adds to a run, for the preflight; one with the label of a pass stands for its sweep."""
         return ()
 
+    def check(self, module: MoEQuantModule) -> None:
+        """Raise ValueError where this step cannot work on the schedule or on what is finished of a fit.
+
+        All that a run may be refused for is here or in ``on_fit_start``, and neither writes a file.
+        """
+
+    def begin(self, module: MoEQuantModule) -> None:
+        """Write what tells a fit from others, before its first pass: it is not refused any more."""
+
 
 class SolveStep(Step):
     """A step that quantizes the weights of each calibration pass: override ``solver``.

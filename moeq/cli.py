@@ -7,33 +7,24 @@ import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
-from moeq.disk.atomic import write_text
 from moeq.module import MoEQuantModule
 from moeq.progress import PassProgressBar
+from moeq.run_folder import RunFolder, RunLogger
+from moeq.trainer_options import default_device, is_alone, refuse_options
 
 # Packages of the checkout, beside main.py, which imports them: their classes are known by their names alone.
 PARTS = {"trainer.callbacks": ("callbacks", Callback), "data": ("datamodules", LightningDataModule)}
-
-
-class RunFolderConfig(SaveConfigCallback):
-    """The resolved configuration as config.yaml (validate: config_validate.yaml) at the top of the run folder."""
-
-    affects_weights = False
-
-    @override
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        name = "config.yaml" if stage == "fit" else "config_validate.yaml"
-        write_text(Path(trainer.default_root_dir) / name, self.parser.dump(self.config, skip_none=False))
 
 
 class MoEQuantCLI(LightningCLI):
@@ -45,9 +36,22 @@ class MoEQuantCLI(LightningCLI):
         both = LightningCLI.subcommands()
         return {"fit": both["fit"], "validate": both["validate"]}
 
+    def before_fit(self) -> None:
+        """Refuse a checkpoint of Lightning: a run continues from its folder by itself."""
+        self._refuse_checkpoint()
+
+    def _refuse_checkpoint(self) -> None:
+        given = self._get(self.config_init, "ckpt_path")
+        if given is not None:
+            raise ValueError(
+                f"--ckpt_path {given} cannot be honoured: models are given by --model.name, and a run continues by "
+                "itself in its folder (--trainer.default_root_dir)"
+            )
+
     def before_validate(self) -> None:
         """Leave out Lightning's table of validation metrics: the callback Results prints a better one."""
         self.config_init["validate"]["verbose"] = False
+        self._refuse_checkpoint()
         if not hasattr(self.datamodule, "evaluations"):
             raise ValueError(
                 f"validate needs evaluation tasks, and {type(self.datamodule).__name__} has calibration data only; "
@@ -58,10 +62,24 @@ class MoEQuantCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add moeq's progress bar, unless progress bars are off."""
+        """Refuse what would change numbers unseen, and add moeq's progress bar and TensorBoard's files."""
         settings = self._get(self.config_init, "trainer", default={})
+        refuse_options(str(self.subcommand), settings)
         bars = [PassProgressBar()] if settings.get("enable_progress_bar") is not False else []
-        return super().instantiate_trainer(callbacks=[*(settings.get("callbacks") or []), *bars], **kwargs)
+        own: dict[str, Any] = {"callbacks": [*(settings.get("callbacks") or []), *bars]}
+        if settings.get("logger") in (None, True) and not settings.get("barebones"):
+            own["logger"] = RunLogger(settings["default_root_dir"])
+        if is_alone(settings):
+            # Lightning would believe the variables of a batch system, which may tell of other processes.
+            own["plugins"], rank_zero_only.rank = LightningEnvironment(), 0  # type: ignore[attr-defined]
+        own["accelerator"], fallback = default_device(settings["accelerator"])
+        if fallback is not None:
+            self.model.run.fallbacks.append(fallback)
+            rank_zero_info(f"Accelerator: {fallback.detail}")
+        try:
+            return super().instantiate_trainer(**own, **kwargs)
+        except RuntimeError as error:  # of a batch system's variables, or a device that is not there
+            raise ValueError(f"{error} (of Lightning's Trainer, about --trainer.*)") from error
 
     @classmethod
     def run(cls, args: ArgsType = None) -> "MoEQuantCLI":
@@ -84,7 +102,7 @@ class MoEQuantCLI(LightningCLI):
             try:
                 return cls(
                     MoEQuantModule, LightningDataModule, subclass_mode_data=True, auto_configure_optimizers=False,
-                    seed_everything_default=0, args=args, save_config_callback=RunFolderConfig,
+                    seed_everything_default=0, args=args, save_config_callback=RunFolder,
                     save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                     trainer_defaults=_trainer_defaults(), parser_kwargs=_parser_kwargs(cls.subcommands()),
                 )  # fmt: skip
@@ -123,47 +141,6 @@ def parts_table() -> str:
             sentence = re.split(r"(?<=\.)\s", " ".join((part.__doc__ or "").replace("``", "").split()))[0]
             lines.append(fill(sentence, 119, initial_indent=f"  {name:<22}", subsequent_indent=24 * " "))
     return "\n".join(lines)
-
-
-def first_mistake(error: Exception) -> str:
-    """What the user got wrong, out of an error of the parser, which lists every type that a value might have had."""
-    text = str(error)
-    if wrong := _wrong_class(text):
-        return wrong
-    if "Union subtypes" not in text:
-        return text
-    # Types within types: the innermost list has what was wrong, the first of its items what the user probably meant.
-    *outer, errors = text.split("Errors:\n")
-    items = re.findall(r"^\s*- (.+?)(?=^\s*- |\Z)", errors, re.DOTALL | re.MULTILINE)
-    keys = re.findall(r'Parser key "([^"]+)"', "".join(outer))
-    # Older versions of jsonargparse name first what the value was not meant to be: nothing at all.
-    items = [item for item in items if "Expected a <class 'NoneType'>" not in item] or items
-    mistake = " ".join(items[0].split()) if items else text
-    if unknown := re.search(r"given class_path '([^']+)':.*(Option '.+' is not accepted)", text, re.DOTALL):
-        option, short = keys[0] if keys else "data", unknown[1].rpartition(".")[2]
-        name = short if short in known_parts(option) else unknown[1]
-        return f"{'.'.join(keys) or option}: {unknown[2]}; --{option}.help {name} lists its options"
-    if value := re.match(r"Problem with given class_path '[^']+': Parser key \"([^\"]+)\": (.+)", mistake):
-        keys, mistake = [*keys, value[1]], value[2]
-    return f"{'.'.join(keys)}: {mistake}" if keys else mistake
-
-
-def _wrong_class(text: str) -> str | None:
-    """A class that does not exist, with those of a similar name and all others; None where the error is another."""
-    option = re.search(r'Parser key "([^"]+)"|--([\w.]+)\.help: ', text)
-    missing = re.search(
-        r"Expected a dot import path string: (?P<name>\S+)|(?:given class_path '(?P<path>[^']+)'|\.help):\s+"
-        r"(?P<reason>module '[^']+' has no attribute '(?P<last>[^']+)'|No module named '[^']+')",
-        text,
-    )
-    if not option or not missing:
-        return None
-    given, reason, known = missing["name"] or missing["path"], missing["reason"], known_parts(option[1] or option[2])
-    what = " ".join(["there is no class", *([given] if given else []), *([f"({reason})"] if reason else [])])
-    near = close_names(given.rpartition(".")[2] if given else missing["last"] or "", known)
-    remedy = f"did you mean {' or '.join(near)}? " if near else ""
-    listed = f"known by name are {', '.join(known)}; any other class is" if known else "write it as"
-    return f"{option[1] or option[2]}: {what}; {remedy}{listed} package.module.Class"
 
 
 def close_names(given: str, known: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from moeq.allocation.plan import planned
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.disk.atomic import write_json, write_text
 from moeq.distributed import gather_lists
@@ -54,14 +55,14 @@ REMEDIES: Mapping[str, Sequence[str]] = {
 
 
 def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
-    """Say and write what a fit is going to take; settles ``--model.hessian_gib auto``.
+    """Say what a fit is going to take; settles ``--model.hessian_gib auto``.
 
     Returns:
         None where the datamodule does not say how much data it gives.
 
     Raises:
         ValueError: The run does not fit, or its schedule is impossible.
-        SystemExit: ``--model.preflight true``: after the table.
+        SystemExit: ``--model.preflight true``: after the table, which is written.
     """
     trainer: Any = module.trainer
     data = data_shape(trainer)
@@ -70,21 +71,29 @@ def preflight_fit(module: "MoEQuantModule") -> Forecast | None:
         bound = min(gather_lists([_choose_bound(module, work, room)]))
         module.walk_spec = replace(module.walk_spec, hessian_gib=bound)
         work = replace(work, schedule=_schedule(module, bound))
+    if room.disk is not None:
+        # Hidden states that wait there are gone in the end, and need their place until then.
+        room = replace(room, disk=room.disk - work.waiting_on_disk)
+    check_room(_forecast(module, work), room, REMEDIES)  # of data that nothing is known of, as if they were one token
     if data is None:
         return None
-    check_room(_forecast(module, work), room, REMEDIES)
     long, stops = is_long(work), module.hparams["preflight"]
     if work.schedule and (long or stops):
         rank_zero_info("Preflight: measuring a few operations on one block ...")
         work = replace(work, speed=_measure(module, work))
     forecast = _forecast(module, work)
     rank_zero_info(forecast_table(forecast) if long or stops else summary_line(forecast))
-    if trainer.is_global_zero:
-        write_json(module.run_dir / "preflight.json", forecast_json(forecast))
-        write_text(module.run_dir / "preflight.md", forecast_table(forecast))
     if stops:
+        write_forecast(module, forecast)
         raise SystemExit(0)
     return forecast
+
+
+def write_forecast(module: "MoEQuantModule", forecast: Forecast) -> None:
+    """``preflight.json`` and ``preflight.md``, by the first rank."""
+    if module.trainer.is_global_zero:
+        write_json(module.run_dir / "preflight.json", forecast_json(forecast))
+        write_text(module.run_dir / "preflight.md", forecast_table(forecast))
 
 
 def data_shape(trainer: Any) -> DataShape | None:
@@ -122,6 +131,7 @@ def _work(module: "MoEQuantModule", data: DataShape) -> FitWork:
         block_files=block_file_bytes(
             module.weight_shapes(), run.plan, adapter.storage_dtype.itemsize, len(adapter.blocks)
         ),
+        num_quantized=sum(shape.numel for shape in planned(run.plan, module.weight_shapes())),
         experts_per_token=experts_per_token(adapter.model.config),
         needs=run.needs,
         hidden_bytes=int(module.walk_spec.hidden_gib * GIB),
@@ -260,7 +270,6 @@ def export_sizes(work: FitWork) -> ExportSizes:
     model, adapter = work.model, work.adapter
     largest = max(range(len(model.blocks)), key=model.stored.__getitem__)
     source = model.outside_stored + sum(model.stored)
-    quantized = sum(sum(site.rows) * site.in_features * site.num_experts for site in adapter.all_sites())
     return ExportSizes(
         held={**model.held(largest), **work.kernels},
         loading=model.loading[largest] if model.streamed else 0,
@@ -268,6 +277,6 @@ def export_sizes(work: FitWork) -> ExportSizes:
         block=model.stored[largest],
         block_file=work.block_files[largest],
         source=source,
-        packed=source - quantized * adapter.storage_dtype.itemsize + sum(work.block_files),
+        packed=source - work.num_quantized * adapter.storage_dtype.itemsize + sum(work.block_files),
         widening=model.total / source,
     )

@@ -1,6 +1,6 @@
 """Preflight of a validate: what it is going to take is said, written down, and refused where it cannot fit."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -34,16 +34,15 @@ GIB = 1 << 30
 
 
 def preflight_validation(module: "MoEQuantModule", places: Places) -> Forecast | None:
-    """Say and write what a validate is going to take.
+    """Say what a validate is going to take.
 
     Returns:
         None where a model has no blocks of experts, whose shapes the formulas read.
 
     Raises:
         ValueError: It does not fit, or a streamed model would have to write text.
-        SystemExit: ``--model.preflight true``: after the table.
+        SystemExit: ``--model.preflight true``: after the table, which is written.
     """
-    trainer: Any = module.trainer
     refuse_generation(places.model, module.evaluations)
     tasks = [task_work(evaluation, places.without) for evaluation in module.evaluations]
     asked = [task for task in tasks if task.num_tokens]
@@ -59,13 +58,18 @@ def preflight_validation(module: "MoEQuantModule", places: Places) -> Forecast |
     forecast = Forecast(lines, phases, process, module.device.type == "cpu")
     long, stops = any(role.pace for role in roles), module.hparams["preflight"]
     rank_zero_info(forecast_table(forecast) if long or stops else summary_line(forecast))
-    if trainer.is_global_zero:
-        write_json(module.run_dir / "preflight_validate.json", forecast_json(forecast))
-        write_text(module.run_dir / "preflight_validate.md", forecast_table(forecast))
     check_room(forecast, room_of(module), REMEDIES)
     if stops:
+        write_validation_forecast(module, forecast)
         raise SystemExit(0)
     return forecast
+
+
+def write_validation_forecast(module: "MoEQuantModule", forecast: Forecast) -> None:
+    """``preflight_validate.json`` and ``preflight_validate.md``, by the first rank."""
+    if module.trainer.is_global_zero:
+        write_json(module.run_dir / "preflight_validate.json", forecast_json(forecast))
+        write_text(module.run_dir / "preflight_validate.md", forecast_table(forecast))
 
 
 def _roles(module: "MoEQuantModule", places: Places, tasks: list[TaskWork]) -> list[Role] | None:

@@ -31,12 +31,12 @@ from moeq.distributed import gather_lists
 from moeq.evaluation.task_evaluation import TaskEvaluation
 from moeq.evaluation.validation import ReferenceMode, start_validation
 from moeq.fit.fingerprint import data_digest, run_fingerprint
-from moeq.fit.resume import Resume
+from moeq.fit.resume import Resume, refuse_other_run
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
-from moeq.forecast import preflight_fit
-from moeq.forecast_validation import preflight_validation
+from moeq.forecast import preflight_fit, write_forecast
+from moeq.forecast_validation import preflight_validation, write_validation_forecast
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
@@ -45,6 +45,7 @@ from moeq.preflight.phases import Forecast
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
 from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
+from moeq.trainer_options import numeric_switches, refuse_trainer
 
 
 class MoEQuantModule(L.LightningModule):
@@ -121,6 +122,11 @@ class MoEQuantModule(L.LightningModule):
         self._models: dict[str, Any] = {}
 
     # -- the model
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Before any work: what the Trainer does to the numbers of a run."""
+        refuse_trainer(self.trainer)
 
     @override
     def configure_model(self) -> None:
@@ -205,10 +211,34 @@ class MoEQuantModule(L.LightningModule):
         if not self.run.plan:
             self.run.plan = uniform_plan(self.weight_shapes(), self.grid)
         self.run.meter.folder = self.run_dir
+        known, restart = self._fingerprint(), self.hparams["restart"]
+        if not restart:
+            refuse_other_run(self.run_dir, known)
         self.forecast = preflight_fit(self)
-        resume = Resume(self.adapter, self.run, self.run_dir, self._fingerprint(), restart=self.hparams["restart"])
+        resume = Resume(self.adapter, self.run, self.run_dir, known | self._data_fingerprint(), restart=restart)
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
+        self._begin()
+
+    def _begin(self) -> None:
+        """The end of all refusals: only then anything of the run folder changes (but for sampled data, which are new).
+
+        Raises:
+            ValueError: A step refuses the schedule.
+        """
+        from moeq.callback import Step
+
+        trainer: Any = self.trainer
+        steps = [step for step in trainer.callbacks if isinstance(step, Step)]
+        for step in steps:
+            step.check(self)
+        self.walk.resume.begin()
+        if self.forecast is not None:
+            write_forecast(self, self.forecast)
+        if (report := getattr(trainer.datamodule, "begin", None)) is not None:
+            report()
+        for step in steps:
+            step.begin(self)
 
     @override
     def on_train_start(self) -> None:
@@ -216,15 +246,20 @@ class MoEQuantModule(L.LightningModule):
         self.walk.start()
 
     def _fingerprint(self) -> dict[str, str]:
-        """Of the configuration, the model and the data, which may have to be sampled first."""
+        """Of the configuration and the model."""
+        trainer: Any = self.trainer
+        batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
+        settings = {**self.settings, "batches": batches, **numeric_switches()}
+        return run_fingerprint(settings, trainer.callbacks, model_identity(settings["name"]), self.model.dtype)
+
+    def _data_fingerprint(self) -> dict[str, str]:
+        """Of the calibration data, which may have to be sampled first."""
         trainer: Any = self.trainer
         start = time.perf_counter()
         with self.run.meter.phase("sampling", "calibration data"):
             data = data_digest(trainer.datamodule)
         self.run.seconds["calibration data"] = time.perf_counter() - start
-        batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
-        settings = {**self.settings, "batches": batches}
-        return run_fingerprint(settings, trainer.callbacks, model_identity(settings["name"]), self.model.dtype, data)
+        return {"data": data}
 
     @property
     def current_pass(self) -> Pass:
@@ -261,6 +296,8 @@ class MoEQuantModule(L.LightningModule):
             rank_zero_info, meter,
         )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
+        if self.forecast is not None:
+            write_validation_forecast(self, self.forecast)
 
     @override
     @torch.no_grad()

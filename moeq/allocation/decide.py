@@ -1,9 +1,10 @@
 """Decision on a run's plan: structures, rules, an allocator or a given plan, turned into checked bits of each weight.
 
 given plan                     read, checked against the model, the runtime and the budget
-method "rules"                 base width by structure, then every rule raises what it selects
+method "rules"                 base width by structure, then every rule raises what it selects, but for patterns
 method "allocate"              the program of ``problem.py``; structures with bits of their own are fixed, and what
                                the rules select is a least width
+patterns                       say the bits or group size of single weights for good, or keep them out of the plan
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,17 @@ from typing import Any, Literal
 
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
 from moeq.allocation.evidence import CostTable, Evidence
-from moeq.allocation.plan import DEFAULT_CHOICES, check_plan, parse_choices, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.patterns import Pattern, Wish, match_patterns
+from moeq.allocation.plan import (
+    DEFAULT_CHOICES,
+    check_plan,
+    kept_from_json,
+    parse_choices,
+    plan_cost,
+    plan_from_json,
+    planned,
+    uniform_plan,
+)
 from moeq.allocation.problem import Budget, BudgetUnit, Constraints, Floor
 from moeq.allocation.rules import Rule, RuleEffect, apply_rules, make_rule
 from moeq.allocation.runtime import RuntimeName, check_runtime, find_runtime
@@ -33,6 +44,8 @@ class AllocationSpec:
         dense: Bits of dense MLP blocks.
         routed: Bits of routed experts.
         plan: Path of an allocation.json; the other bits must then be left out.
+        patterns: What weights of a name get: {pattern: "*.self_attn.*", bits: 8}, {pattern: "*.down_proj", group_size:
+            32} or {pattern: "model.layers.0.*", keep: true}, which leaves them as they are; the last that matches wins.
         rules: Rules such as {rule: first_blocks, num: 2, bits: 4}; each raises the bits of what it selects.  For the
             allocator they are least widths.
         method: "rules", or "allocate": the least predicted damage within a budget.
@@ -51,6 +64,7 @@ class AllocationSpec:
     dense: int | None = None
     routed: int | None = None
     plan: str | None = None
+    patterns: tuple[Pattern, ...] = ()
     rules: tuple[dict[str, Any], ...] = ()
     method: Method = "rules"
     cost: str | None = None
@@ -63,8 +77,9 @@ class AllocationSpec:
     def __post_init__(self) -> None:
         find_runtime(self.runtime)
         bits, rules = self.bits_by_kind, self.parsed_rules
-        if self.plan is not None and (bits or rules or self.method == "allocate"):
-            asked = [*bits, *(["rules"] if rules else []), *(["method"] if self.cost else [])]
+        if self.plan is not None and (bits or rules or self.patterns or self.method == "allocate"):
+            lists = {"patterns": self.patterns, "rules": rules, "method": self.cost}
+            asked = [*bits, *(name for name, given in lists.items() if given)]
             raise ValueError(f"plan ({self.plan}) already states all bits; leave out {', '.join(asked) or 'method'}")
         if self.method == "allocate" and (self.cost is None or self.budget is None):
             raise ValueError(
@@ -100,9 +115,10 @@ class AllocationSpec:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and how it came about: what rules did, what the allocator found, what runtimes cost."""
+    """A plan, and how it came about: what is kept, what rules did, what the allocator found, what runtimes cost."""
 
     plan: dict[str, GridSpec]
+    kept: tuple[str, ...] = ()
     effects: tuple[RuleEffect, ...] = ()
     allocation: Allocation | None = None
     prices: tuple[RuntimePrice, ...] = ()
@@ -125,17 +141,31 @@ def decide(
     if spec.method == "allocate":
         return _allocate(spec, weights, grid, evidence)
     if spec.plan is not None:
-        plan = plan_from_json(Path(spec.plan))
-        check_plan(plan, weights)
-        decision = Decision(plan)
+        plan, kept = plan_from_json(Path(spec.plan)), kept_from_json(Path(spec.plan))
+        check_plan(plan, weights, kept)
+        decision = Decision(plan, kept)
     else:
-        base = uniform_plan(weights, grid, spec.bits_by_kind)
-        plan, effects = apply_rules(base, spec.parsed_rules, weights, evidence)
-        decision = Decision(plan, tuple(effects))
+        base, wishes = base_plan(spec, weights, grid)
+        told = {name for name, wish in wishes.items() if wish.bits is not None}
+        plan, effects = apply_rules(base, spec.parsed_rules, planned(base, weights), evidence, told)
+        decision = Decision(plan, kept_names(wishes, weights), tuple(effects))
     check_runtime(plan, weights, find_runtime(spec.runtime))
     if spec.limit is not None:
         check_budget(plan, weights, spec.limit)
     return decision
+
+
+def base_plan(
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec
+) -> tuple[dict[str, GridSpec], dict[str, Wish]]:
+    """The plan before rules and evidence, and what patterns say; raises ValueError where either does not fit."""
+    wishes = match_patterns(spec.patterns, [weight.name for weight in weights])
+    return uniform_plan(weights, grid, spec.bits_by_kind, wishes), wishes
+
+
+def kept_names(wishes: Mapping[str, Wish], weights: Sequence[WeightShape]) -> tuple[str, ...]:
+    """Weights that patterns keep as they are, in the order of the model."""
+    return tuple(weight.name for weight in weights if weight.name in wishes and wishes[weight.name].keep)
 
 
 def check_budget(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], budget: Budget) -> None:
@@ -171,7 +201,8 @@ def make_constraints(
         minimum_bits: What ``least_bits`` found.
     """
     assert spec.limit is not None
-    base = uniform_plan(weights, grid, spec.bits_by_kind)
+    base, wishes = base_plan(spec, weights, grid)
+    told = {name for name, wish in wishes.items() if wish.bits is not None}
     return Constraints(
         choices=parse_choices(spec.choices, grid.group_size),
         budget=spec.limit,
@@ -179,7 +210,8 @@ def make_constraints(
         runtime=spec.runtime,
         floors=spec.floors,
         minimum_bits=minimum_bits,
-        fixed={w.name: base[w.name] for w in weights if w.kind in spec.bits_by_kind},
+        fixed={w.name: base[w.name] for w in planned(base, weights) if w.kind in spec.bits_by_kind or w.name in told},
+        group_sizes={name: wish.group_size or None for name, wish in wishes.items() if wish.group_size is not None},
     )
 
 
@@ -196,8 +228,10 @@ def _allocate(
     spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
 ) -> Decision:
     assert spec.cost is not None
-    constraints = make_constraints(spec, weights, grid, least_bits(spec.parsed_rules, weights, evidence))
-    costs = find_costs(evidence, spec.cost)
-    found = allocate(weights, costs, constraints)
+    base, wishes = base_plan(spec, weights, grid)
+    quantized, costs = planned(base, weights), find_costs(evidence, spec.cost)
+    constraints = make_constraints(spec, weights, grid, least_bits(spec.parsed_rules, quantized, evidence))
+    found = allocate(quantized, costs, constraints)
     check_runtime(found.plan, weights, find_runtime(spec.runtime))
-    return Decision(found.plan, allocation=found, prices=tuple(runtime_prices(weights, costs, constraints)))
+    prices = runtime_prices(quantized, costs, constraints)
+    return Decision(found.plan, kept_names(wishes, weights), allocation=found, prices=tuple(prices))

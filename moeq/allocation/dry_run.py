@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from moeq.allocation.decide import AllocationSpec, find_costs, least_bits, make_constraints
+from moeq.allocation.decide import AllocationSpec, base_plan, find_costs, least_bits, make_constraints
 from moeq.allocation.evidence import Evidence, Promise, num_experts_by_path
-from moeq.allocation.plan import uniform_plan
+from moeq.allocation.plan import planned
 from moeq.allocation.problem import build_problem
 from moeq.allocation.rules import apply_rules
 from moeq.allocation.solver import check_reachable
@@ -28,12 +28,14 @@ def rehearse(spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpe
         promised: What the survey will hold.
     """
     findings = placeholder(promised, weights)
-    apply_rules(uniform_plan(weights, grid, spec.bits_by_kind), spec.parsed_rules, weights, findings)
+    base, _ = base_plan(spec, weights, grid)
+    quantized = planned(base, weights)
+    apply_rules(base, spec.parsed_rules, quantized, findings)
     if spec.cost is None or spec.budget is None:
         return
     certain = [rule for rule in spec.parsed_rules if not rule.needs_evidence]
-    constraints = make_constraints(spec, weights, grid, least_bits(certain, weights, None))
-    check_reachable(build_problem(weights, find_costs(findings, spec.cost), constraints))
+    constraints = make_constraints(spec, weights, grid, least_bits(certain, quantized, None))
+    check_reachable(build_problem(quantized, find_costs(findings, spec.cost), constraints))
 
 
 def placeholder(promised: Promise, weights: Sequence[WeightShape]) -> Evidence:

@@ -8,13 +8,14 @@ Published averages (QuantMoE-Bench, MC-MoE, GEMQ) are code bits; files and memor
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import total_ordering
 from pathlib import Path
 from typing import Any
 
+from moeq.allocation.patterns import Wish, kinds_of
 from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
@@ -95,34 +96,85 @@ class PlanCost:
 
 
 def uniform_plan(
-    weights: Iterable[WeightShape], grid: GridSpec, bits_by_kind: Mapping[str, int] | None = None
+    weights: Iterable[WeightShape],
+    grid: GridSpec,
+    bits_by_kind: Mapping[str, int] | None = None,
+    wishes: Mapping[str, Wish] | None = None,
 ) -> dict[str, GridSpec]:
-    """The same grid for every weight, with other bits for some kinds.
+    """The same grid for every weight, with other bits for some kinds, and what patterns say of single weights.
+
+    Args:
+        weights: All quantizable weights.
+        grid: Of those of which nothing else is said.
+        bits_by_kind: Bits of some structures.
+        wishes: What patterns say, by name; weights that are kept are not in the plan.
 
     Raises:
-        ValueError: A group size does not divide a weight's in-features, named with the weight.
+        ValueError: Group sizes do not divide the in-features of some weights, all of which are named.
     """
-    overrides = bits_by_kind or {}
-    plan = {w.name: replace(grid, bits=overrides.get(w.kind, grid.bits)) for w in weights}
-    check_plan(plan, weights)
+    overrides, said = bits_by_kind or {}, wishes or {}
+    by_kind = {w.name: replace(grid, bits=overrides.get(w.kind, grid.bits)) for w in weights}
+    kept = {name for name, wish in said.items() if wish.keep}
+    plan = {
+        name: said[name].grid(usual) if name in said else usual for name, usual in by_kind.items() if name not in kept
+    }
+    check_plan(plan, weights, kept)
     return plan
 
 
-def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> None:
-    """Raise ValueError for a missing or unknown weight, or a group size that does not fit a weight's shape."""
+def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], kept: Collection[str] = ()) -> None:
+    """Raise ValueError for missing or unknown weights, or group sizes that do not fit the shapes of weights.
+
+    Args:
+        plan: Grids by name.
+        weights: All quantizable weights.
+        kept: Names of those that stay as they are, which a plan must lack.
+    """
     shapes = {w.name: w for w in weights}
-    unknown, missing = sorted(plan.keys() - shapes.keys()), sorted(shapes.keys() - plan.keys())
+    if both := sorted(plan.keys() & set(kept)):
+        raise ValueError(f"the plan has a grid for {both[0]} and keeps it, too; take it out of one of the two")
+    unknown = sorted((plan.keys() | set(kept)) - shapes.keys())
+    missing = sorted(shapes.keys() - plan.keys() - set(kept))
     if unknown:
         close = get_close_matches(unknown[0], shapes, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "fix the names"
         raise ValueError(f"the plan names {len(unknown)} weights the model lacks, first {unknown[0]!r}; {remedy}")
     if missing:
         raise ValueError(f"the plan lacks {len(missing)} weights of the model, first {missing[0]!r}; add them")
+    _check_groups(plan, shapes)
+
+
+def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape]) -> None:
+    """Name all weights whose in-features their group size does not divide, by shape, and the ways out."""
+    misfits: dict[int, list[str]] = {}
+    sizes = set()
     for name, grid in plan.items():
-        try:
-            grid.num_groups(shapes[name].in_features)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        size, in_features = grid.group_size, shapes[name].in_features
+        if size is not None and in_features % size:
+            misfits.setdefault(in_features, []).append(name)
+            sizes.add(size)
+    if not misfits:
+        return
+    kinds = {in_features: kinds_of(names) for in_features, names in misfits.items()}
+    listed = [
+        f"{size} of {', '.join(kind + (f' ({num} x)' if num > 1 else '') for kind, num in found.items())}"
+        for size, found in kinds.items()
+    ]
+    divisors = [d for d in (16, 32, 64, 128) if not any(in_features % d for in_features in misfits)]
+    choice = f"one of {divisors} or null" if divisors else "null (one group per channel)"
+    in_features, (first, *_) = next(iter(misfits.items()))
+    pattern = next(iter(kinds[in_features])) if len(misfits[in_features]) > 1 else first
+    example = next((d for d in (128, 64, 32, 16) if in_features % d == 0), 0)
+    raise ValueError(
+        f"group_size ({', '.join(map(str, sorted(sizes)))}) must divide in_features; it does not divide "
+        f"{', nor '.join(listed)}; choose {choice} for the model, or for these weights alone by patterns of "
+        f"BitAllocation: [{{pattern: '{pattern}', group_size: {example}}}]"
+    )
+
+
+def planned(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> list[WeightShape]:
+    """The weights that a plan quantizes."""
+    return [weight for weight in weights if weight.name in plan]
 
 
 def storage_bits(weight: WeightShape, grid: GridSpec, scale_bits: int = 16) -> tuple[int, int]:
@@ -132,10 +184,13 @@ def storage_bits(weight: WeightShape, grid: GridSpec, scale_bits: int = 16) -> t
 
 
 def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scale_bits: int = 16) -> PlanCost:
-    """Bits per weight (codes only and with overhead, all and active weights) and bytes of a plan."""
+    """Bits per weight (codes only and with overhead, all and active weights) and bytes of a plan.
+
+    Weights that the plan lacks, as they are kept, count for nothing: averages are over what is quantized.
+    """
     codes = overhead = numel = 0
     active_codes = active_overhead = active_numel = 0.0
-    for weight in weights:
+    for weight in planned(plan, weights):
         code_bits, extra = storage_bits(weight, plan[weight.name], scale_bits)
         codes, overhead, numel = codes + code_bits, overhead + extra, numel + weight.numel
         active_codes += weight.active_share * code_bits
@@ -151,9 +206,18 @@ def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scal
     )
 
 
-def plan_to_json(plan: Mapping[str, GridSpec], cost: PlanCost) -> dict[str, Any]:
-    """JSON form of a plan; ``plan_from_json`` reads it back."""
-    return {"version": PLAN_VERSION, **asdict(cost), "weights": {name: asdict(grid) for name, grid in plan.items()}}
+def plan_to_json(plan: Mapping[str, GridSpec], cost: PlanCost, kept: Sequence[str] = ()) -> dict[str, Any]:
+    """JSON form of a plan and of what is kept; ``plan_from_json`` and ``kept_from_json`` read them back."""
+    data = {"version": PLAN_VERSION, **asdict(cost), "weights": {name: asdict(grid) for name, grid in plan.items()}}
+    return data | ({"kept": list(kept)} if kept else {})
+
+
+def kept_from_json(path: Path) -> tuple[str, ...]:
+    """Names of the weights that a plan, which ``plan_from_json`` reads, keeps as they are."""
+    kept = json.loads(path.read_text(encoding="utf8")).get("kept", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise ValueError(f"{path} is not an allocation that moeq can read: kept must be a list of names")
+    return tuple(kept)
 
 
 def plan_from_json(path: Path) -> dict[str, GridSpec]:

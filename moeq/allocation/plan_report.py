@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from moeq.allocation.decide import Decision
-from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json
+from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json, planned
 from moeq.allocation.rules import RuleEffect
 from moeq.quant.spec import WeightShape
 
 
 def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> dict[str, Any]:
     """A plan as JSON, which ``plan_from_json`` reads, with what the rules and the allocator did."""
-    data = plan_to_json(decision.plan, plan_cost(decision.plan, weights))
+    data = plan_to_json(decision.plan, plan_cost(decision.plan, weights), decision.kept)
     if decision.effects:
         data["rules"] = [
             {"rule": effect.rule, "selected": list(effect.selected), "raised": list(effect.raised)}
@@ -32,9 +32,12 @@ def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> di
 def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str:
     """Markdown: cost of the plan, what rules and allocator did, price of runtimes, widths by structure and block."""
     lines = ["# Bit allocation", "", *_cost_table(plan_cost(decision.plan, weights))]
+    shapes = {weight.name: weight for weight in weights}
+    if decision.kept:
+        kept = f"{len(decision.kept)} of {len(shapes)} weights are kept as they are, and are part of no average"
+        lines += ["", "## Kept", "", f"{kept}: {describe(shapes[name] for name in decision.kept)}."]
     if decision.effects:
         lines += ["", "## Rules", "", *_rules_table(decision.effects), ""]
-        shapes = {weight.name: weight for weight in weights}
         lines += [f"- {e.rule}: {describe(shapes[name] for name in e.selected)}" for e in decision.effects]
     if decision.allocation is not None:
         lines += ["", "## Allocator", "", *_allocator_lines(decision)]
@@ -67,7 +70,7 @@ def describe(weights: Iterable[WeightShape]) -> str:
 def _cost_table(cost: PlanCost) -> list[str]:
     active = f"{cost.active_code_bits:.3f} | {cost.active_average_bits:.3f} | {cost.active_bytes}"
     return [
-        "| weights | bits per weight, codes | with scales and zero points | bytes |",
+        "| quantized weights | bits per weight, codes | with scales and zero points | bytes |",
         "|---|---|---|---|",
         f"| all | {cost.code_bits:.3f} | {cost.average_bits:.3f} | {cost.bytes} |",
         f"| active for one token | {active} |",
@@ -109,7 +112,7 @@ def _widths_table(decision: Decision, weights: Sequence[WeightShape], key: Any) 
     """Number of weights of each width, by a key of two parts."""
     counts: dict[tuple[str, object], Counter[Choice]] = defaultdict(Counter)
     numel, bits = Counter[tuple[str, object]](), Counter[tuple[str, object]]()
-    for weight in weights:
+    for weight in planned(decision.plan, weights):
         grid = decision.plan[weight.name]
         counts[key(weight)][Choice(grid.bits, grid.group_size)] += 1
         numel[key(weight)] += weight.numel

@@ -61,6 +61,7 @@ class Constraints:
         floors: Experts of each block that must stay wide.
         minimum_bits: Least bits of some weights, by name.
         fixed: Grids of weights that are not to be chosen, by name.
+        group_sizes: The only group size of some weights, by name; None is one scale per channel.
     """
 
     choices: Sequence[Choice]
@@ -70,6 +71,7 @@ class Constraints:
     floors: Sequence[Floor] = ()
     minimum_bits: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, GridSpec] = field(default_factory=dict)
+    group_sizes: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def build_problem(weights: Sequence[WeightShape], costs: CostTable, constraints:
     for row, unit in enumerate(units):
         least = max(constraints.minimum_bits.get(weight.name, 0) for weight in unit)
         for column, choice in enumerate(readable):
-            if choice.bits >= least and all(_fits(weight, choice) for weight in unit):
+            if choice.bits >= least and all(_fits(weight, choice, constraints.group_sizes) for weight in unit):
                 cost_UC[row, column] = sum(_cost(costs, weight, choice) for weight in unit)
                 size_UC[row, column] = sum(
                     _size(w, choice.grid(constraints.like), budget.unit, denominator) for w in unit
@@ -143,7 +145,8 @@ def build_problem(weights: Sequence[WeightShape], costs: CostTable, constraints:
         if not np.isfinite(cost_UC[row]).any():
             raise ValueError(
                 f"{unit[0].name}: none of the choices {', '.join(c.label for c in readable)} has at least {least} bits "
-                f"and a group size that divides its in_features ({unit[0].in_features}); add one"
+                f"and a group size that divides its in_features ({unit[0].in_features}){_asked(unit, constraints)}; "
+                "add one"
             )
     fixed_size = sum(_size(w, fixed[w.name], budget.unit, denominator) for w in weights if w.name in fixed)
     # Bytes are counted in bits; an average over N weights in bits of the whole model.
@@ -155,8 +158,15 @@ def build_problem(weights: Sequence[WeightShape], costs: CostTable, constraints:
     return AllocationProgram(tuple(units), readable, cost_UC, size_UC, capacity, parts, budget, fixed_size, groups)
 
 
-def _fits(weight: WeightShape, choice: Choice) -> bool:
-    return choice.group_size is None or weight.in_features % choice.group_size == 0
+def _fits(weight: WeightShape, choice: Choice, group_sizes: Mapping[str, int | None]) -> bool:
+    divides = choice.group_size is None or weight.in_features % choice.group_size == 0
+    return divides and group_sizes.get(weight.name, choice.group_size) == choice.group_size
+
+
+def _asked(unit: Sequence[WeightShape], constraints: Constraints) -> str:
+    """The group sizes that patterns ask for, in words; empty where they ask for none."""
+    sizes = {constraints.group_sizes[weight.name] for weight in unit if weight.name in constraints.group_sizes}
+    return f", which the patterns want to be {' and '.join(str(size or 0) for size in sizes)}" if sizes else ""
 
 
 def _cost(costs: CostTable, weight: WeightShape, choice: Choice) -> float:

@@ -7,7 +7,7 @@ report counts: a weight that two rules select was given by the first that raised
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -72,13 +72,18 @@ class RuleEffect:
 
 
 def apply_rules(
-    base: Mapping[str, GridSpec], rules: Sequence[Rule], weights: Sequence[WeightShape], evidence: Evidence | None
+    base: Mapping[str, GridSpec],
+    rules: Sequence[Rule],
+    weights: Sequence[WeightShape],
+    evidence: Evidence | None,
+    fixed: Collection[str] = (),
 ) -> tuple[dict[str, GridSpec], list[RuleEffect]]:
-    """Raise the bits of a base plan by the rules, in order; returns the plan and what each rule did."""
+    """Raise the bits of a base plan by the rules, in order, but for ``fixed``; returns it and what each rule did."""
     plan, effects = dict(base), []
     for rule in rules:
         selected = rule.apply(weights, evidence)
-        raised = [w.name for w in weights if w.name in selected and plan[w.name].bits < rule.bits]
+        free = selected - set(fixed)
+        raised = [w.name for w in weights if w.name in free and plan[w.name].bits < rule.bits]
         before = plan_cost(plan, weights)
         plan |= {name: replace(plan[name], bits=rule.bits) for name in raised}
         ordered = tuple(w.name for w in weights if w.name in selected)

@@ -92,6 +92,14 @@ def shared_width_units(weights: Sequence[WeightShape], runtime: Runtime) -> list
 def check_runtime(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], runtime: Runtime) -> None:
     """Raise ValueError where the runtime cannot read a plan, naming the first weight that stands against it."""
     for unit in shared_width_units(weights, runtime):
+        kept = [weight.name for weight in unit if weight.name not in plan]
+        if 0 < len(kept) < len(unit):
+            raise ValueError(
+                f"{kept[0]} is kept as it is, and {runtime.name} reads these {len(unit)} weights in one way; keep all "
+                "of them or none, or use research"
+            )
+        if kept:
+            continue
         first = _choice(plan[unit[0].name])
         for weight in unit:
             choice = _choice(plan[weight.name])

@@ -45,6 +45,11 @@ class StoredTensor:
     start: int
     num_bytes: int
 
+    @property
+    def parts(self) -> "tuple[StoredTensor]":
+        """What lies in files of it: itself."""
+        return (self,)
+
     def read(self) -> Tensor:
         """Its values, in memory of its own.
 

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import StoredTensor, stored_tensors
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.sources import raw_tensors
 
 _COMPUTED = re.compile(r"(^|\.)(\w*inv_freq|rotary_emb\.(cos|sin)_cached)$")
 _DRAFT_PART = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?(\.|$)")
@@ -33,12 +33,12 @@ class Unused:
         reasons: Why a key is neither.
     """
 
-    draft: dict[str, StoredTensor]
-    others: dict[str, StoredTensor]
+    draft: dict[str, Readable]
+    others: dict[str, Readable]
     reasons: dict[str, str]
 
 
-def unused_tensors(model: PreTrainedModel, stored: Mapping[str, StoredTensor], mapping: Iterable[Any]) -> Unused:
+def unused_tensors(model: PreTrainedModel, stored: Mapping[str, Readable], mapping: Iterable[Any]) -> Unused:
     """Sort out what a model does not take from files.
 
     Args:
@@ -57,7 +57,7 @@ def unused_tensors(model: PreTrainedModel, stored: Mapping[str, StoredTensor], m
             continue
         kind = found.draft if is_draft(key, num_blocks) else found.others
         # What the files hold of it: a quantized weight is several tensors.
-        kind.update({part.name: part for part in getattr(tensor, "parts", (tensor,))})
+        kind.update({part.name: part for part in tensor.parts})
     return found
 
 
@@ -67,19 +67,19 @@ def is_draft(key: str, num_blocks: int) -> bool:
     return bool(_DRAFT_PART.search(key)) or (layer is not None and int(layer[4]) >= num_blocks)
 
 
-def check_carried(directory: Path | str, carried: Mapping[str, StoredTensor]) -> None:
+def check_carried(directory: Path | str, carried: Mapping[str, Readable]) -> None:
     """Compare what an export carries with its source, byte by byte.
 
     Raises:
         ValueError: A tensor is missing or differs; it is named.
     """
-    ours = {name: tensor for path in weight_files(directory) for name, tensor in stored_tensors(path).items()}
+    ours = raw_tensors(Path(directory))
     for key, theirs in carried.items():
         if key not in ours or not same_bytes(ours[key], theirs):
             raise ValueError(f"{key} of {directory} is not that of {theirs.path}; export again")
 
 
-def same_bytes(ours: StoredTensor, theirs: StoredTensor) -> bool:
+def same_bytes(ours: Readable, theirs: Readable) -> bool:
     """Whether two tensors of files have one dtype, one shape and the same bytes."""
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False

@@ -12,11 +12,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictInfo
 
+from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import Source, find_sources, made_of, stored_in
-from moeq.disk.tensor_file import StoredTensor
 from moeq.export.assemble import packed_skeleton
 
 
@@ -31,7 +31,7 @@ class Contents:
     """
 
     model: PreTrainedModel
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, Readable]
     sources: Mapping[str, Source]
 
     @cached_property

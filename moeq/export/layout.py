@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from moeq.checkpoint.affine import Readable
 from moeq.disk.atomic import write_text
 from moeq.disk.folder import INDEX
-from moeq.disk.tensor_file import Declared, StoredTensor, TensorFileWriter, tensor_file_writer
+from moeq.disk.tensor_file import Declared, TensorFileWriter, tensor_file_writer
 
 MAX_SHARD = "5GB"
 _METADATA = {"format": "pt"}  # from_pretrained asks for it
@@ -48,7 +49,7 @@ class Layout:
 
 
 def plan_layout(
-    skeleton: PreTrainedModel, tensors: Mapping[str, Declared], carried: Mapping[str, StoredTensor] | None = None
+    skeleton: PreTrainedModel, tensors: Mapping[str, Declared], carried: Mapping[str, Readable] | None = None
 ) -> Layout:
     """Plan the files of a model.
 
@@ -102,7 +103,7 @@ class LayoutWriter:
         for key, tensor in revert_weight_conversion(self._layout.skeleton, converted).items():
             self._write(key, tensor)
 
-    def copy(self, tensors: Iterable[StoredTensor]) -> None:
+    def copy(self, tensors: Iterable[Readable]) -> None:
         """Copy tensors of other files by their keys, one after another; see ``write``."""
         for tensor in tensors:
             self._write(tensor.name, tensor.read())

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from moeq.checkpoint.sources import stored_in
-from moeq.disk.tensor_file import StoredTensor
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.sources import pickled_files, stored_in
 from moeq.export.carried import unused_tensors
 from moeq.quant.spec import Fallback
 
@@ -34,7 +34,7 @@ class Origin:
     """
 
     folder: Path | None = None
-    carried: Mapping[str, StoredTensor] = field(default_factory=dict)
+    carried: Mapping[str, Readable] = field(default_factory=dict)
     num_draft: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ def find_origin(model: PreTrainedModel, draft: Draft = "keep") -> Origin:
     if draft not in get_args(Draft):
         raise ValueError(f"draft ({draft!r}) must be one of {', '.join(get_args(Draft))}; choose keep")
     folder = source_folder(model)
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if folder is None or not (any(folder.glob("*.safetensors")) or pickled_files(folder)):
         return Origin(folder)
     unused = unused_tensors(model, stored_in(folder), get_model_conversion_mapping(model))
     if draft == "keep":

@@ -13,17 +13,18 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.declared import restore_float32
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import StoredTensor
 from moeq.export.carried import unused_tensors
 from moeq.export.contents import conversions, empty_model
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import file_dtype, is_widened, widen
 
 # Exports up to this size are opened whole, as a user does.
 WHOLE_BYTES = 10**9
@@ -66,7 +67,9 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
     opener = model_class(AutoConfig.from_pretrained(directory))
     reloaded = opener.from_pretrained(directory, attn_implementation=attention)
-    unused = unused_tensors(reloaded, stored_in(Path(directory)), conversions(reloaded))
+    mapping = conversions(reloaded)
+    unused = unused_tensors(reloaded, stored_in(Path(directory)), mapping)
+    restore_float32(reloaded, Path(directory), mapping)
     if is_widened(model):
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
@@ -94,14 +97,14 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
             align(stream.blocks[block])
             yield
 
-    return Reopened(skeleton, resident, stream.values, _unexpected(skeleton, stream, stored))
+    return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
 
 
-def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, StoredTensor]) -> list[str]:
+def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, Readable]) -> list[str]:
     used = {tensor.name for tensors in stream.stored.values() for tensor in tensors}
     return sorted(stored.keys() - used) + [
         tensor.name
         for name, tensors in stream.stored.items()
         for tensor in tensors
-        if tensor.dtype.is_floating_point and tensor.dtype != storage_dtype(model, name)
+        if tensor.dtype.is_floating_point and tensor.dtype != file_dtype(model, name)
     ]

@@ -101,7 +101,9 @@ def scale_stage(
     if sites[0].stage in FROM_ROWS:
         for site in sites:
             producer = find_producer(adapter, site, lambda: run_block(adapter.blocks[block], call.hidden, call))
-            if producer is None or producer.site.weight_name(0, producer.leaf) not in run.quantized:
+            if kept := _kept(run, [site]):
+                _record(run, site, f"{kept} reads its input, and is kept as it is")
+            elif producer is None or not _all_quantized(run, producer):
                 _record(run, site, "no quantized rows that its input is proportional to")
             else:
                 scales[site.name] = _scale_by_rows(adapter, run, site, producer, inputs[site.name])
@@ -111,7 +113,9 @@ def scale_stage(
     for readers in find_norm_readers(adapter, block, call.hidden, call):
         reading = [site for site in candidates if set(site.modules) & set(readers.readers)]
         here = [site for site in reading if unscaled.pop(site.name, None)]
-        if here and (reason := _obstacle(adapter, readers, reading, here, call)):
+        kept = _kept(run, reading)
+        reason = f"{kept} reads {readers.norm}, and is kept as it is" if kept else None
+        if here and (reason := reason or _obstacle(adapter, readers, reading, here, call)):
             for site in here:
                 _record(run, site, reason)
         elif here:
@@ -124,6 +128,17 @@ def scale_stage(
 
 def _record(run: Run, site: Site, reason: str) -> None:
     run.fallbacks.append(Fallback(site.weight_name(0, site.leaves[0]), NOT_SCALED, reason))
+
+
+def _kept(run: Run, sites: Sequence[Site]) -> str | None:
+    """A weight of some sites that stays as it is, so that no scale may move into it; None where all are quantized."""
+    return next((name for site in sites for name in site.weight_names() if name not in run.plan), None)
+
+
+def _all_quantized(run: Run, producer: Producer) -> bool:
+    """Whether the rows of every expert can be divided."""
+    site = producer.site
+    return all(site.weight_name(expert, producer.leaf) in run.quantized for expert in range(site.num_experts))
 
 
 def _readers_of(adapter: Adapter, run: Run, site: Site, inputs: Inputs) -> list[list[Reader]]:

@@ -22,9 +22,9 @@ NEUTRAL_SETTINGS = frozenset(
 
 
 def run_fingerprint(
-    settings: Mapping[str, Any], steps: Sequence[object], model: str, compute_dtype: torch.dtype, data: str
+    settings: Mapping[str, Any], steps: Sequence[object], model: str, compute_dtype: torch.dtype
 ) -> dict[str, str]:
-    """Digests of the configuration, the model and the calibration data of a run, and the dtype that it computes in.
+    """Digests of the configuration and the model of a run, and the dtype that it computes in; data come later.
 
     Args:
         settings: Options of the run; those of ``NEUTRAL_SETTINGS`` are left out.
@@ -33,7 +33,6 @@ def run_fingerprint(
             its public attributes.
         model: Identity of the source's files (``moeq.disk.identity``); what steps change is in their arguments.
         compute_dtype: Of the parameters in memory.
-        data: Digest of the calibration data.
     """
     given = {key: stable_form(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
     listed = [describe_step(step) for step in steps if _affects_weights(type(step))]
@@ -42,7 +41,6 @@ def run_fingerprint(
         "configuration": configuration,
         "model": model,
         "compute dtype": str(compute_dtype).removeprefix("torch."),
-        "data": data,
     }
 
 

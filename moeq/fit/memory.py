@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from moeq.allocation.plan import planned
 from moeq.fit.schedule import GIB, SitePart
 from moeq.kernels.onednn import most_kernels
 from moeq.models.adapter import Adapter
@@ -98,7 +99,7 @@ def block_file_bytes(
 ) -> tuple[int, ...]:
     """Bytes of the file of every block."""
     totals = [0] * num_blocks
-    for shape in weights:
+    for shape in planned(plan, weights):
         totals[shape.block] += packed_bytes(shape, plan[shape.name], scale_bytes)
     return tuple(totals)
 

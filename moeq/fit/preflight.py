@@ -26,6 +26,7 @@ class FitWork:
         model: Its bytes.
         data: The calibration data.
         block_files: Bytes of the file of every block.
+        num_quantized: Elements of all weights that are quantized.
         experts_per_token: K.
         needs: What the steps ask for.
         hidden_bytes: Bound on hidden states that wait in memory.
@@ -40,6 +41,7 @@ class FitWork:
     model: ModelBytes
     data: DataShape
     block_files: tuple[int, ...]
+    num_quantized: int
     experts_per_token: int
     needs: Needs
     hidden_bytes: int

@@ -6,6 +6,7 @@ model and the calibration data.  A restarted run with the same fingerprint loads
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from moeq.disk.checked import DamagedFile
@@ -19,6 +20,21 @@ from moeq.quant.spec import Fallback, QuantizedWeight
 DAMAGED = "finished block was damaged"
 
 
+def refuse_other_run(folder: Path, known: Mapping[str, str]) -> None:
+    """Refuse a folder with blocks of another run by what is known before the data are made, which may take hours.
+
+    Args:
+        folder: Of the run.
+        known: Some of its fingerprint.
+
+    Raises:
+        ValueError: The first finished block was made with another configuration or model.
+    """
+    if block_path(folder, 0).exists():
+        with suppress(DamagedFile):
+            check_fingerprint(read_block(folder, 0), known)
+
+
 class Resume:
     """Finished blocks of a run: writes them and finds them again.
 
@@ -27,7 +43,7 @@ class Resume:
         run: Its state; finished blocks are entered into it.
         folder: Of the run.
         fingerprint: Digests of what the blocks depend on, by subject.
-        restart: Delete the finished blocks first.
+        restart: Pass over the finished blocks, which ``begin`` deletes.
 
     Attributes:
         first_block: The first block that was not finished when the run began.
@@ -42,9 +58,7 @@ class Resume:
         self.sites = [adapter.sites(block) for block in range(len(adapter.blocks))]
         self.first_block = 0
         self.grids: dict[str, Grid] = {}
-        if restart and rank_and_world()[0] == 0:
-            shutil.rmtree(folder / "blocks", ignore_errors=True)
-        wait_for_ranks()  # no rank reads what another is about to delete
+        self._restart = restart
 
     def load(self, announce: Callable[[str], None]) -> int:
         """Read what is known of the finished blocks into the run; returns the first block that is not finished.
@@ -59,6 +73,8 @@ class Resume:
         """
         files: list[BlockFile] = []
         damage = ""
+        if self._restart:
+            return 0
         while not damage and len(files) < len(self.sites) and block_path(self.folder, len(files)).exists():
             try:
                 files.append(read_block(self.folder, len(files)).without_codes())
@@ -76,6 +92,12 @@ class Resume:
             self.run.fallbacks.append(Fallback(self.sites[self.first_block][0].weight_names()[0], DAMAGED, damage))
         return self.first_block
 
+    def begin(self) -> None:
+        """Before the first pass: what is to be started over is deleted, now that nothing refuses the run."""
+        if self._restart and rank_and_world()[0] == 0:
+            shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        wait_for_ranks()  # no rank writes what another is about to delete
+
     def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:
         """Quantized weights of a finished block by canonical name, each unpacked when it is asked for."""
         return read_block(self.folder, block)
@@ -91,9 +113,11 @@ class Resume:
 
         All ranks must call it.
         """
-        names = [name for site in self.sites[block] for name in site.weight_names()]
+        everything = [name for site in self.sites[block] for name in site.weight_names()]
+        names = [name for name in everything if name not in self.run.kept]
         if not all(name in self.run.quantized for name in names):
             return
+        self.run.kept.clear()
         if rank_and_world()[0] == 0:
             prefix = f"{self.adapter.block_prefix}.{block}."
             changed = [name for name in self.run.changed if name.startswith(prefix)]

@@ -38,10 +38,11 @@ class Run:
         needs: What the steps ask for.
         promise: What a survey of the original model will find; None where no step makes one.
         evidence: What it found; None before its end.
-        plan: Grid of every weight, by canonical name.
+        plan: Grid of every weight that is quantized, by canonical name.
         hessians: Hessians of the current pass.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights of the current block, on the CPU, by canonical name; others are in block files.
+        kept: Names of weights of the current block that the plan lacks: they stay as they are.
         offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         reasons: Why parameters are not what the source holds: by name, or by a pattern for many.
@@ -59,6 +60,7 @@ class Run:
     hessians: Hessians = field(default_factory=Hessians)
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
     offsets: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)

@@ -71,7 +71,10 @@ def quantize_sites(
     for site, experts in ((part.site, part.experts) for part in parts):
         for expert in experts:
             for leaf in site.leaves:
-                weight = by_name[site.weight_name(expert, leaf)]
+                weight = by_name.get(site.weight_name(expert, leaf))
+                if weight is None:
+                    run.kept.add(site.weight_name(expert, leaf))
+                    continue
                 run.quantized[weight.name] = weight.weight
                 if weight.offset_OI is not None:
                     run.offsets[weight.name] = weight.offset_OI
@@ -86,7 +89,7 @@ def quantize_sites(
 
 
 def make_units(parts: Sequence[SitePart], plan: Mapping[str, GridSpec], max_experts: int) -> list[Unit]:
-    """Units of the parts in a fixed order, at most ``max_experts`` experts each."""
+    """Units of the parts in a fixed order, at most ``max_experts`` experts each; weights without a grid are in none."""
     units = []
     for part in parts:
         site = part.site
@@ -94,7 +97,8 @@ def make_units(parts: Sequence[SitePart], plan: Mapping[str, GridSpec], max_expe
         for expert in part.experts:
             by_grid: dict[GridSpec, list[int]] = defaultdict(list)
             for index, leaf in enumerate(site.leaves):
-                by_grid[plan[site.weight_name(expert, leaf)]].append(index)
+                if (grid := plan.get(site.weight_name(expert, leaf))) is not None:
+                    by_grid[grid].append(index)
             for grid, leaves in by_grid.items():
                 groups[tuple(leaves), grid].append(expert)
         for (leaves_of_unit, grid), experts in groups.items():
@@ -169,10 +173,17 @@ def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor], 
 
 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Write the dequantized weights of the sites into the model, rounded to its storage dtype."""
+    """Write the dequantized weights of the sites into the model, rounded to its storage dtype; others stay."""
     for site in sites:
         dtype = adapter.dtype_of(site)
         for expert in range(site.num_experts):
             names = [site.weight_name(expert, leaf) for leaf in site.leaves]
-            weight_OI = torch.cat([dequantize_weight(quantized[name], dtype) for name in names])
-            adapter.set_weight(site, weight_OI.unsqueeze(0), (expert,))
+            done = [name in quantized for name in names]
+            if not any(done):
+                continue
+            kept = () if all(done) else adapter.get_weight(site, (expert,))[0].split(site.rows)
+            rows = [
+                dequantize_weight(quantized[name], dtype) if here else kept[leaf].cpu()
+                for leaf, (name, here) in enumerate(zip(names, done, strict=True))
+            ]
+            adapter.set_weight(site, torch.cat(rows).unsqueeze(0), (expert,))

@@ -9,7 +9,8 @@ from moeq.preflight.tables import size
 
 Resource = Literal["device", "host", "disk"]
 _PLACES = {"device": "on the device", "host": "of main memory", "disk": "on the disk of the run folder"}
-SPARE_DISK_BYTES = 1 << 28  # left free beyond what is needed
+# Beyond the parts that are counted: what reports, figures and curves take, and as much again as the parts up to a bound.
+REPORT_BYTES, SPARE_DISK_BYTES = 1 << 21, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def check_room(forecast: Forecast, room: Room, remedies: Mapping[str, Sequence[s
         ValueError: The first phase that does not fit, by how much, what of it is largest, and options that help.
     """
     left = room.disk
+    spare = min(SPARE_DISK_BYTES, REPORT_BYTES + sum(phase.disk for phase in forecast.phases))
     for phase in forecast.phases:
         needs: tuple[tuple[Resource, int, int | None], ...] = (
             ("device", forecast.device_bytes(phase), room.device),
             ("host", forecast.host_bytes(phase), room.host),
-            ("disk", phase.disk + SPARE_DISK_BYTES, left),
+            ("disk", phase.disk + spare, left),
         )
         for resource, need, available in needs:
             if available is not None and need > available and (resource != "disk" or phase.disk):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from moeq.allocation.patterns import Wish
 from moeq.allocation.plan import (
     Choice,
     check_plan,
+    kept_from_json,
     parse_choices,
     plan_cost,
     plan_from_json,
@@ -66,7 +68,9 @@ def test_plan_survives_json(tmp_path: Path) -> None:
 
 def test_group_size_that_does_not_fit_names_the_weight_and_the_choices() -> None:
     with pytest.raises(
-        ValueError, match=r"a\.q_proj: group_size \(48\) must divide in_features \(128\); choose one of"
+        ValueError,
+        match=r"group_size \(48\) must divide in_features; it does not divide 128 of a\.q_proj, "
+        r"a\.experts\.\*\.up_proj \(2 x\); choose one of .*: \[\{pattern: 'a\.q_proj', group_size: 128\}\]",
     ):
         uniform_plan(WEIGHTS, replace(GRID, group_size=48))
 
@@ -109,3 +113,32 @@ def test_choices_are_bits_in_the_groups_of_the_model_or_labels_each_once_from_sm
     with pytest.raises(ValueError, match="write '4' or '4g64'"):
         parse_choices(["4x64"], 64)
     assert [Choice.from_label(choice.label) for choice in (Choice(4), Choice(3, 64))] == [Choice(4), Choice(3, 64)]
+
+
+def test_what_is_kept_is_in_no_plan_and_in_no_average(tmp_path: Path) -> None:
+    wishes = {"a.q_proj": Wish(keep=True), "a.experts.0.up_proj": Wish(bits=8, group_size=0)}
+    plan = uniform_plan(WEIGHTS, GRID, {"routed": 2}, wishes)
+    assert "a.q_proj" not in plan
+    assert plan["a.experts.0.up_proj"] == replace(GRID, bits=8, group_size=None)
+    rest = [weight for weight in WEIGHTS if weight.name != "a.q_proj"]
+    assert plan_cost(plan, WEIGHTS) == plan_cost(plan, rest)
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(plan_to_json(plan, plan_cost(plan, WEIGHTS), ["a.q_proj"])))
+    assert plan_from_json(path) == plan
+    assert kept_from_json(path) == ("a.q_proj",)
+    check_plan(plan, WEIGHTS, ["a.q_proj"])
+    with pytest.raises(ValueError, match=r"has a grid for a\.experts\.0\.up_proj and keeps it, too"):
+        check_plan(plan, WEIGHTS, ["a.q_proj", "a.experts.0.up_proj"])
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the model, first 'a\.q_proj'"):
+        check_plan(plan, WEIGHTS)
+
+
+def test_all_weights_that_a_group_size_does_not_fit_are_named_by_shape() -> None:
+    odd = [replace(WEIGHTS[0], name=f"layers.{i}.down_proj", in_features=80) for i in range(3)]
+    with pytest.raises(
+        ValueError,
+        match=r"it does not divide 80 of layers\.\*\.down_proj \(3 x\); choose one of \[16\] or null for the model, or "
+        r"for these weights alone by patterns of BitAllocation: .*'layers\.\*\.down_proj', group_size: 16",
+    ):
+        uniform_plan([*WEIGHTS, *odd], replace(GRID, group_size=32))
+    uniform_plan([*WEIGHTS, *odd], replace(GRID, group_size=32), wishes={w.name: Wish(group_size=16) for w in odd})

@@ -71,7 +71,10 @@ def test_first_tokens_are_distinct_and_never_special(tmp_path: Path, model: nn.M
 def test_ids_and_report_are_in_the_run_folder(tmp_path: Path, model: nn.Module) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
-    ids_NL = attached(tmp_path, model, compare_text=str(text)).calibration_ids()
+    datamodule = attached(tmp_path, model, compare_text=str(text))
+    ids_NL = datamodule.calibration_ids()
+    assert not (tmp_path / "calibration" / "report.json").exists()  # of a run that is not accepted yet
+    datamodule.begin()
     sampled = load_sampled(ids_file(tmp_path))
     nll_N, counts_NLE = score_sequences(model, ids_NL)
     assert torch.equal(sampled.ids_NT, ids_NL)
@@ -94,7 +97,9 @@ def test_a_restart_reads_the_ids_back(tmp_path: Path, model: nn.Module, searches
 def test_runs_share_a_cache_folder(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
     settings = {"cache_dir": str(tmp_path / "cache")}
     first = attached(tmp_path / "a", model, **settings).calibration_ids()
-    second = attached(tmp_path / "b", model, **settings).calibration_ids()
+    taking = attached(tmp_path / "b", model, **settings)
+    second = taking.calibration_ids()
+    taking.begin()
     assert searches == [4, 2]
     assert torch.equal(first, second)
     assert ids_file(tmp_path / "a").read_bytes() == ids_file(tmp_path / "b").read_bytes()
@@ -259,6 +264,7 @@ def test_corpus_mode_survives_a_kill_and_reports_and_logs(
     datamodule = attached(tmp_path / "killed", model, mode="corpus")
     datamodule.trainer.logger = SimpleNamespace(log_metrics=lambda metrics, step=None: logged.append(metrics))
     assert torch.equal(datamodule.calibration_ids(), expected)
+    datamodule.begin()
     assert len(calls) == 3
     report = json.loads((tmp_path / "killed" / "calibration" / "report.json").read_text())
     assert report["decisions"]["redrawn_sequences"] == 0.0

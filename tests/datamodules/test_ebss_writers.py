@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import datamodules.ebss
 import moeq.checkpoint.free_memory
@@ -56,6 +57,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def made(datamodule: EBSSDataModule) -> Tensor:
+    """The sequences of a run that is accepted, which has their report."""
+    ids_NL = datamodule.calibration_ids()
+    datamodule.begin()
+    return ids_NL
+
+
 def report(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / "calibration" / "report.json").read_text())
     return found
@@ -71,7 +79,7 @@ def little(datamodule: EBSSDataModule) -> int:
 def test_sets_of_a_streamed_model_are_those_of_one_in_memory(tmp_path: Path, files: Path, writer: str) -> None:
     away = attached(tmp_path / "away", files, writer=writer)
     here = attached(tmp_path / "here", writer=writer)
-    assert torch.equal(away.calibration_ids(), here.calibration_ids())
+    assert torch.equal(made(away), made(here))
     both = [report(tmp_path / name) for name in ("away", "here")]
     assert both[0]["sampled"] == both[1]["sampled"]
     assert both[0]["writer"] == writer
@@ -80,7 +88,7 @@ def test_sets_of_a_streamed_model_are_those_of_one_in_memory(tmp_path: Path, fil
 
 def test_the_original_writes_where_it_fits(tmp_path: Path, files: Path, room: dict[str, int], opened: list) -> None:
     datamodule = attached(tmp_path, files)
-    datamodule.calibration_ids()
+    made(datamodule)
     assert opened == ["original"]
     assert datamodule.trainer.lightning_module.run.fallbacks == []
     assert all(parameter.is_meta for parameter in datamodule.trainer.lightning_module.model.model.layers.parameters())
@@ -93,7 +101,7 @@ def test_a_rounded_writer_is_a_fallback_and_is_kept(
     monkeypatch.setattr(datamodules.ebss, "rank_zero_info", said.append)
     datamodule = attached(tmp_path, files)
     room["cpu"] = little(datamodule)
-    ids_NL = datamodule.calibration_ids()
+    ids_NL = made(datamodule)
     (fallback,) = datamodule.trainer.lightning_module.run.fallbacks
     assert fallback.reason == "written by the model rounded to 4 bits"
     assert "rounded to 4 bits, as it does not fit" in said[0]
@@ -101,7 +109,7 @@ def test_a_rounded_writer_is_a_fallback_and_is_kept(
     # A run that goes on, with more memory than before: the same sequences, and nothing is opened.
     room["cpu"] = 1 << 40
     again = attached(tmp_path, files)
-    assert torch.equal(again.calibration_ids(), ids_NL)
+    assert torch.equal(made(again), ids_NL)
     assert again.trainer.lightning_module.run.fallbacks == [fallback]
     assert opened == ["packed4"]
 
@@ -112,12 +120,12 @@ def test_where_nothing_fits_the_numbers_are_named_and_a_set_from_elsewhere_is_ta
     cache = str(tmp_path / "cache")
     room["cpu"] = 1000
     with pytest.raises(ValueError, match=r"the model cannot write its calibration data here: .*GivenIdsDataModule"):
-        attached(tmp_path / "poor", files, cache_dir=cache).calibration_ids()
+        made(attached(tmp_path / "poor", files, cache_dir=cache))
     assert not list((tmp_path / "poor").rglob("*.safetensors"))
     room["cpu"] = 1 << 40
-    ids_NL = attached(tmp_path / "rich", files, cache_dir=cache).calibration_ids()
+    ids_NL = made(attached(tmp_path / "rich", files, cache_dir=cache))
     room["cpu"] = 1000
-    assert torch.equal(attached(tmp_path / "poor", files, cache_dir=cache).calibration_ids(), ids_NL)
+    assert torch.equal(made(attached(tmp_path / "poor", files, cache_dir=cache)), ids_NL)
     assert opened == ["original"]
     assert report(tmp_path / "poor") == report(tmp_path / "rich")
 
@@ -126,15 +134,15 @@ def test_text_is_scored_by_the_writer_while_it_is_there(tmp_path: Path, files: P
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
     run = attached(tmp_path / "run", files, writer="packed8", compare_text=str(text))
-    run.calibration_ids()
+    made(run)
     assert opened == ["packed8"]
     first = report(tmp_path / "run")
-    attached(tmp_path / "run", files, writer="packed8", compare_text=str(text)).calibration_ids()
+    made(attached(tmp_path / "run", files, writer="packed8", compare_text=str(text)))
     assert opened == ["packed8"]
     assert report(tmp_path / "run") == first
     # Another text of a set that is there.
     text.write_text("Sphinx of black quartz, judge my vow. " * 9)
-    attached(tmp_path / "run", files, writer="packed8", compare_text=str(text)).calibration_ids()
+    made(attached(tmp_path / "run", files, writer="packed8", compare_text=str(text)))
     assert opened == ["packed8", "packed8"]
     assert report(tmp_path / "run")["sampled"] == first["sampled"]
     assert report(tmp_path / "run")["text"] != first["text"]
@@ -142,7 +150,7 @@ def test_text_is_scored_by_the_writer_while_it_is_there(tmp_path: Path, files: P
 
 def test_a_text_that_is_not_there_is_named_before_anything_is_written(tmp_path: Path, opened: list) -> None:
     with pytest.raises(ValueError, match=r"no file no.txt in folder"):
-        attached(tmp_path, compare_text=str(tmp_path / "no.txt")).calibration_ids()
+        made(attached(tmp_path, compare_text=str(tmp_path / "no.txt")))
     assert opened == []
 
 

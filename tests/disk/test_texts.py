@@ -44,12 +44,36 @@ def test_files_of_text_and_of_json_lines_are_read(tmp_path: Path, suffix: str) -
         ("a.jsonl", '{"title": "x"}', None, r"line 1 has \['title'\]; it should contain .*question"),
         ("a.jsonl", '{"text": "x"}', "body", r"line 1 has \['text'\]; it should contain .* a field 'body'"),
         ("a.jsonl", "[1]", None, "line 1 has list"),
+        ("a.jsonl", '{"text": null}', None, r"line 1: field 'text' is null, not a text; leave such rows out"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 17}', None, r"line 2: field 'text' is a int, not a text"),
+        ("a.jsonl", '{"question": "x", "answer": 4}', None, r"line 1: field 'answer' is a int, not a text"),
+        (
+            "a.jsonl",
+            '{"text": [{"role": "user", "content": "x"}]}',
+            None,
+            "is a chat.*for calibration only",
+        ),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, field: str | None, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_documents(tmp_path / name, field)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "caf\u00e9".encode("latin1"), r"a\.txt is not UTF-8 \(byte 0xe9\); convert it"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl is not UTF-8 \(byte 0xff\)"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-12], r"a\.txt\.gz is damaged .*copy it again"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz is damaged"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path / name)
 
 
 def test_documents_are_followed_by_the_end_of_text_token() -> None:

@@ -36,7 +36,7 @@ class Foreign:
 
 
 def configuration(*steps: object, **settings: Any) -> str:
-    return run_fingerprint(settings, steps, "model", torch.float32, "data")["configuration"]
+    return run_fingerprint(settings, steps, "model", torch.float32)["configuration"]
 
 
 def test_the_order_of_steps_counts() -> None:

@@ -35,8 +35,9 @@ def work_of(
         schedule=build_schedule(
             sites, survey=needs.survey, sequential="stage", hessian_gib=hessian_gib, originals=needs.originals
         ),
-        model=model_bytes(adapter, streamed=streamed), data=DataShape(8, 32, 4), block_files=files, experts_per_token=2,
-        needs=needs, hidden_bytes=GB, device_type=device, solved=True,
+        model=model_bytes(adapter, streamed=streamed), data=DataShape(8, 32, 4), block_files=files,
+        num_quantized=sum(shape.numel for shape in shapes), experts_per_token=2, needs=needs, hidden_bytes=GB,
+        device_type=device, solved=True,
     )  # fmt: skip
 
 

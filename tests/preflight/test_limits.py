@@ -49,6 +49,13 @@ def test_disk_that_earlier_phases_fill_is_not_there_for_later_ones() -> None:
         check(Room(None, None, 11 * GB))
 
 
+def test_little_work_needs_little_room() -> None:
+    small = (Phase("export", "export", (Moment({"model": 9}),), disk=1 << 20),)
+    check_room(Forecast((), small, GB, True), Room(None, 31 * GB, 4 << 20), REMEDIES)
+    with pytest.raises(ValueError, match="on the disk of the run folder"):
+        check_room(Forecast((), small, GB, True), Room(None, 31 * GB, 3 << 20), REMEDIES)
+
+
 def test_where_no_option_helps_the_machine_has_to() -> None:
     with pytest.raises(ValueError, match="take a larger machine"):
         check_room(Forecast((), PHASES, GB, True), Room(None, GB, None), {})

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.loading import load_model
+from moeq.export.accounting import make_ledger
 from moeq.export.assemble import packed_format
 from moeq.export.dense import write_dense
 from moeq.export.finished import FinishedModel
-from moeq.export.ledger import Ledger, LedgerError, make_ledger
+from moeq.export.ledger import Ledger, LedgerError
 from moeq.export.moeq_format import write_packed
 from moeq.models.adapter import Adapter
 from tests.export.whole import DictBlocks, make_codes
@@ -106,7 +107,7 @@ def test_a_tensor_that_no_parameter_uses_is_carried_or_left_out_for_a_reason(exp
     folder, grids = exported
     draft = torch.arange(6.0).view(2, 3)
     alter(folder / "source", lambda tensors: tensors.update({"mtp.fc.weight": draft}))
-    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(no parameter"):
+    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(no parameter of the model, missing in export"):
         ledger(folder, grids).check()
     left = ledger(folder, grids, {"mtp.*": "draft layers are dropped as asked"})
     left.check()
@@ -115,7 +116,7 @@ def test_a_tensor_that_no_parameter_uses_is_carried_or_left_out_for_a_reason(exp
         alter(folder / name, lambda tensors: tensors.update({"mtp.fc.weight": draft}))
     assert ledger(folder, grids).tensors["mtp.fc.weight"].fate == "kept"
     alter(folder / "dense", lambda tensors: tensors["mtp.fc.weight"].add_(1))
-    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(differs in dense\)"):
+    with pytest.raises(LedgerError, match=r"mtp.fc.weight \(.*differs in dense\)"):
         ledger(folder, grids).check()
 
 
