@@ -1,9 +1,10 @@
 """Configuration and tokenizer of a model, with errors a user can act on."""
 
+from pathlib import Path
 from typing import Any
 
 from moeq.checkpoint.dequantized import PACKED_BY_MOEQ, description_of, quantized_by, without_description
-from moeq.checkpoint.hub import why_not
+from moeq.checkpoint.hub import has_vocabulary, why_not
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -43,6 +44,8 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     try:
+        if Path(name).is_dir() and not trust_remote_code and not has_vocabulary(Path(name)):
+            raise ValueError("no vocabulary")
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(why_not("tokenizer", name, error, revision)) from error

@@ -8,6 +8,7 @@ from moeq.disk.folder import INDEX
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
+VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
 # Weights in formats that are not read, or second copies of those that are.
 _OTHER_WEIGHTS = (
     "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ckpt", "consolidated*", "original/*", "metal/*",
@@ -49,12 +50,12 @@ def why_not(what: str, name: str, error: BaseException, revision: str | None = N
         revision: What was asked for.
     """
     chain = list(_causes(error))
-    if needs_code(chain):
+    folder = Path(name)
+    if needs_code(chain) or (what == "tokenizer" and tokenizer_needs_code(folder)):
         return (
             f"the {what} {name} needs Python code that comes with it; read that code, and set "
             "--model.trust_remote_code true to run it"
         )
-    folder = Path(name)
     if folder.is_dir():
         return _why_not_in(folder, what, name, chain)
     return _why_not_at_hub(what, name, chain, revision) or (
@@ -86,19 +87,25 @@ def _why_not_in(folder: Path, what: str, name: str, chain: list[BaseException]) 
     for path in sorted(folder.glob("*.json")):
         if damage := _json_damage(path):
             return f"no {what} could be read from the folder {name}: {path.name} is damaged ({damage}); copy it again"
-    if what == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        files = " or ".join(TOKENIZER_FILES[:2])
+    if what == "tokenizer" and not has_vocabulary(folder):
         return (
-            f"no tokenizer could be read from the folder {name}: it has no {files} {listed}; copy the "
-            "tokenizer's files into it"
+            f"no tokenizer could be read from the folder {name}: it has no tokenizer.json or tokenizer.model {listed}; "
+            "copy the tokenizer's files into it"
         )
     return f"no {what} could be read from the folder {name}: {_first_line(chain[0])}"
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tiktoken.model",
-    "spiece.model", "tekken.json",
-)  # fmt: skip
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer; transformers makes an empty one where there are none."""
+    return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
+def tokenizer_needs_code(folder: Path) -> bool:
+    """Whether the tokenizer of a folder is Python code that comes with it."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or _json_damage(path):
+        return False
+    return "AutoTokenizer" in (json.loads(path.read_text(encoding="utf8")).get("auto_map") or {})
 
 
 def _json_damage(path: Path) -> str | None:

@@ -53,9 +53,9 @@ def file_dtype(model: nn.Module, name: str) -> torch.dtype:
 
 
 def unchanged_in_files(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-    """Values that files hold in another dtype than the model, as they are there; None for others, or changed ones."""
+    """Values that files hold in a wider dtype than the model, as they are there; None for others, or changed ones."""
     noted = _noted(model, name)
-    if noted is None:
+    if noted is None or noted.dtype == storage_dtype(model, name):
         return None
     value = noted.read()
     rounded = value.to(storage_dtype(model, name)).to(tensor.device, tensor.dtype)
