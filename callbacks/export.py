@@ -1,25 +1,34 @@
 """Write the quantized model, read back what was written and compare it."""
 
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moeq.allocation.plan import plan_cost
+from moeq.allocation.plan import PlanCost, plan_cost
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
+from moeq.fit.fingerprint import NEUTRAL_SETTINGS
 from moeq.fit.preflight import FitWork
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
 from moeq.quant.spec import Fallback
 
+if TYPE_CHECKING:
+    from moeq.export.finished import FinishedModel
+    from moeq.export.made import Made
+
 # Stands in the run folder from the first export to the end of the run: what a killed run left may be replaced.
 UNFINISHED = "export.unfinished"
+# Options that say where a run stands and what it takes, not what it makes.
+WITHOUT_EFFECT = {"trainer.default_root_dir", *(f"model.{name}" for name in NEUTRAL_SETTINGS - {"name", "label"})}
 
 
 class Export(Step):
@@ -28,12 +37,17 @@ class Export(Step):
     Args:
         dense: Also write a plain Hugging Face folder with dequantized weights.
         overwrite: Replace folders that exist already and are not empty.
+        draft: Layers for speculative decoding, which no run quantizes: "keep" copies them from the source's files, byte
+            by byte; "drop" leaves them out, and the configuration does not announce them.
     """
 
     affects_weights = False
 
-    def __init__(self, dense: bool = True, overwrite: bool = False) -> None:
+    def __init__(self, dense: bool = True, overwrite: bool = False, draft: Literal["keep", "drop"] = "keep") -> None:
+        if draft not in ("keep", "drop"):
+            raise ValueError(f"draft ({draft!r}) must be keep or drop; choose keep")
         self.dense, self.overwrite = dense, overwrite
+        self.draft: Literal["keep", "drop"] = draft
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before any work what would be refused at the end."""
@@ -92,18 +106,25 @@ class Export(Step):
         rank_zero_info(f"Export: {packed} written, reloaded and equal{' up to rounding of logits' if inexact else ''}")
 
     def _write(self, module: MoEQuantModule, replace: bool, hidden: bool) -> dict[str, dict[str, Any]]:
-        """Write and verify both folders from the block files; returns what was written and compared."""
+        """Write both folders from the block files; returns what was written and compared.
+
+        A folder gets its name once it is verified.
+        """
         from tqdm import tqdm
 
         from moeq.checkpoint.packed import PackedFormat
-        from moeq.export.dense import write_dense
+        from moeq.disk.folder import atomic_folder
+        from moeq.export.dense import fill_dense
         from moeq.export.finished import FinishedModel, Progress
-        from moeq.export.moeq_format import write_packed
+        from moeq.export.moeq_format import fill_packed
+        from moeq.export.source_report import source_fallbacks
         from moeq.export.verify import verify_dense, verify_packed
 
         run, packed, dense = module.run, module.run_dir / "export", module.run_dir / "dense"
         module.adapter.residency.place("cpu")
-        source = FinishedModel(module.adapter, module.walk.resume)
+        source = FinishedModel(module.adapter, module.walk.resume, self.draft)
+        run.fallbacks += source_fallbacks(source.origin)
+        run.reasons |= source.origin.left_out
         grids = {name: PackedFormat(grid.bits, grid.group_size, grid.symmetric) for name, grid in run.plan.items()}
         cost = plan_cost(run.plan, module.weight_shapes())
         metadata = {
@@ -116,18 +137,56 @@ class Export(Step):
         def bar(kind: str) -> Progress:
             return lambda blocks, label: tqdm(blocks, desc=f"{kind} export, {label}", unit="block", disable=hidden)
 
-        meter = run.meter
-        with meter.phase("export", "export"):
-            report = write_packed(
-                source, module.tokenizer, grids, packed, metadata=metadata, measured=seconds, overwrite=replace,
-                progress=bar("packed"),
-            )  # fmt: skip
-        with meter.phase("export verified", "export verified"):
-            verified = {"checkpoint": verify_packed(packed, source, probe, progress=bar("packed")).to_dict()}
-        verified["written"] = report.to_dict()
-        if self.dense:
-            with meter.phase("dense copy", "dense copy"):
-                write_dense(source, module.tokenizer, dense, overwrite=replace, progress=bar("dense"))
-            with meter.phase("dense copy verified", "dense copy verified"):
-                verified["dense"] = verify_dense(dense, source, probe, progress=bar("dense")).to_dict()
-        return verified
+        meter, made, verified = run.meter, _made(module, cost), {}
+        with ExitStack() as folders:
+            partial = {"export": folders.enter_context(atomic_folder(packed, overwrite=replace))}
+            with meter.phase("export", "export"):
+                verified["written"] = fill_packed(
+                    source, module.tokenizer, grids, partial["export"], metadata=metadata, measured=seconds, made=made,
+                    progress=bar("packed"),
+                ).to_dict()  # fmt: skip
+            with meter.phase("export verified", "export verified"):
+                found = verify_packed(partial["export"], source, probe, progress=bar("packed"))
+                verified["checkpoint"] = found.to_dict()
+            if self.dense:
+                partial["dense"] = folders.enter_context(atomic_folder(dense, overwrite=replace))
+                with meter.phase("dense copy", "dense copy"):
+                    fill_dense(source, module.tokenizer, partial["dense"], made=made, progress=bar("dense"))
+                with meter.phase("dense copy verified", "dense copy verified"):
+                    found = verify_dense(partial["dense"], source, probe, progress=bar("dense"))
+                    verified["dense"] = found.to_dict()
+            run.ledger = self._account(module, source, partial)
+        places = {"checkpoint": packed, "written": packed, "dense": dense}
+        return {kind: {**found, "directory": str(places[kind])} for kind, found in verified.items()}
+
+    def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> dict[str, int]:
+        """Write ledger.json, whatever it says; returns the counts of a ledger in which nothing is amiss."""
+        from moeq.export.accounting import make_ledger
+
+        run, origin = module.run, source.origin
+        if origin.folder is None:
+            return {}
+        grids = {name: grid.label for name, grid in run.plan.items()}
+        asked = None if module.hparams["dtype"] == "auto" else getattr(torch, module.hparams["dtype"])
+        ledger, stored = make_ledger(origin.folder, folders, grids, {**run.reasons, **origin.left_out}, asked)
+        write_json(module.run_dir / "ledger.json", ledger.to_dict(stored))
+        ledger.check()
+        return ledger.counts
+
+
+def _made(module: MoEQuantModule, cost: PlanCost) -> "Made":
+    from moeq.export.made import Made, command_line, describe_data
+
+    datamodule: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    fingerprint, of_any = module.walk.resume.fingerprint, vars(LightningDataModule())
+    options = {name: value for name, value in vars(datamodule).items() if name not in of_any}
+    return Made(
+        source=module.hparams["name"],
+        identity=fingerprint["model"],
+        method=module.hparams["label"],
+        bits=cost.code_bits,
+        average_bits=cost.average_bits,
+        data=describe_data(datamodule, options),
+        data_digest=fingerprint["data"],
+        command=command_line(sys.argv, WITHOUT_EFFECT),
+    )

@@ -103,5 +103,8 @@ def summary_table(module: MoEQuantModule) -> str:
     listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
     if module.forecast is not None:
         lines += ["", comparison_table(module.forecast, module.run.meter.measured)]
+    if module.run.ledger:
+        fates = ", ".join(f"{count} {fate}" for fate, count in module.run.ledger.items())
+        lines += ["", f"Tensors of the source's files: {fates} (ledger.json)."]
     lines += ["", f"Average bits {cost.average_bits:.3f} ({cost.bytes / 1e6:.2f} MB). Fallbacks: {listed}.", ""]
     return "\n".join(lines)

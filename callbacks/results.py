@@ -26,7 +26,7 @@ BITS_OF_DTYPE = {"torch.float32": 32.0, "torch.bfloat16": 16.0, "torch.float16":
 
 
 class Results(Step):
-    """Writes results.json, results.md and figures after validate, and prints the tables.
+    """Writes results.json, results.md and figures after validate, and the tables into the card of an export.
 
     Reads ``pl_module.validation.reports``, which all ranks have put together; the module logs the numbers themselves.
     """
@@ -66,6 +66,21 @@ class Results(Step):
         write_results([row], module.run_dir, reports, setting(trainer, module))
         draw(reports, trainer, module.run_dir)
         rank_zero_info(f"\n{markdown_table([row])}\n{markdown_tasks(reports)}")
+        self._add_to_card(module, reports)
+
+    def _add_to_card(self, module: MoEQuantModule, reports: Sequence[TaskReport]) -> None:
+        """The card of an export says what was measured of it, where its folder may be written."""
+        from moeq.export.card import add_quality
+
+        reference = module.hparams["reference"]
+        compared = "" if reference is None else f", beside `{Path(reference).name}`"
+        try:
+            if add_quality(
+                Path(module.hparams["name"]), f"By `validate` of moeq{compared}:\n\n{markdown_tasks(reports)}"
+            ):
+                rank_zero_info(f"Card: the tables are in {module.hparams['name']}/README.md, too")
+        except ValueError as error:
+            rank_zero_info(f"Card: {error}")
 
 
 def draw(reports: Sequence[TaskReport], trainer: Trainer, folder: Path) -> None:

@@ -131,6 +131,13 @@ FAMILIES: dict[str, Values] = {
         rel_extent=32, sliding_window_size=32, unpadded_vocab_size=264,
     ),
     "qwen4_exp_text": _values(_GATED, _LINEAR, hc_lowrank=16),
+    "mistral4": _values(
+        _LATENT, _ROUTED, n_group=1, first_k_dense_replace=1,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1, "max_position_embeddings": 512,
+        },
+    ),
     "minimax_m3_vl_text": _values(
         _LOCAL, _DENSE_FIRST, head_dim=16, dense_intermediate_size=64, shared_intermediate_size=32, rotary_dim=16,
         index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2,
@@ -153,11 +160,168 @@ REFUSED: dict[str, tuple[Values, str]] = {
         NO_INTERFACE,
     ),
 }  # fmt: skip
-# Families whose experts follow the interface, but which transformers opens only together with images or sound, or not
-# as a language model.
-NOT_CAUSAL = (
-    "deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "mistral4", "mistral_large4",
-    "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe", "unlimited_ocr",
-)  # fmt: skip
+# A vision tower in the words of most families.
+_TOWER: Values = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+# The same in the words of Qwen's and GLM's.
+_VISUAL: Values = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+_SMALL_IMAGE: Values = {"image_size": 56, "patch_size": 14}
+_SAM: Values = {
+    "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+    "patch_size": 16, "window_size": 2, "global_attn_indexes": [1], "downsample_channels": [16, 32],
+}  # fmt: skip
+_SOUND: Values = {
+    "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "output_dim": 64,
+    "num_mel_bins": 16, "max_source_positions": 32, "downsample_hidden_size": 16, "n_window": 4,
+}  # fmt: skip
+
+
+def _sections(*sizes: int) -> Values:
+    """Rotary positions of time, height and width."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes)}}
+
+
+def _text(family: str, *parts: Values, **more: Any) -> Values:
+    """The ``text_config`` of a wrapper: a family of its own, or one that stands nowhere else."""
+    return {"text_config": _values({"model_type": family}, FAMILIES.get(family, {}), *parts, **more)}
+
+
+# Wrappers: a language model with experts, and beside it what turns images or sound into its embeddings.
+WRAPPERS: dict[str, Values] = {
+    "gemma4": _values(
+        _text("gemma4_text"),
+        vision_config=_values(_TOWER, num_key_value_heads=2, head_dim=16, position_embedding_size=64),
+        audio_config=None, tie_word_embeddings=True,
+    ),
+    "qwen3_5_moe": _values(
+        _text("qwen3_5_moe_text", _sections(1, 1, 0)), vision_config=_values(_VISUAL, num_position_embeddings=64)
+    ),
+    "qwen3_vl_moe": _values(
+        _text("qwen3_vl_moe_text", _QWEN, _sections(4, 2, 2)),
+        vision_config=_values(_VISUAL, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+    ),
+    "glm4v_moe": _values(
+        _text("glm4v_moe_text", _ROUTED, _sections(2, 1, 1), n_group=1), vision_config=_values(_VISUAL, _SMALL_IMAGE)
+    ),
+    "qwen3_omni_moe_thinker": _values(
+        _text("qwen3_omni_moe_text", _EXPERTS, _sections(4, 2, 2)), audio_config=_SOUND,
+        vision_config=_values(_VISUAL, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+    ),
+    "kimi_k25": _values(
+        _text("deepseek_v3"), vision_config=_values(_TOWER, pos_emb_height=4, pos_emb_width=4),
+        projection_hidden_size=32, tie_word_embeddings=False,
+    ),
+    "mistral3": _values(
+        _text("mistral4"), tie_word_embeddings=False,
+        vision_config=_values(_TOWER, _SMALL_IMAGE, model_type="pixtral", head_dim=16),
+    ),
+    "internvl": _values(
+        _text("qwen3_moe"), tie_word_embeddings=False,
+        vision_config=_values(_TOWER, image_size=[56, 56], patch_size=[14, 14]),
+    ),
+    "aria": _values(
+        _text("aria_text"), vision_config=_values(_TOWER, _SMALL_IMAGE, model_type="idefics3_vision"),
+        projector_patch_to_query_dict={16: 4},
+    ),
+    "minimax_m3_vl": _values(
+        _text("minimax_m3_vl_text"), vision_config=_values(_TOWER, _SMALL_IMAGE), projector_hidden_size=64,
+    ),
+    "deepseek_ocr2": _values(
+        _text("deepseek_ocr2_text", _ROUTED, n_group=None, topk_group=None, mlp_layer_types=["dense", "sparse"]),
+        vision_config={"sam_config": _SAM, "encoder_config": _values(_TOWER, num_key_value_heads=2)},
+    ),
+    "unlimited_ocr": _values(
+        _text("unlimited_ocr_text", _ROUTED, _DENSE_FIRST, n_group=1, num_key_value_heads=4),
+        vision_config={"sam_config": _values(_SAM, mlp_dim=64), "encoder_config": _values(_TOWER, _SMALL_IMAGE)},
+    ),
+    "glm5_next": _values(
+        _text(
+            "glm5_next_text", _LATENT, _ROUTED, _INDEXED, _DENSE_FIRST, _LINEAR_FIRST, n_group=1, head_dim=0,
+            qk_rope_head_dim=0, index_kpool=2, linear_head_dim=16, linear_num_heads=4,
+        ),
+        vision_config=_values(_VISUAL, _SMALL_IMAGE, projection_intermediate_size=64),
+    ),
+    "dots3_note": _values(
+        _text("dots3_note_text"),
+        vision_config=_values(
+            _TOWER, moe_intermediate_size=32, adapter_in_dim=32, adapter_out_dim=64, num_local_experts=4,
+            num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"],
+        ),
+        audio_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "downsample_hidden_size": 16, "feature_size": 16, "adapter_input_size": 32, "adapter_out_dim": 64,
+        },
+    ),
+    "qwen4_exp": _values(_text("qwen4_exp_text"), vision_config=_values(_VISUAL, num_position_embeddings=64)),
+    "mistral_large4": _values(
+        _text("mistral_large4_text", _LATENT, _ROUTED, _INDEXED, n_group=1),
+        vision_config=_values(_TOWER, _SMALL_IMAGE, model_type="pixtral", head_dim=16),
+    ),
+}  # fmt: skip
+# Wrappers that are refused, and what the message must say.
+REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
+    "llama4": (
+        _values(
+            {"text_config": REFUSED["llama4_text"][0]},
+            vision_config=_values(_TOWER, _SMALL_IMAGE, projector_input_dim=32, projector_output_dim=32,
+                                  vision_output_dim=32),
+        ),
+        NO_INTERFACE,
+    ),
+    "muse_spark": (
+        _values(
+            _text("muse_spark_text", _LOCAL, head_dim=16, moe_intermediate_size=32, moe_hidden_size=64),
+            vision_config=_values(_TOWER, pos_emb_height=4, pos_emb_width=4),
+            audio_config={"patch_sizes": [2], "hidden_sizes": [32], "depths": [1], "num_hidden_layers": 1,
+                          "out_hidden_size": 64},
+            out_hidden_size=32, projector_hidden_size=32,
+        ),
+        "has a norm after each expert",
+    ),
+    "ernie4_5_vl_moe": (
+        _values(
+            _text(
+                "ernie4_5_vl_moe_text", _sections(3, 3, 2), moe_intermediate_size=[32, 16], moe_num_experts=8, moe_k=2,
+                moe_num_shared_experts=1,
+            ),
+            vision_config=_values(_VISUAL),
+        ),
+        "number the experts of text and those of images through",
+    ),
+    "inkling_mm_model": (
+        _values(
+            _text("inkling_text"), vision_config={"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2},
+            audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+        ),
+        "gate and up rows of linears in turn",
+    ),
+    "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0])),
+                 "its blocks read the outputs of all earlier ones"),
+}  # fmt: skip
+# Families whose experts follow the interface, but which are no language models that predict the next token.
+OTHER_TASKS = ("diffusion_gemma", "openai_privacy_filter")
+# How files of a family hold layers for speculative decoding, by its number of blocks N; of the names that transformers
+# skips (``_keys_to_ignore_on_load_unexpected``) and the configurations that count them.
+DRAFT_LAYERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3"),
+        "model.layers.N.*",
+    ),
+    **dict.fromkeys(("dots3_note", "glm5_next"), "model.language_model.layers.N.*"),
+    **dict.fromkeys(
+        ("deepseek_v4", "mellum", "minimax_m3_vl", "nemotron_h", "qwen3_5_moe", "qwen3_next", "qwen4_exp"), "mtp.*"
+    ),
+    **dict.fromkeys(("inkling_text", "mimo_v2_flash"), "model.mtp.*"),
+    "ernie4_5_moe": "model.mtp_*",
+}
+# Families whose weights are published quantized, alone or beside a copy in 16 bits.
+PUBLISHED_AS: dict[str, str] = {
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm4_moe", "mimo_v2_flash", "minimax_m2", "qwen3_moe", "qwen3_next",
+         "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe"), "FP8 in blocks",
+    ),
+    "gpt_oss": "MXFP4",
+    "kimi_k25": "int4 (compressed-tensors)",
+}  # fmt: skip
 # An older transformers knows fewer of them.
 SUPPORTED = tuple(family for family in FAMILIES if family in CONFIG_MAPPING)
+SUPPORTED_WRAPPERS = tuple(family for family in WRAPPERS if family in CONFIG_MAPPING)

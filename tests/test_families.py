@@ -12,8 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from callbacks.export import Export
 from callbacks.gptq import GPTQ
@@ -31,7 +30,7 @@ from moeq.models.not_quantized import is_router
 from moeq.models.observe import observe
 from moeq.models.storage import storage_dtype
 from moeq.module import MoEQuantModule
-from tests.families import FAMILIES, NOT_CAUSAL, REFUSED, SUPPORTED
+from tests.families import FAMILIES, OTHER_TASKS, REFUSED, REFUSED_WRAPPERS, SUPPORTED, WRAPPERS
 from tests.test_main import fit
 from tests.tiny import save_tiny, tiny_model
 
@@ -41,17 +40,23 @@ PROBE = torch.arange(1, 60).reshape(1, -1)
 RELOAD = """
 import sys, torch
 import moeq.checkpoint.quantizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from tests.test_families import opened
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder + "/export")
+    model = opened(folder + "/export")
     # Parameters mapped from the file are not aligned, which may change the order of float32 sums.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     with torch.no_grad():  # with gradients, torch may choose other kernels (for inkling's convolutions)
         torch.save(model(torch.arange(1, 60).reshape(1, -1), use_cache=False).logits, folder + "/reloaded.pt")
 """
+
+
+def opened(folder: Path | str) -> nn.Module:
+    """A folder as the class that its configuration names opens it."""
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    model: nn.Module = getattr(transformers, name).from_pretrained(folder)
+    return model.eval()
 
 
 class MixedBits(pl.Callback):
@@ -154,7 +159,7 @@ def test_reloaded_logits_equal_the_dense_export_and_the_model_in_memory(
     run = quantized[family]
     reloaded = torch.load(run.folder / "reloaded.pt")
     assert reloaded.isfinite().all()
-    assert same(reloaded, logits(AutoModelForCausalLM.from_pretrained(run.folder / "dense")))
+    assert same(reloaded, logits(opened(run.folder / "dense")))
     assert same(reloaded, logits(in_files_dtypes(run.module.model)))
     assert not same(reloaded, logits(run.original))
 
@@ -186,7 +191,7 @@ def test_everything_but_the_weights_of_sites_stays_as_it_is(family: str, quantiz
         changed |= {
             f"{path}.{leaf}" for path in site.modules for leaf in ("weight", "gate_up_proj", "up_proj", "down_proj")
         }
-    dense, kept = AutoModelForCausalLM.from_pretrained(run.folder / "dense").state_dict(), 0
+    dense, kept = opened(run.folder / "dense").state_dict(), 0
     for name, tensor in run.original.state_dict().items():
         if name not in changed:
             kept += 1
@@ -259,27 +264,27 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(family: str) -> N
     torch.testing.assert_close(store.at(0, "cpu"), expected)
 
 
-@pytest.mark.parametrize("family", sorted(REFUSED))
+@pytest.mark.parametrize("family", sorted({**REFUSED, **REFUSED_WRAPPERS}))
 def test_a_family_that_cannot_work_is_refused_with_the_reason(family: str) -> None:
     if family not in CONFIG_MAPPING:
         pytest.skip("not in this version of transformers")
-    with pytest.raises(ValueError, match=REFUSED[family][1]):
+    with pytest.raises(ValueError, match={**REFUSED, **REFUSED_WRAPPERS}[family][1]):
         Adapter(tiny_model(family))
 
 
 @pytest.mark.skipif(transformers.__version__.split(".")[:2] != ["5", "23"], reason="other versions have other families")
 def test_every_family_of_transformers_with_the_interface_is_tested_or_refused() -> None:
-    folder, known = Path(transformers.__file__).parent / "models", {*FAMILIES, *REFUSED, *NOT_CAUSAL}
+    folder = Path(transformers.__file__).parent / "models"
+    known = {*FAMILIES, *REFUSED, *WRAPPERS, *REFUSED_WRAPPERS, *OTHER_TASKS}
     sources = [path for path in folder.glob("*/modeling_*.py") if "@use_experts_implementation" in path.read_text()]
     assert len(sources) > 50
     unknown = [path.parent.name for path in sources if not {path.parent.name, f"{path.parent.name}_text"} & known]
     assert not unknown
-    assert not set(NOT_CAUSAL) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_the_command_line_quantizes_with_self_sampled_data(family: str, tmp_path: Path) -> None:
     fit(Path("configs/moequant_w3.yaml"), save_tiny(family, tmp_path / "model"), tmp_path / "run")
     for folder in ("export", "dense"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder)
+        model = opened(tmp_path / "run" / folder)
         assert model(PROBE).logits.isfinite().all()

@@ -5,15 +5,17 @@ Shapes: hidden 64, expert width 32, 2 blocks, 8 experts of which 2 are chosen, 4
 byte-level tokenizer, on which ``main.py fit`` runs.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
-from tests.families import FAMILIES, REFUSED
+from moeq.checkpoint.model_class import model_class
+from tests.families import FAMILIES, REFUSED, REFUSED_WRAPPERS, WRAPPERS
 
 END_OF_TEXT = "<|endoftext|>"
 _COMMON: dict[str, Any] = {
@@ -34,6 +36,10 @@ MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gp
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """The configuration of ``tiny_model``."""
+    if family in WRAPPERS or family in REFUSED_WRAPPERS:
+        values = copy.deepcopy(WRAPPERS.get(family) or REFUSED_WRAPPERS[family][0])
+        text = {**_COMMON, **values.pop("text_config"), **overrides}
+        return CONFIG_MAPPING[family](text_config=text, **values)
     values = REFUSED[family][0] if family in REFUSED else FAMILIES.get(family, {})
     return CONFIG_MAPPING[family](**{**_COMMON, **values, **overrides})
 
@@ -49,7 +55,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     """
     config = tiny_config(family, **overrides)
     # Not ``model.to(dtype)``, which would round the rotary frequencies too; ``from_pretrained`` does not.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model_class(config).from_config(config, dtype=dtype)
+    model.config.architectures = [type(model).__name__]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # The initialisation of the library (0.02) gives nearly uniform routers and logits; this one does not.

@@ -145,10 +145,10 @@ def dense_conversions(model: PreTrainedModel) -> list[Any]:
     """Conversions that ``save_pretrained`` would revert: those used in loading, or the family's default."""
     used = getattr(model, "_weight_conversions", None)
     if used is not None:
-        return list(used)
+        return [_narrowed(conversion) for conversion in used]
     default = get_model_conversion_mapping(model, add_legacy=False)
     # A model made from a config has no prefix to restore (as in transformers' own revert_weight_conversion).
-    return [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+    return [_narrowed(conversion) for conversion in default if not isinstance(conversion, PrefixChange)]
 
 
 def module_keys(keys: list[str], model: PreTrainedModel, conversions: list[Any]) -> dict[str, str]:
@@ -158,5 +158,15 @@ def module_keys(keys: list[str], model: PreTrainedModel, conversions: list[Any])
     return {key: str(rename_source_key(key, renamings, [], prefix, parameters)[0]) for key in keys}
 
 
+def _narrowed(conversion: Any) -> Any:
+    """A conversion that, reverted, renames no more than it did in loading."""
+    # Of Kimi K2.5 (transformers 5.23): meant for the vision tower, it would rename the language model's layers, too.
+    if isinstance(conversion, WeightRenaming) and list(conversion.source_patterns) == ["blocks"]:
+        return WeightRenaming("vision_tower.blocks", "vision_tower.layers")
+    return conversion
+
+
 def _merges_experts(converter: Any) -> bool:
-    return any("experts.*" in pattern for pattern in converter.source_patterns)
+    """Whether a converter makes fused experts of the language model; those of a tower are never packed."""
+    scope = (getattr(converter, "scope_prefix", None) or "").rpartition(".")[2]
+    return scope in ("", "model", "language_model") and any("experts.*" in part for part in converter.source_patterns)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from moeq.checkpoint.hub import weights_folder
+
+__all__ = ["Asked", "Kind", "Placement", "choose_placement", "stream_obstacle", "weights_folder"]
+
 Asked = Literal["auto", "memory", "stream"]
 Kind = Literal["memory", "stream"]
 
@@ -52,21 +56,13 @@ def choose_placement(asked: Asked, name: str, need_bytes: int, free_bytes: int, 
     )
 
 
-def stream_obstacle(name: str) -> str | None:
+def stream_obstacle(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
     """Why the blocks of a model cannot be streamed, told from its configuration and the names of its files."""
-    from moeq.checkpoint.loading import load_config
+    from moeq.checkpoint.configuration import load_config
 
-    if getattr(load_config(name), "quantization_config", None) is not None:
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
         return "it is quantized already"
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        return "its folder has no safetensors files"
+    if Path(name).is_dir() and not any((*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin"))):
+        return "its folder has no weights"
     return None
-
-
-def weights_folder(name: str) -> Path:
-    """The folder of a model's files: the one that is named, or the local copy of the hub's, which is downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))

@@ -24,10 +24,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeq.checkpoint.names import packed_conversions, weight_names
 from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
 CHECKPOINT_VERSION = 1
+# Name of the weight files in ``config.json`` of a packed checkpoint.  transformers without moeq would skip the method
+# with a warning and make random weights; it refuses this name, and shows it.
+OPENING = (
+    "none. This checkpoint is packed by moeq and transformers alone cannot read it: install moeq and run "
+    "`import moeq.checkpoint.quantizer` before from_pretrained"
+)
+_WEIGHTS = "transformers_weights"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -127,6 +135,13 @@ class MoEQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: MoEQConfig
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let transformers look for the usual files; this is where a quantizer sees the configuration first."""
+        vars(config).pop(_WEIGHTS, None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # which is that hook in 5.17
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         install_packed_modules(model, self.quantization_config)
         self._declared = {name: p.dtype for name, p in model.named_parameters()}
@@ -166,7 +181,8 @@ def install_packed_modules(model: PreTrainedModel, config: MoEQConfig) -> None:
     one by one; projections that are not quantized become plain linears in them.
     """
     grids = {name: grid for name in weight_names(model) if (grid := config.grid(name)) is not None}
-    experts = expert_modules(model)
+    blocks, _ = find_blocks(model)  # a tower of images may have experts, too, which stay as they are
+    experts = {path: module for path, module in expert_modules(model).items() if path.startswith(f"{blocks}.")}
     with torch.device("meta"):
         for name, grid in grids.items():
             if not any(name.startswith(f"{path}.") for path in experts):
@@ -178,6 +194,8 @@ def install_packed_modules(model: PreTrainedModel, config: MoEQConfig) -> None:
         if any(name.startswith(f"{path}.") for path in experts for name in grids):
             for path, module in experts.items():
                 model.set_submodule(path, _packed_experts(path, module, grids, config.scale_dtype))
+                # Some families (qwen3_omni_moe) initialise the fused weights, which are gone, from the block around.
+                model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _packed_experts(

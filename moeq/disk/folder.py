@@ -58,11 +58,11 @@ def atomic_folder(directory: Path | str, *, overwrite: bool = False) -> Iterator
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` with the size and SHA-256 of every file of the folder."""
+    """Write ``content`` with the size and SHA-256 of every file of the folder but its README, which may be edited."""
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "README.md"
     }
     (directory / MANIFEST).write_text(json.dumps({**content, "files": files}, indent=2, sort_keys=True) + "\n")
 
@@ -82,7 +82,9 @@ def check_integrity(directory: Path | str) -> None:
         for name, expected in _read_json(folder / MANIFEST)["files"].items():
             _check_file(folder / name, expected)
     for path in weight_files(folder):
-        stored_tensors(path)
+        # Weights in other files are not opened here; what loads a folder without any says so.
+        if path.is_file() or (folder / INDEX).is_file():
+            stored_tensors(path)
 
 
 def weight_files(directory: Path | str) -> list[Path]:

@@ -20,17 +20,16 @@ from moeq.disk.atomic import whole_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-# Of other people's files, too: read, never written.
-_READ = DTYPES | {
-    "F8_E8M0": torch.float8_e8m0fnu, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # In which the safetensors library lays out a file: wide numbers first, so that all of them lie aligned.
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8",
+    "U8", "BOOL",
+)  # fmt: skip
 _ALIGNMENT = 8  # bytes, of the header
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 
@@ -45,6 +44,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+    @property
+    def parts(self) -> "tuple[StoredTensor]":
+        """What lies in files of it: itself."""
+        return (self,)
 
     def read(self) -> Tensor:
         """Its values, in memory of its own.
@@ -181,7 +185,7 @@ def _header(
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    dtype, shape = _READ[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
     return StoredTensor(path, name, dtype, shape, data + begin, end - begin)

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictInfo
 
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import Source, find_sources, made_of, stored_in
-from moeq.disk.tensor_file import StoredTensor
 from moeq.export.assemble import packed_skeleton
 
 
@@ -30,7 +31,7 @@ class Contents:
     """
 
     model: PreTrainedModel
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, Readable]
     sources: Mapping[str, Source]
 
     @cached_property
@@ -60,9 +61,9 @@ def read_contents(folder: Path) -> Contents:
     Raises:
         ValueError: A file is missing or damaged.
     """
-    model, conversions = empty_model(folder)
+    model, mapping = empty_model(folder)
     stored = stored_in(folder)
-    return Contents(model, stored, find_sources(model, stored, conversions))
+    return Contents(model, stored, find_sources(model, stored, mapping))
 
 
 def empty_model(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
@@ -71,8 +72,14 @@ def empty_model(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     description = getattr(config, "quantization_config", None)
     if description is None or description["quant_method"] != METHOD:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        return model, get_model_conversion_mapping(model)
-    quantization = MoEQConfig.from_dict(description)
-    model = packed_skeleton(config, quantization, config.dtype)
-    return model, packed_conversions(get_model_conversion_mapping(model), quantization.expert_leaves)
+            model: PreTrainedModel = model_class(config).from_config(config, dtype=config.dtype)
+        return model, conversions(model)
+    model = packed_skeleton(config, MoEQConfig.from_dict(description), config.dtype)
+    return model, conversions(model)
+
+
+def conversions(model: PreTrainedModel) -> list[Any]:
+    """Conversions from the files of a checkpoint to its model, dense or packed."""
+    mapping = get_model_conversion_mapping(model)
+    quantization = getattr(model.config, "quantization_config", None)
+    return packed_conversions(mapping, quantization.expert_leaves) if isinstance(quantization, MoEQConfig) else mapping

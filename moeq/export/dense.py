@@ -14,7 +14,8 @@ from moeq.checkpoint.names import dense_conversions
 from moeq.disk.folder import atomic_folder
 from moeq.export.finished import FinishedModel, Progress, silent
 from moeq.export.layout import plan_layout
-from moeq.export.moeq_format import finish_folder
+from moeq.export.made import Made
+from moeq.export.moeq_format import finish_folder, tally
 from moeq.export.stored import as_stored, block_tensors, declared_tensors
 from moeq.export.weights import write_weights
 from moeq.models.storage import storage_dtype
@@ -27,6 +28,7 @@ def write_dense(
     overwrite: bool = False,
     *,
     metadata: dict[str, Any] | None = None,
+    made: Made | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write a finished model in the dtypes of its source's files, as a folder that ``from_pretrained`` opens.
@@ -39,15 +41,30 @@ def write_dense(
         directory: Folder to create.
         overwrite: Replace a folder that exists.
         metadata: JSON values for the manifest.
+        made: For its card; None is what the model itself tells.
         progress: Shows how many blocks are written.
 
     Raises:
         ValueError: The folder exists and is not empty, or the model holds values that those dtypes do not.
     """
     with atomic_folder(directory, overwrite=overwrite) as folder:
-        layout = plan_layout(_skeleton(source.model), declared_tensors(source.model))
-        write_weights(source, layout, lambda block: _block(source, block), folder, progress)
-        finish_folder(folder, tokenizer, kind="dense", metadata=metadata or {})
+        fill_dense(source, tokenizer, folder, metadata=metadata, made=made, progress=progress)
+
+
+def fill_dense(
+    source: FinishedModel,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    metadata: dict[str, Any] | None = None,
+    made: Made | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Write the files of a dense export into an empty folder; see ``write_dense``."""
+    layout = plan_layout(_skeleton(source.model), declared_tensors(source.model), source.origin.carried)
+    write_weights(source, layout, lambda block: _block(source, block), folder, progress)
+    counts = tally("dense", layout, source)
+    finish_folder(folder, source, tokenizer, counts, kind="dense", metadata=metadata or {}, made=made)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,10 +6,12 @@ In memory or streamed, the blocks are visited in the same order by the same code
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from moeq.export.origin import Draft, Origin, find_origin
 from moeq.models.adapter import Adapter
 from moeq.quant.spec import QuantizedWeight
 
@@ -39,10 +41,12 @@ class FinishedModel:
     Attributes:
         adapter: The model; what lies outside of its blocks is as it is to be exported.
         blocks: What a fit has made of its blocks.
+        draft: Whether layers for speculative decoding, which are in the source's files alone, travel into exports.
     """
 
     adapter: Adapter
     blocks: QuantizedBlocks
+    draft: Draft = "keep"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -50,6 +54,11 @@ class FinishedModel:
         model = self.adapter.model
         assert isinstance(model, PreTrainedModel)
         return model
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The files that the model was opened from."""
+        return find_origin(self.model, self.draft)
 
     @property
     def block_indices(self) -> range:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from moeq.checkpoint.affine import Readable
 from moeq.disk.atomic import write_text
 from moeq.disk.folder import INDEX
 from moeq.disk.tensor_file import Declared, TensorFileWriter, tensor_file_writer
@@ -47,17 +48,27 @@ class Layout:
         return sum(declared.num_bytes for declared in self.declared.values())
 
 
-def plan_layout(skeleton: PreTrainedModel, tensors: Mapping[str, Declared]) -> Layout:
+def plan_layout(
+    skeleton: PreTrainedModel, tensors: Mapping[str, Declared], carried: Mapping[str, Readable] | None = None
+) -> Layout:
     """Plan the files of a model.
 
     Args:
         skeleton: On the meta device, with the conversions that its files need (``_weight_conversions``).
         tensors: What is written, by name in the skeleton.
+        carried: What is copied from other files, by key.
+
+    Raises:
+        ValueError: A key that is carried is one of the model's.
     """
     empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     reverted = revert_weight_conversion(skeleton, dict(empty))
     key_of = {id(tensor): key for key, tensor in reverted.items()}
     declared = {key: Declared(tensor.dtype, tuple(tensor.shape)) for key, tensor in reverted.items()}
+    for key, tensor in (carried or {}).items():
+        if key in declared:
+            raise ValueError(f"{key} is in the source's files and in the model, which did not take it from there")
+        declared[key] = Declared(tensor.dtype, tensor.shape)
     split = split_state_dict_into_shards_factory(
         declared,
         get_storage_size=lambda tensor: tensor.num_bytes,
@@ -91,6 +102,11 @@ class LayoutWriter:
                 converted[name] = tensor
         for key, tensor in revert_weight_conversion(self._layout.skeleton, converted).items():
             self._write(key, tensor)
+
+    def copy(self, tensors: Iterable[Readable]) -> None:
+        """Copy tensors of other files by their keys, one after another; see ``write``."""
+        for tensor in tensors:
+            self._write(tensor.name, tensor.read())
 
     def _write(self, key: str, tensor: Tensor) -> None:
         if key not in self._writer_of:

@@ -5,7 +5,7 @@ a checkpoint that is written and one that is loaded and saved again have the sam
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import check_expressible, module_keys, packed_conversions
 from moeq.checkpoint.packed import PackedFormat, PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.disk.folder import atomic_folder, check_integrity, check_target, weight_files, write_manifest
 from moeq.export.assemble import packed_block, packed_counterpart, packed_declared, packed_format, packed_skeleton
+from moeq.export.card import Kind, Tally, write_card
+from moeq.export.companions import copy_companions
 from moeq.export.finished import FinishedModel, Progress, held, silent
-from moeq.export.layout import plan_layout
+from moeq.export.layout import Layout, plan_layout
+from moeq.export.made import Made
 from moeq.export.weights import write_weights
 from moeq.quant.spec import QuantizedWeight
 
@@ -40,6 +44,8 @@ class CheckpointReport:
         bytes_quantized: Bytes of codes, scales, zero points and shapes of the quantized weights.
         num_tensors: Tensors in its files.
         num_quantized: Quantized weights.
+        num_carried: Tensors of the source's files that no parameter of the model is made of, copied byte by byte.
+        num_draft: Of these, those of draft layers.
         num_files: Files, the manifest included.
     """
 
@@ -48,6 +54,8 @@ class CheckpointReport:
     bytes_quantized: int
     num_tensors: int
     num_quantized: int
+    num_carried: int
+    num_draft: int
     num_files: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +71,7 @@ def write_packed(
     *,
     metadata: dict[str, Any],
     measured: dict[str, Any] | None = None,
+    made: Made | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> CheckpointReport:
@@ -77,26 +86,52 @@ def write_packed(
         metadata: JSON values kept in ``config.json`` and in the manifest.
         measured: JSON values that differ from run to run (times), kept in the manifest alone: every other file is the
             same to the byte in each run that has the same codes.
+        made: For its card; None is what the model itself tells.
         overwrite: Replace a folder that exists.
         progress: Shows how many blocks are written.
 
     Raises:
-        ValueError: The folder is taken, or a quantized weight is not one of the model's (name, shape, dtype of its
-            scales) or not on its grid, or other tensors hold values that the files' dtypes do not.
+        ValueError: The folder is taken; see ``fill_packed``.
     """
     check_target(directory, overwrite=overwrite)  # before the work, not after it
-    skeleton = packed_counterpart(source.model, grids, metadata)
-    layout = plan_layout(skeleton, packed_declared(source.model, skeleton))
     with atomic_folder(directory, overwrite=overwrite) as folder:
-        write_weights(source, layout, lambda block: packed_block(source, skeleton, grids, block), folder, progress)
-        finish_folder(folder, tokenizer, kind=METHOD, metadata={**metadata, **(measured or {})})
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        report = fill_packed(
+            source, tokenizer, grids, folder, metadata=metadata, measured=measured, made=made, progress=progress
+        )
+    return replace(report, directory=str(directory))
+
+
+def fill_packed(
+    source: FinishedModel,
+    tokenizer: Any,
+    grids: Mapping[str, PackedFormat],
+    folder: Path,
+    *,
+    metadata: dict[str, Any],
+    measured: dict[str, Any] | None = None,
+    made: Made | None = None,
+    progress: Progress = silent,
+) -> CheckpointReport:
+    """Write the files of a packed checkpoint into an empty folder; see ``write_packed``.
+
+    Raises:
+        ValueError: A quantized weight is not one of the model's (name, shape, dtype of its
+            scales) or not on its grid, or other tensors hold values that the files' dtypes do not.
+    """
+    skeleton, origin = packed_counterpart(source.model, grids, metadata), source.origin
+    layout = plan_layout(skeleton, packed_declared(source.model, skeleton), origin.carried)
+    write_weights(source, layout, lambda block: packed_block(source, skeleton, grids, block), folder, progress)
+    counts = tally("packed", layout, source)
+    finish_folder(folder, source, tokenizer, counts, kind=METHOD, metadata={**metadata, **(measured or {})}, made=made)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return CheckpointReport(
-        directory=str(directory),
+        directory=str(folder),
         bytes_total=sum(sizes),
         bytes_quantized=_packed_bytes(skeleton),
         num_tensors=len(layout.declared),
         num_quantized=len(grids),
+        num_carried=len(origin.carried),
+        num_draft=origin.num_draft,
         num_files=len(sizes),
     )
 
@@ -129,12 +164,52 @@ def write_checkpoint(
     return write_packed(held(model, quantized), tokenizer, grids, directory, metadata=metadata, overwrite=overwrite)
 
 
-def finish_folder(folder: Path, tokenizer: Any, *, kind: str, metadata: dict[str, Any]) -> None:
-    """Add tokenizer and manifest to a folder of weights."""
-    if tokenizer is not None:
+def finish_folder(
+    folder: Path,
+    source: FinishedModel,
+    tokenizer: Any,
+    counts: Tally,
+    *,
+    kind: str,
+    metadata: dict[str, Any],
+    made: Made | None = None,
+) -> None:
+    """Add what is no weight to a folder of weights: the source's other files, a card, and the manifest.
+
+    Args:
+        folder: Of the export.
+        source: Whose files are copied; a model that has none gives its ``tokenizer``, if any.
+        tokenizer: Of the model, or None.
+        counts: What the weight files hold, for the card.
+        kind: Of the export, for the manifest.
+        metadata: JSON values for the manifest.
+        made: For the card.
+    """
+    origin = source.origin
+    if origin.folder is not None:
+        copy_companions(origin.folder, folder)
+    elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    made = made or Made(str(getattr(source.model.config, "_name_or_path", "") or source.model.config.model_type))
+    write_card(folder, made, counts, origin.folder)
     versions = {"moeq": _own_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata})
+    carried = {"num_carried": counts.num_carried, "num_draft": counts.num_draft}
+    write_manifest(folder, {"kind": kind, "versions": versions, "metadata": metadata, **carried})
+
+
+def tally(kind: Kind, layout: Layout, source: FinishedModel) -> Tally:
+    """What the planned files of an export hold."""
+    carried, layers = source.origin.carried, _packed_layers(layout.skeleton)
+    num_parts = sum(name != "bias" for layer in layers for name, _ in layer.named_parameters())
+    return Tally(
+        kind=kind,
+        num_bytes=layout.num_bytes,
+        num_quantized=len(layers),
+        num_kept=len(layout.declared) - num_parts - len(carried),
+        num_carried=len(carried),
+        num_draft=source.origin.num_draft,
+        opener=model_class(layout.skeleton.config).__name__,
+    )
 
 
 def read_quantized(directory: Path | str) -> dict[str, QuantizedWeight]:
@@ -171,8 +246,11 @@ def _load(name: str, layer: PackedLinear, tensors: dict[str, Tensor]) -> Quantiz
 
 
 def _packed_bytes(model: PreTrainedModel) -> int:
-    layers = (module for module in model.modules() if isinstance(module, PackedLinear))
-    return sum(p.nbytes for layer in layers for name, p in layer.named_parameters() if name != "bias")
+    return sum(p.nbytes for layer in _packed_layers(model) for name, p in layer.named_parameters() if name != "bias")
+
+
+def _packed_layers(model: PreTrainedModel) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def _file_keys(folder: Path) -> dict[Path, list[str]]:

@@ -9,25 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.declared import restore_float32
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.model_class import model_class
-from moeq.checkpoint.names import packed_conversions
-from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import StoredTensor
-from moeq.export.assemble import packed_skeleton
+from moeq.export.carried import unused_tensors
+from moeq.export.contents import conversions, empty_model
 from moeq.models.adapter import find_blocks
 from moeq.models.residency import InMemory
-from moeq.models.storage import is_widened, storage_dtype, widen
+from moeq.models.storage import file_dtype, is_widened, widen
 
 # Exports up to this size are opened whole, as a user does.
 WHOLE_BYTES = 10**9
@@ -42,6 +39,7 @@ class Reopened:
         resident: Within, the weights of a block are there; see ``moeq.models.residency``.
         values: Tensors of a block by name, which need not be resident.
         unexpected: Keys of the files that are no tensors of the model, and those of another dtype than the model's.
+            What an export carries of its source is among the former.
     """
 
     model: PreTrainedModel
@@ -67,9 +65,11 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
-    reloaded, found = model_class(AutoConfig.from_pretrained(directory)).from_pretrained(
-        directory, attn_implementation=attention, output_loading_info=True
-    )
+    opener = model_class(AutoConfig.from_pretrained(directory))
+    reloaded = opener.from_pretrained(directory, attn_implementation=attention)
+    mapping = conversions(reloaded)
+    unused = unused_tensors(reloaded, stored_in(Path(directory)), mapping)
+    restore_float32(reloaded, Path(directory), mapping)
     if is_widened(model):
         widen(reloaded)
     reloaded = reloaded.to(model.device).eval()
@@ -80,11 +80,11 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     def values(block: int) -> Iterable[tuple[str, Tensor]]:
         return blocks[block].state_dict(prefix=f"{prefix}.{block}.").items()
 
-    return Reopened(reloaded, resident, values, sorted(found["unexpected_keys"]))
+    return Reopened(reloaded, resident, values, sorted({**unused.draft, **unused.others, **unused.reasons}))
 
 
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
-    skeleton, mapping = _empty(folder)
+    skeleton, mapping = empty_model(folder)
     skeleton.set_attn_implementation(model.config._attn_implementation)
     stored = stored_in(folder)
     stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))
@@ -97,28 +97,14 @@ def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
             align(stream.blocks[block])
             yield
 
-    return Reopened(skeleton, resident, stream.values, _unexpected(skeleton, stream, stored))
+    return Reopened(skeleton, resident, stream.block_values, _unexpected(skeleton, stream, stored))
 
 
-def _empty(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
-    """The model of a folder without values, and the conversions from its files."""
-    config = AutoConfig.from_pretrained(folder)
-    description = getattr(config, "quantization_config", None)
-    if description is None:
-        with torch.device("meta"):
-            skeleton = model_class(config).from_config(config, dtype=config.dtype)
-        return skeleton, get_model_conversion_mapping(skeleton)
-    assert description["quant_method"] == METHOD
-    quantization = MoEQConfig.from_dict(description)
-    skeleton = packed_skeleton(config, quantization, config.dtype)
-    return skeleton, packed_conversions(get_model_conversion_mapping(skeleton), quantization.expert_leaves)
-
-
-def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, StoredTensor]) -> list[str]:
+def _unexpected(model: PreTrainedModel, stream: BlockStream, stored: Mapping[str, Readable]) -> list[str]:
     used = {tensor.name for tensors in stream.stored.values() for tensor in tensors}
     return sorted(stored.keys() - used) + [
         tensor.name
         for name, tensors in stream.stored.items()
         for tensor in tensors
-        if tensor.dtype.is_floating_point and tensor.dtype != storage_dtype(model, name)
+        if tensor.dtype.is_floating_point and tensor.dtype != file_dtype(model, name)
     ]

@@ -9,7 +9,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moeq.disk.tensor_file import Declared
 from moeq.export.finished import FinishedModel
-from moeq.models.storage import storage_dtype
+from moeq.models import storage
 
 
 def declared_tensors(model: PreTrainedModel) -> dict[str, Declared]:
@@ -20,7 +20,7 @@ def declared_tensors(model: PreTrainedModel) -> dict[str, Declared]:
 
 def file_dtype(model: PreTrainedModel, name: str, tensor: Tensor) -> torch.dtype:
     """Dtype that files have for a tensor of the model."""
-    return storage_dtype(model, name) if tensor.is_floating_point() else tensor.dtype
+    return storage.file_dtype(model, name) if tensor.is_floating_point() else tensor.dtype
 
 
 def outside_tensors(source: FinishedModel) -> Iterator[tuple[str, Tensor]]:
@@ -46,6 +46,8 @@ def as_stored(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
     Raises:
         ValueError: That dtype does not hold them.
     """
+    if (unchanged := storage.unchanged_in_files(model, name, tensor)) is not None:
+        return unchanged
     dtype = file_dtype(model, name, tensor)
     value = tensor.to(dtype)
     if dtype != tensor.dtype and not torch.equal(value.to(tensor.dtype), tensor):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moeq.checkpoint.loading import align
 from moeq.disk.folder import check_integrity
+from moeq.export.carried import check_carried
 from moeq.export.compare import Compare, ExportMismatchError, compare_dense, compare_packed, raise_for
 from moeq.export.finished import FinishedModel, Progress, silent
 from moeq.export.reopen import reopen
@@ -29,6 +30,7 @@ class VerificationReport:
         directory: The folder.
         num_quantized: Quantized weights whose codes, scales and zero points are equal bit for bit.
         num_other: Other tensors that are equal bit for bit.
+        num_carried: Tensors that the model does not have, equal to the source's files byte by byte.
         num_tokens: Tokens whose logits were compared.
         logits_equal: The logits are equal bit for bit.
         max_logit_difference: Largest absolute difference of a logit.
@@ -37,6 +39,7 @@ class VerificationReport:
     directory: str
     num_quantized: int
     num_other: int
+    num_carried: int
     num_tokens: int
     logits_equal: bool
     max_logit_difference: float
@@ -97,7 +100,9 @@ def _verify(
 ) -> VerificationReport:
     check_integrity(directory)
     reopened = reopen(directory, source.model)
-    raise_for(directory, "tensors", reopened.unexpected)
+    carried = source.origin.carried
+    raise_for(directory, "tensors", sorted(set(reopened.unexpected) - carried.keys()))
+    check_carried(directory, carried)
     counts = [compare(directory, reopened, source, None)]
     shown = iter(progress(source.block_indices, "verifying"))
 
@@ -114,7 +119,8 @@ def _verify(
     ours = _logits(reopened.model, reopened.resident, input_ids)
     equal, difference = _compare_logits(directory, ours, theirs, tolerance)
     num_quantized, num_other = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return VerificationReport(str(directory), num_quantized, num_other, input_ids.numel(), equal, difference)
+    num_tokens = input_ids.numel()
+    return VerificationReport(str(directory), num_quantized, num_other, len(carried), num_tokens, equal, difference)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from moeq.export.config_file import write_config
 from moeq.export.finished import FinishedModel, Progress
 from moeq.export.layout import Layout, layout_writer
 from moeq.export.stored import outside_tensors
@@ -30,18 +30,10 @@ def write_weights(
     Raises:
         ValueError: Tensors are not those of the layout, or the disk is full.
     """
-    _write_config(layout.skeleton, folder)
+    write_config(layout.skeleton, source.origin, folder)
     with layout_writer(folder, layout) as writer:
         writer.write(outside_tensors(source))
+        writer.copy(source.origin.carried.values())
         for block in progress(source.block_indices, "writing"):
             with source.finished(block):
                 writer.write(block_tensors(block))
-
-
-def _write_config(skeleton: PreTrainedModel, folder: Path) -> None:
-    """What ``save_pretrained`` writes beside weights."""
-    skeleton.config.dtype = str(skeleton.dtype).removeprefix("torch.")
-    skeleton.config.architectures = [type(skeleton).__name__]
-    skeleton.config.save_pretrained(folder)
-    if skeleton.can_generate():
-        skeleton.generation_config.save_pretrained(folder)

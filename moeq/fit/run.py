@@ -46,6 +46,7 @@ class Run:
         offsets: Where the weights of the current block lie in the cells of their codes, by canonical name.
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         reasons: Why parameters are not what the source holds: by name, or by a pattern for many.
+        ledger: Tensors of the source's files by what became of them, once exports are written.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
@@ -63,6 +64,7 @@ class Run:
     offsets: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    ledger: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

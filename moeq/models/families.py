@@ -27,10 +27,24 @@ MLP_POST = frozenset({"fc2_latent_proj"})
 
 
 # Decoder blocks that return (hidden states, something that the next block is called with).
-HAND_ON = frozenset({"ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer"})
+HAND_ON = frozenset(
+    {
+        "ZayaDecoderLayer", "GlmMoeDsaDecoderLayer", "HYV4DecoderLayer", "Glm5NextTextDecoderLayer",
+        "MistralLarge4TextDecoderLayer",
+    }
+)  # fmt: skip
+
+# Families and wrappers whose experts follow the interface, and why they are refused all the same.
+REFUSED = {
+    "inkling2_text": "its blocks read the outputs of all earlier ones, which are not kept",
+    "inkling_mm_model": "its files hold gate and up rows of linears in turn, which packed weights cannot be",
+    "ernie4_5_vl_moe": "its files number the experts of text and those of images through, and only text is calibrated",
+    "qwen3_omni_moe": "it has no forward pass of text; give a folder with its thinker alone",
+    "diffusion_gemma": "it fills in blocks of text and does not predict the next token",
+}
 
 # Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
-SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text"})
+SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text", "glm5_next_text"})
 
 # Projections whose output attention averages: values alone, or (True) keys and values of every head, values last.
 VALUE_LEAVES = {"v_proj": False, "kv_b_proj": True}
@@ -77,10 +91,11 @@ def survey_refusal(config: Any, stages: Collection[str], *, of_output: bool) -> 
 
 def refusal(config: Any) -> str | None:
     """Why a family, though its experts follow the interface, cannot be run block by block; None where it can."""
-    config = _text_config(config)
-    if getattr(config, "model_type", None) == "inkling2_text":
-        return "its blocks read the outputs of all earlier ones, which are not kept"
-    if getattr(config, "num_kv_shared_layers", 0):
+    text = _text_config(config)
+    for each in (config, text):
+        if (family := getattr(each, "model_type", None)) in REFUSED:
+            return REFUSED[family]
+    if getattr(text, "num_kv_shared_layers", 0) or any(getattr(text, "kv_sharing_modes", None) or ()):
         return "its last blocks read the keys and values of earlier ones, which are not kept"
     return None
 

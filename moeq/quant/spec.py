@@ -35,6 +35,12 @@ class GridSpec:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size ({self.group_size}) must be positive, or null for one group per channel")
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        groups = "a group per channel" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {groups}{', symmetric' if self.symmetric else ''}"
+
     def num_groups(self, in_features: int) -> int:
         """Groups of a row of ``in_features`` weights; raises ValueError where the group size does not divide it."""
         if self.group_size is None:

@@ -1,10 +1,11 @@
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from moeq.checkpoint import quantizer
@@ -72,6 +73,30 @@ def test_from_pretrained_keeps_weights_packed(export: Path) -> None:
     assert {layer.weight_packed.dtype for layer in packed} == {torch.int32}
     assert {layer.grid.bits for layer in packed} == {2, 3, 4, 8}
     assert not any(parameter.requires_grad for layer in packed for parameter in layer.parameters())
+
+
+@pytest.fixture
+def without_moeq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as it is where nobody imported moeq."""
+    for mapping in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(mapping, "moeq")
+
+
+@pytest.mark.usefixtures("without_moeq")
+def test_transformers_alone_refuses_a_packed_checkpoint_and_says_what_to_do(export: Path) -> None:
+    with pytest.raises(ValueError, match=r"install moeq and run `import moeq\.checkpoint\.quantizer` before"):
+        AutoModelForCausalLM.from_pretrained(export)
+    with pytest.raises(ValueError, match=r"import moeq\.checkpoint\.quantizer"):
+        pipeline("text-generation", str(export))
+
+
+def test_a_checkpoint_of_before_the_refusal_opens_all_the_same(export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "old")
+    config = json.loads((export / "config.json").read_text())
+    del config["transformers_weights"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    old, new = (AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "old", export))
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
 
 
 def test_a_packed_model_generates_what_the_dense_model_generates(export: Path) -> None:

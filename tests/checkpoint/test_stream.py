@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from moeq.checkpoint.loading import load_model, stream_model
+from moeq.checkpoint.loading import align, load_model, stream_model
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import visiting
 from moeq.models.storage import storage_dtype
-from tests.families import FAMILIES
+from tests.families import FAMILIES, SUPPORTED_WRAPPERS
 from tests.tiny import save_tiny, tiny_model
 
 IDS = torch.arange(3, 21).reshape(2, 9)
@@ -28,11 +29,14 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), **dict(model.named_buffers())}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in SUPPORTED_WRAPPERS)]
+)
 @torch.no_grad()
 def test_every_family_has_the_tensors_and_logits_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")
-    loaded = load_model(str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    align(loaded)
     model, stream = stream_model(str(tmp_path))
     with visiting(stream.blocks, stream.resident):
         assert torch.equal(model(IDS, use_cache=False).logits, loaded(IDS, use_cache=False).logits)
@@ -47,6 +51,11 @@ def test_every_family_has_the_tensors_and_logits_of_the_loaded_model(family: str
     assert all(parameter.is_meta for parameter in stream.blocks.parameters())
     used = [[str(each.source_patterns) for each in one._weight_conversions] for one in (model, loaded)]
     assert used[0] == used[1]  # so that an export has the keys of the source
+    whole = tensors(load_model(str(tmp_path)))
+    assert whole.keys() == theirs.keys()
+    assert all(
+        torch.equal(whole[name], tensor) and whole[name].dtype == tensor.dtype for name, tensor in theirs.items()
+    )
 
 
 def test_a_block_that_left_forgets_what_was_written_into_it(folder: Path) -> None:
@@ -115,23 +124,6 @@ def test_reading_ahead_changes_nothing(folder: Path) -> None:
     assert stream.num_loads == 0
 
 
-def test_a_model_without_experts_apart_in_its_files_is_refused_when_a_tensor_is_missing(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = load_file(path)
-    content.pop("model.layers.1.self_attn.q_proj.weight")
-    save_file(content, path, metadata={"format": "pt"})
-    _, stream = stream_model(str(folder))
-    with (
-        pytest.raises(ValueError, match=r"lacks 1 tensors of the model, first model\.layers\.1\.self_attn\.q_proj"),
-        stream.resident(1),
-    ):
-        pass
-    content.pop("model.norm.weight")
-    save_file(content, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model, first model\.norm\.weight"):
-        stream_model(str(folder))
-
-
 def test_a_weight_that_is_no_number_is_named_when_its_block_comes(folder: Path) -> None:
     path = folder / "model.safetensors"
     content = load_file(path)
@@ -144,13 +136,9 @@ def test_a_weight_that_is_no_number_is_named_when_its_block_comes(folder: Path) 
         pass
 
 
-def test_a_truncated_file_and_files_of_another_format_are_refused_with_a_remedy(folder: Path) -> None:
+def test_a_truncated_file_is_refused_with_a_remedy(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="is truncated; export or copy it again"):
-        stream_model(str(folder))
-    path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"holds \['pytorch_model.bin'\]; convert them to safetensors"):
         stream_model(str(folder))

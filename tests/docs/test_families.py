@@ -21,3 +21,10 @@ def test_a_row_tells_what_differs_and_what_is_kept() -> None:
     assert "no gate" in line
     assert "`mixer.experts`" in line
     assert set(families.row("jamba")[1]) == {"A_log", "x_proj", "dt_proj"}
+
+
+def test_a_row_of_a_wrapper_tells_what_opens_it_and_what_stays_beside_its_language_model() -> None:
+    line, kept = families.wrapper_row("qwen3_5_moe")
+    assert line.startswith("| qwen3_5_moe | AutoModelForImageTextToText | `qwen3_5_moe_text` | `visual` |")
+    assert "`mtp.*` | FP8 in blocks |" in line
+    assert set(kept) == {"in_proj_a", "in_proj_b"}

@@ -115,7 +115,7 @@ def test_the_report_counts_what_is_on_disk(exports: dict, tmp_path: Path) -> Non
     assert report.bytes_quantized == sum(t.nbytes for key, t in tensors.items() if key.endswith(parts))
     manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
     assert manifest["metadata"] == {"note": "b"}
-    assert set(manifest["files"]) == {path.name for path in files} - {MANIFEST}
+    assert set(manifest["files"]) == {path.name for path in files} - {MANIFEST, "README.md"}
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "moeq"
     assert config["quantization_config"]["metadata"] == {"note": "b"}

@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
+from moeq.checkpoint.model_class import model_class
 from moeq.models.adapter import STAGES, Adapter, find_blocks, own_parameter
+from moeq.models.families import refusal
 from moeq.models.shapes import weight_shapes
 from tests.families import SUPPORTED
 from tests.tensors_made import TensorsMade
@@ -60,7 +62,8 @@ def test_written_weights_are_read_back_and_touch_nothing_else(family: str) -> No
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_sites_and_shapes_need_no_weights(family: str) -> None:
     with torch.device("meta"):
-        abstract = Adapter(AutoModelForCausalLM.from_config(tiny_config(family)))
+        config = tiny_config(family)
+        abstract = Adapter(model_class(config).from_config(config))
     assert all(parameter.is_meta for parameter in abstract.model.parameters())
     adapter = Adapter(tiny_model(family))
     assert abstract.all_sites() == adapter.all_sites()
@@ -158,3 +161,23 @@ def test_a_norm_after_each_expert_is_refused_with_the_reason() -> None:
 def test_a_module_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no list of decoder blocks"):
         find_blocks(nn.Linear(2, 2))
+
+
+# The first list of blocks is a vision tower's; the vision tower has experts, too.
+@pytest.mark.parametrize("family", ["gemma4", "dots3_note"])
+def test_the_blocks_of_a_wrapper_are_those_of_its_language_model(family: str) -> None:
+    model = tiny_model(family)
+    path, blocks = find_blocks(model)
+    assert path == "model.language_model.layers"
+    assert blocks is model.model.language_model.layers
+    assert all(name.startswith(path) for site in Adapter(model).all_sites() for name in site.weight_names())
+
+
+def test_blocks_that_share_keys_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="keys and values of earlier ones"):
+        Adapter(tiny_model("mistral_large4", kv_source_layers=[0, 0]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_omni_moe", "diffusion_gemma"])
+def test_models_that_cannot_run_on_text_are_refused_by_their_configuration(family: str) -> None:
+    assert refusal(CONFIG_MAPPING[family]()) is not None
