@@ -75,9 +75,10 @@ def test_the_command_line_refuses_before_anything_is_written(option: str, messag
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_a_trainer_of_ones_own_is_refused_alike(precision: str, tmp_path: Path) -> None:
     own: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-    trainer = L.Trainer(precision=precision, enable_checkpointing=False, max_epochs=-1, **own)
+    module = MoEQuantModule(name="none")
+    module.trainer = L.Trainer(precision=precision, enable_checkpointing=False, max_epochs=-1, **own)
     with pytest.raises(ValueError, match=f"precision {precision} of the Trainer cannot be honoured"):
-        trainer.fit(MoEQuantModule(name="none"), train_dataloaders=[0])
+        module.setup("fit")
     refuse_trainer(L.Trainer(enable_checkpointing=False, **own))
     with pytest.raises(ValueError, match=r"DDPStrategy needs a model that is trained; set --trainer.strategy moeq_ddp"):
         refuse_trainer(L.Trainer(enable_checkpointing=False, devices=2, strategy="ddp", **own))
