@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,11 +62,13 @@ class Export(Step):
 
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """Both folders, written and read back."""
+        from moeq.export.origin import find_origin
         from moeq.export.preflight import Rates, export_phases
         from moeq.forecast import export_sizes
 
         rates = None if work.speed is None else Rates(work.speed.read, work.speed.write)
-        return export_phases(export_sizes(work), dense=self.dense, streamed=work.model.streamed, rates=rates)
+        sizes = replace(export_sizes(work), carried=find_origin(module.model, self.draft).carried_bytes)
+        return export_phases(sizes, dense=self.dense, streamed=work.model.streamed, rates=rates)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and verify, on the first rank; the others wait, as the exported folder is one."""

@@ -55,6 +55,16 @@ def save_quantized(kind: str, folder: Path) -> tuple[Path, Path]:
     return quantized, plain
 
 
+def make_fp8(folder: Path) -> None:
+    """Store the linears of a checkpoint as float8 in blocks, as DeepSeek does; towers beside the text stay."""
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
+    for key in [key for key in linears(tensors) if not any(part in key for part in ("visual", "vision", "conv1d"))]:
+        parts, _ = fp8_blocks(tensors.pop(key).float(), generator)
+        tensors |= {key.removesuffix("weight") + leaf: tensor for leaf, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, quantization_config=KINDS["fp8_blocks"][1])
+
+
 def edit_config(folder: Path, **values: Any) -> None:
     """Change values of a folder's configuration."""
     path = folder / "config.json"

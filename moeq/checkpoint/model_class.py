@@ -2,9 +2,21 @@
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
-AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+# Auto classes with what each makes of a class of configurations.
+AUTO_CLASSES: dict[Any, Any] = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+}
 
 
 def model_class(config: Any) -> Any:
@@ -19,7 +31,7 @@ def model_class(config: Any) -> Any:
     Returns:
         One of ``AUTO_CLASSES``; ``AutoModelForCausalLM`` for what none of them knows, which says so when it is asked.
     """
-    known = {auto: _classes(auto, config) for auto in AUTO_CLASSES if type(config) in auto._model_mapping}
+    known = {auto: _classes(made[type(config)]) for auto, made in AUTO_CLASSES.items() if type(config) in made}
     named = {*(getattr(config, "architectures", None) or ())}
     for auto, classes in known.items():
         if named & {each.__name__ for each in classes}:
@@ -31,7 +43,6 @@ def model_class(config: Any) -> Any:
     return next((auto for auto in AUTO_CLASSES if auto in known or auto.__name__ in custom), AutoModelForCausalLM)
 
 
-def _classes(auto: Any, config: Any) -> tuple[type, ...]:
-    """What an auto class may make of a configuration."""
-    found = auto._model_mapping[type(config)]
+def _classes(found: Any) -> tuple[Any, ...]:
+    """One class, or several, as a tuple."""
     return tuple(found) if isinstance(found, list | tuple) else (found,)

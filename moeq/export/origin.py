@@ -39,6 +39,11 @@ class Origin:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def carried_bytes(self) -> int:
+        """Of everything that is carried."""
+        return sum(tensor.num_bytes for tensor in self.carried.values())
+
+    @property
     def dropped(self) -> list[str]:
         """Keys of draft layers that were left out as asked."""
         return [key for key, reason in self.left_out.items() if reason == DROPPED]

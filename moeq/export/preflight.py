@@ -25,6 +25,7 @@ class ExportSizes:
         source: The whole model in the files' dtype.
         packed: The packed export.
         widening: Bytes of a number in memory for each in the files.
+        carried: What both exports copy of the source's files beside the model's tensors (draft layers).
     """
 
     held: Mapping[str, int]
@@ -35,6 +36,7 @@ class ExportSizes:
     source: int
     packed: int
     widening: float = 1.0
+    carried: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def _pair(
         reopened = {"export read back": int(num_bytes * (1 + sizes.widening))}
     else:
         reopened = {"export read back": int((sizes.outside + block) * sizes.widening) + block}
-    writing = None if rates is None else source / rates.read + num_bytes / rates.write
-    reading = None if rates is None else (source + 2 * num_bytes) / rates.read
+    written = num_bytes + sizes.carried
+    writing = None if rates is None else (source + sizes.carried) / rates.read + written / rates.write
+    reading = None if rates is None else (source + 2 * written) / rates.read
     return (
-        Phase(kind, kind, (Moment({}, {**sizes.held, **work}),), disk=num_bytes, seconds=writing),
+        Phase(kind, kind, (Moment({}, {**sizes.held, **work}),), disk=written, seconds=writing),
         Phase(
             f"{kind} verified", f"{kind} verified", (Moment({}, {**sizes.held, **work, **reopened}),), seconds=reading
         ),

@@ -9,7 +9,7 @@ from moeq.preflight.tables import size
 
 Resource = Literal["device", "host", "disk"]
 _PLACES = {"device": "on the device", "host": "of main memory", "disk": "on the disk of the run folder"}
-# Beyond the parts that are counted: what reports, figures and curves take, and as much again as the parts up to a bound.
+# Beyond what is counted: for reports, figures and curves, and as much again as is counted, up to a bound.
 REPORT_BYTES, SPARE_DISK_BYTES = 1 << 21, 1 << 28
 
 

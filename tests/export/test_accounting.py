@@ -1,6 +1,9 @@
 """Every tensor of a source has one fate, which is true of the bytes in the files."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ from moeq.export.ledger import Ledger, LedgerError
 from moeq.export.moeq_format import write_packed
 from moeq.models.adapter import Adapter
 from tests.export.whole import DictBlocks, make_codes
-from tests.families import SUPPORTED
+from tests.families import DRAFT_LAYERS, PUBLISHED_AS, SUPPORTED, SUPPORTED_WRAPPERS
+from tests.quantized import make_fp8
+from tests.test_wrappers import PUBLISHED_KEYS
 from tests.tiny import MOE_FAMILIES, save_tiny
 
 
@@ -42,7 +47,7 @@ def ledger(folder: Path, grids: dict[str, str], reasons: dict[str, str] | None =
     ]
 
 
-def alter(folder: Path, change: object) -> None:
+def alter(folder: Path, change: Callable[[Any], Any]) -> None:
     """Change the tensors of a folder's file."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -50,23 +55,59 @@ def alter(folder: Path, change: object) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in MOE_FAMILIES else pytest.mark.slow) for f in SUPPORTED]
-)
-def test_everything_is_accounted_for(family: str, tmp_path: Path) -> None:
-    grids = export(family, tmp_path)
+def rename(folder: Path, old: str, new: str) -> None:
+    """Give a source the keys that it is published with, where transformers writes others."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for key in [key for key in tensors if old and key.startswith(old)]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    alter(folder, change)
+
+
+def cases() -> list[Any]:
+    """Every family and wrapper in the dtypes in which it is published, and float32."""
+    found = []
+    for family in (*SUPPORTED, *SUPPORTED_WRAPPERS):
+        for kind in ("bfloat16", "float32", *(["fp8"] if "FP8" in PUBLISHED_AS.get(family, "") else [])):
+            quick = kind != "float32" and family in (*MOE_FAMILIES, "qwen3_5_moe")
+            found.append(pytest.param(family, kind, marks=() if quick else pytest.mark.slow, id=f"{family}-{kind}"))
+    return found
+
+
+def add_draft_layer(folder: Path, family: str) -> list[str]:
+    """Give a source what a layer for speculative decoding looks like in files of its family; returns the keys."""
+    config = json.loads((folder / "config.json").read_text())
+    blocks = config.get("text_config", config).get("num_hidden_layers", 0)
+    prefix = DRAFT_LAYERS[family].replace(".N.", f".{blocks}.").rstrip("*")
+    leaves = ("fc.weight", "enorm.weight", "layers.0.mlp.experts.0.up_proj.weight")
+    drafts = {f"{prefix}{leaf}": torch.randn(32, 64).bfloat16() for leaf in leaves}
+    alter(folder, lambda tensors: tensors.update(drafts))
+    return sorted(drafts)
+
+
+@pytest.mark.parametrize(("family", "kind"), cases())
+def test_everything_is_accounted_for(family: str, kind: str, tmp_path: Path) -> None:
+    source = save_tiny(family, tmp_path / "source", dtype=torch.float32 if kind == "float32" else torch.bfloat16)
+    rename(source, *PUBLISHED_KEYS.get(family, ("", "")))
+    drafts = add_draft_layer(source, family) if family in DRAFT_LAYERS else []
+    if kind == "fp8":
+        make_fp8(source)
+    grids = export_again(tmp_path)
     found = ledger(tmp_path, grids)
     found.check()
-    source = load_file(tmp_path / "source" / "model.safetensors")
-    assert found.tensors.keys() == source.keys()
-    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    stored, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "dense"))
+    assert found.tensors.keys() == stored.keys()
     for key, entry in found.tensors.items():
-        if entry.fate == "kept":
-            assert torch.equal(source[key], dense[key]), key
+        if entry.fate == "kept" and "dequantized" not in entry.detail:
+            assert stored[key].dtype == dense[key].dtype, key
+            assert torch.equal(stored[key].float(), dense[key].float()), key
     # Each quantized weight stands in the ledger, alone or with the others of its tensor.
-    details = [entry.detail for entry in found.tensors.values() if entry.fate == "quantized"]
-    assert sum(int(text.split()[0]) if text[0].isdigit() else 1 for text in details) == len(grids)
+    details = {entry.detail for entry in found.tensors.values() if entry.fate == "quantized"}
+    assert sum(int(text.split()[0]) if text[0].isdigit() else 1 for text in details) >= len(details) > 0
     assert not found.added
+    assert all(found.tensors[key].fate == "kept" for key in stored if key.startswith(tuple(drafts) or "-"))
+    assert (kind == "fp8") == any("dequantized" in entry.detail for entry in found.tensors.values())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from moeq.export.origin import find_origin
 from moeq.export.verify import verify_dense, verify_packed
 from moeq.models.adapter import Adapter
 from tests.export.rounding import round_model
+from tests.quantized import save_quantized
 from tests.tiny import save_tiny
 
 IDS = torch.arange(24).view(2, 12)
@@ -110,6 +111,30 @@ def test_a_streamed_source_gives_the_same_files_in_several_shards(
     index = json.loads((tmp_path / "stream/model.safetensors.index.json").read_text())
     assert added.keys() <= index["weight_map"].keys()
     assert verify_dense(tmp_path / "stream", source, IDS).num_carried == len(added)
+
+
+def test_draft_layers_of_a_quantized_source_stay_as_they_are_with_their_scales(tmp_path: Path) -> None:
+    folder, _ = save_quantized("fp8_blocks", tmp_path)
+    found = tensors(folder)
+    draft = {
+        k.replace("layers.1.", "layers.2."): t.clone() for k, t in found.items() if k.startswith("model.layers.1.")
+    }
+    save_file(found | draft, folder / "model.safetensors", metadata={"format": "pt"})
+    assert {tensor.dtype for tensor in draft.values()} >= {torch.float8_e4m3fn, torch.float32}
+    model = load_model(str(folder))
+    origin = find_origin(model)
+    assert origin.carried.keys() == draft.keys()
+    assert origin.carried_bytes == sum(tensor.nbytes for tensor in draft.values())
+    quantized = round_model(model)
+    write_checkpoint(model, None, quantized, tmp_path / "packed", metadata={})
+    write_dense(held(model), None, tmp_path / "dense")
+    for kind in ("packed", "dense"):
+        ours = tensors(tmp_path / kind)
+        assert all(same_bytes(ours[key], tensor) for key, tensor in draft.items())
+        assert {key for key, tensor in ours.items() if tensor.dtype == torch.float8_e4m3fn} <= draft.keys()
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert verify_dense(tmp_path / "dense", held(model), IDS).num_carried == len(draft)
+    assert verify_packed(tmp_path / "packed", held(model, quantized), IDS).num_carried == len(draft)
 
 
 def test_a_carried_tensor_that_differs_is_named(tmp_path: Path) -> None:

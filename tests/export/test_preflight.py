@@ -23,6 +23,16 @@ def test_each_folder_is_written_and_read_back() -> None:
     assert len(export_phases(SIZES, dense=False, streamed=True, rates=None)) == 2
 
 
+def test_what_is_carried_takes_disk_and_time_in_both_folders_and_no_memory() -> None:
+    rates = Rates(read=10.0, write=5.0)
+    before = export_phases(SIZES, dense=True, streamed=True, rates=rates)
+    after = export_phases(replace(SIZES, carried=700), dense=True, streamed=True, rates=rates)
+    assert [phase.disk for phase in after] == [2800, 0, 5700, 0]
+    assert [phase.moments for phase in after] == [phase.moments for phase in before]
+    more = [new.seconds - old.seconds for new, old in zip(after, before, strict=True)]
+    assert more == pytest.approx([70 + 140, 2 * 70, 70 + 140, 2 * 70])
+
+
 def test_all_of_it_lies_in_main_memory() -> None:
     for phase in export_phases(SIZES, dense=True, streamed=True, rates=None):
         for moment in phase.moments:
