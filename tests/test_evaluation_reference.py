@@ -42,9 +42,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     load = moeq.evaluation.open_models.load_model
 
-    def counted(name: str, *args: Any) -> nn.Module:
+    def counted(name: str, *args: Any, **more: Any) -> nn.Module:
         counts[name] += 1
-        return load(name, *args)
+        return load(name, *args, **more)
 
     monkeypatch.setattr(moeq.evaluation.open_models, "load_model", counted)
     return counts

@@ -46,7 +46,7 @@ def refused(message: str) -> "pytest.RaisesContext[SystemExit]":
     return pytest.raises(SystemExit, match=message)
 
 
-def no_model(*_: object) -> nn.Module:
+def no_model(*_: object, **__: object) -> nn.Module:
     raise AssertionError("a model was loaded")
 
 
@@ -118,8 +118,8 @@ def test_a_nan_stops_the_run_with_task_document_and_module(
     damaged = save_tiny("qwen2_moe", tmp_path / "damaged")
     load = moeq.evaluation.open_models.load_model
 
-    def planted(name: str, *args: Any) -> nn.Module:
-        loaded = load(name, *args)
+    def planted(name: str, *args: Any, **more: Any) -> nn.Module:
+        loaded = load(name, *args, **more)
         if name == str(damaged):  # after the weights were checked
             loaded.get_parameter("model.layers.1.mlp.experts.down_proj")[:, 3, 5] = torch.nan
         return loaded

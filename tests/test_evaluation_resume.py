@@ -48,8 +48,8 @@ class Watch:
             self.documents += [(task.name, document.index) for document in documents]
             return evaluate(evaluator, task, documents)
 
-        def watched_load(*args: Any) -> nn.Module:
-            model = load(*args)
+        def watched_load(*args: Any, **more: Any) -> nn.Module:
+            model = load(*args, **more)
             model.register_forward_hook(self._count)
             return model
 

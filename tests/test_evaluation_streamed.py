@@ -166,7 +166,7 @@ def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 def test_text_is_refused_of_a_streamed_model_with_the_numbers_and_before_any_work(
     original: Path, export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_model(*_: object) -> Any:
+    def no_model(*_: object, **__: object) -> Any:
         raise AssertionError("a model was opened")
 
     with monkeypatch.context() as patch:
@@ -209,8 +209,8 @@ def test_a_nan_in_a_streamed_block_stops_the_run_with_its_module(
     damaged = save_tiny("qwen2_moe", tmp_path / "damaged")
     stream_model = moeq.evaluation.open_models.stream_model
 
-    def planted(name: str, *args: Any) -> Any:
-        model, stream = stream_model(name, *args)
+    def planted(name: str, *args: Any, **more: Any) -> Any:
+        model, stream = stream_model(name, *args, **more)
         if name == str(damaged):  # after the weights of a block were checked
 
             def plant(block: int) -> None:

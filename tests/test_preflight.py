@@ -52,7 +52,7 @@ def test_validate_puts_what_each_task_took_beside_what_was_expected(
 def test_a_preflight_of_validate_stops_before_a_model_is_opened(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_model(*_: object) -> None:
+    def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened")
 
     monkeypatch.setattr("moeq.evaluation.open_models.load_model", no_model)
