@@ -59,14 +59,16 @@ class BitAllocation(Step):
             rehearse(self.spec, weights, module.grid, run.promise)
 
     def check(self, module: MoEQuantModule) -> None:
-        """Finished blocks of a run that continues must have the widths of the plan, which may have been edited."""
-        run = module.run
-        for name, (bits, group_size) in module.walk.resume.grids.items():
-            if (bits, group_size) != (run.plan[name].bits, run.plan[name].group_size):
+        """Finished blocks of a run that continues must have the grids of the plan, which may have been edited."""
+        run, resume = module.run, module.walk.resume
+        sites = [site for block in range(resume.first_block) for site in module.adapter.sites(block)]
+        for name in (name for site in sites for name in site.weight_names()):
+            grid = run.plan.get(name)
+            planned, done = None if grid is None else (grid.bits, grid.group_size), resume.grids.get(name)
+            if planned != done:
                 raise ValueError(
-                    f"{name} was quantized to {bits} bits before this run continued, the plan in "
-                    f"{module.run_dir} now says {run.plan[name].bits}; put the old value back, or set "
-                    "--model.restart true"
+                    f"{name} was {_said(done)} before this run continued, the plan in {module.run_dir} now says "
+                    f"{_said(planned)}; put the old value back, or set --model.restart true"
                 )
 
     def begin(self, module: MoEQuantModule) -> None:
@@ -101,3 +103,10 @@ class BitAllocation(Step):
         if module.trainer.is_global_zero:
             write_json(module.run_dir / "allocation.json", allocation_to_json(decision, weights))
             write_text(module.run_dir / "allocation.md", allocation_report(decision, weights))
+
+
+def _said(grid: tuple[int, int | None] | None) -> str:
+    """Such as "quantized to 3 bits in groups of 64"."""
+    if grid is None:
+        return "kept"
+    return f"quantized to {grid[0]} bits" + (f" in groups of {grid[1]}" if grid[1] is not None else "")

@@ -99,7 +99,8 @@ def setting(trainer: Trainer, module: MoEQuantModule) -> dict[str, Any]:
     model = {
         "name": options["name"],
         "revision": getattr(module.model.config, "_commit_hash", None),  # of the hub
-        "digest": model_identity(options["name"]),  # of the files: not all weights need be in memory
+        # Of the files: not all weights need be in memory.
+        "digest": model_identity(options["name"], options["revision"]),
         "reference": options["reference"],
         "placement": {whose: place.kind for whose, place in module.validation.placements.items()},
     }

@@ -136,7 +136,7 @@ class EBSSDataModule(CalibrationDataModule):
         from moeq.sampling.store import model_mark, set_fingerprint
 
         trainer, module = self._run()
-        mark = model_mark(module.adapter, module.hparams["name"])
+        mark = model_mark(module.adapter, module.hparams["name"], module.hparams.get("revision"))
         sizes = self.sequences_at_once, trainer.world_size
         keys = {writer: set_fingerprint(mark, module.tokenizer, self.spec, *sizes, writer) for writer in WRITERS}
         return {writer: module.run_dir / "calibration" / f"ebss-{key}.safetensors" for writer, key in keys.items()}

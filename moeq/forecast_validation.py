@@ -9,6 +9,7 @@ from moeq.checkpoint.loading import load_config, stream_model
 from moeq.checkpoint.loading import model_bytes as checkpoint_bytes
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.placement import Placement, stream_obstacle
+from moeq.checkpoint.source_options import source_options
 from moeq.disk.atomic import write_json, write_text
 from moeq.evaluation.placing import Places, refuse_generation
 from moeq.evaluation.preflight import Role, TaskWork, evaluation_phases, measure_pace, probe_shape, task_work
@@ -83,15 +84,16 @@ def _roles(module: "MoEQuantModule", places: Places, tasks: list[TaskWork]) -> l
 
 def _role(module: "MoEQuantModule", role: str, name: str, placement: Placement, tasks: list[TaskWork]) -> Role:
     how = module.hparams["dtype"], module.hparams["compute_dtype"], module.device
-    streamed, packed = placement.kind == "stream", getattr(load_config(name), "quantization_config", None) is not None
-    if packed or stream_obstacle(name) is not None:
-        config = load_config(name)
+    asked = source_options(module.hparams)
+    config, streamed = load_config(name, **asked), placement.kind == "stream"
+    packed = getattr(config, "quantization_config", None) is not None
+    if packed or stream_obstacle(name, **asked) is not None:
         if packed:
             del config.quantization_config
         with torch.device("meta"):
             adapter = Adapter(model_class(config).from_config(config, dtype=config.dtype))
-        return Role(role, adapter, model_bytes(adapter, streamed=False), checkpoint_bytes(name, *how))
-    model, stream = stream_model(name, *how)
+        return Role(role, adapter, model_bytes(adapter, streamed=False), checkpoint_bytes(name, *how, **asked))
+    model, stream = stream_model(name, *how, **asked)
     adapter = Adapter(model, stream)
     sizes = model_bytes(adapter, streamed=streamed)
     if sizes.total <= LARGE_MODEL or not tasks:

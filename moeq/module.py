@@ -26,6 +26,7 @@ from moeq.checkpoint.loading import (
     working_bytes,
 )
 from moeq.checkpoint.placement import Asked, choose_placement, stream_obstacle
+from moeq.checkpoint.source_options import source_options
 from moeq.disk.identity import model_identity
 from moeq.distributed import gather_lists
 from moeq.evaluation.task_evaluation import TaskEvaluation
@@ -56,6 +57,8 @@ class MoEQuantModule(L.LightningModule):
 
     Args:
         name: Hub id or folder of a Mixture-of-Experts causal LM, original or exported by moeq.
+        revision: Branch, tag or commit of models at the hub, also of the reference; null is the main branch.
+        trust_remote_code: Run code that comes with the model, also with the reference. Read it before.
         dtype: Dtype of the weights, scales and exports; auto is the one of the files.
         compute_dtype: Dtype of the parameters in memory, which hold the same values: "stored" is the dtype above,
             "float32" doubles the memory of 16-bit weights and hidden states; "auto" is float32 on a CPU without
@@ -88,6 +91,8 @@ class MoEQuantModule(L.LightningModule):
     def __init__(
         self,
         name: str = "assets/reference-moe",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         dtype: DType = "auto",
         compute_dtype: ComputeDType = "auto",
         reference: str | None = None,
@@ -135,28 +140,29 @@ class MoEQuantModule(L.LightningModule):
         name = self.hparams["name"]
         if self._trainer is not None and self._trainer.state.fn == "validate":
             # Its models come later: after the data, and one after the other where both do not fit.
-            self._models["config"] = load_config(name)
+            self._models["config"] = load_config(name, **source_options(self.hparams))
         else:
             self._open_model(name)
-        self._models["tokenizer"] = load_tokenizer(name)
+        self._models["tokenizer"] = load_tokenizer(name, **source_options(self.hparams))
 
     def _open_model(self, name: str) -> None:
         """Where its weights are going to be is decided before any of them is read."""
         device = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         how = self.hparams["dtype"], self.hparams["compute_dtype"], device
-        need = model_bytes(name, *how) + working_bytes(name, self.hparams["dtype"])
+        asked = source_options(self.hparams)
+        need = model_bytes(name, *how, **asked) + working_bytes(name, self.hparams["dtype"], **asked)
         # The ranks of a machine share its memory; all ranks decide alike, by the least of them.
         host = free_bytes(torch.device("cpu")) // (self._trainer.num_devices if self._trainer is not None else 1)
         free = min(gather_lists([host if device.type == "cpu" else min(host, free_bytes(device))]))
-        self.placement = choose_placement(self.hparams["placement"], name, need, free, stream_obstacle(name))
+        self.placement = choose_placement(self.hparams["placement"], name, need, free, stream_obstacle(name, **asked))
         if self.placement.kind == "stream":
             rank_zero_info(f"Placement: {self.placement.reason}")
         self.run.meter.device, self.run.meter.process_bytes = device, resident_bytes()
         with self.run.meter.phase("load model", "model"):
             if self.placement.kind == "stream":
-                self._models["model"], self._models["residency"] = stream_model(name, *how)
+                self._models["model"], self._models["residency"] = stream_model(name, *how, **asked)
             else:
-                self._models["model"] = load_model(name, *how)
+                self._models["model"] = load_model(name, *how, **asked)
 
     @property
     def model(self) -> Any:
@@ -250,7 +256,8 @@ class MoEQuantModule(L.LightningModule):
         trainer: Any = self.trainer
         batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
         settings = {**self.settings, "batches": batches, **numeric_switches()}
-        return run_fingerprint(settings, trainer.callbacks, model_identity(settings["name"]), self.model.dtype)
+        identity = model_identity(settings["name"], settings["revision"])
+        return run_fingerprint(settings, trainer.callbacks, identity, self.model.dtype)
 
     def _data_fingerprint(self) -> dict[str, str]:
         """Of the calibration data, which may have to be sampled first."""

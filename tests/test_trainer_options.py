@@ -116,3 +116,20 @@ def test_one_process_is_told_from_several() -> None:
     assert is_alone({"devices": [3]})
     for several in ({"devices": 2}, {"devices": 1, "strategy": "moeq_ddp"}, {"devices": 1, "num_nodes": 2}):
         assert not is_alone(several)
+
+
+def test_the_variables_of_a_batch_system_do_not_make_one_process_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NAME": "night",
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    run = f"--trainer.default_root_dir={tmp_path / 'run'}"
+    with pytest.raises(SystemExit, match="moeq: no model found at 'none'"):
+        main(["fit", "--config=configs/rtn_w3.yaml", "--model.name=none", *QUIET, run])
+    with pytest.raises(SystemExit, match=r"moeq: .*--ntasks=4.*of Lightning's Trainer"):
+        main(["fit", "--config=configs/rtn_w3.yaml", *QUIET, run, "--trainer.devices=2", "--trainer.strategy=moeq_ddp"])

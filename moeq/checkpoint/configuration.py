@@ -32,6 +32,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     quantized_by(description)
     if description is not None and description["quant_method"] != PACKED_BY_MOEQ:
         without_description(config)
+    if config.dtype is None:  # some wrappers say it of their language model alone
+        config.dtype = config.get_text_config().dtype
     return config
 
 

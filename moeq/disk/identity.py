@@ -20,8 +20,12 @@ BLOCK_BYTES = 1 << 12
 IDENTITY_SUFFIXES = frozenset({".json", ".py", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja"})
 
 
-def model_identity(name: str) -> str:
+def model_identity(name: str, revision: str | None = None) -> str:
     """The digest of a folder, or the commit of a hub id: the newest, or offline that of the local cache.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit at the hub; None is its main branch.
 
     Raises:
         ValueError: The folder has no model files, or the hub does not know the id or cannot be reached for it.
@@ -32,7 +36,7 @@ def model_identity(name: str) -> str:
 
     try:
         # Its path ends in snapshots/<commit>/config.json.
-        return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name}"
+        return f"{name}@{Path(hf_hub_download(name, 'config.json', revision=revision)).parent.name}"
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no model found at {name!r}: it is not a folder here and the hub does not know or cannot be reached for it"

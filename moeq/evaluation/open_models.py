@@ -8,6 +8,7 @@ import torch
 
 from moeq.checkpoint.loading import load_config, load_model, stream_model
 from moeq.checkpoint.placement import Placement, weights_folder
+from moeq.checkpoint.source_options import source_options
 from moeq.disk.folder import check_integrity
 from moeq.evaluation.placing import waiting_in
 from moeq.kernels.compute_dtype import compute_dtype
@@ -41,11 +42,11 @@ def open_scorer(
     Raises:
         ValueError: It cannot be read.
     """
-    dtype, compute = settings["dtype"], settings["compute_dtype"]
+    dtype, compute, asked = settings["dtype"], settings["compute_dtype"], source_options(settings)
     if placement.kind == "memory":
-        return Scorer(load_model(name, dtype, compute, device).to(device), without)
-    check_integrity(weights_folder(name))
-    model, stream = stream_model(name, dtype, compute, device)
+        return Scorer(load_model(name, dtype, compute, device, **asked).to(device), without)
+    check_integrity(weights_folder(name, asked["revision"]))
+    model, stream = stream_model(name, dtype, compute, device, **asked)
     stream.place(device)
     waiting = waiting_in(folder, int(settings["hidden_gib"] * GIB), reserved_bytes)
     return StreamedScorer(model, stream, waiting, without)
@@ -53,6 +54,8 @@ def open_scorer(
 
 def computed_in(settings: Mapping[str, Any], name: str, device: torch.device) -> str:
     """Name of the dtype that a model is going to compute in, before it is loaded."""
-    stored = settings["dtype"] if settings["dtype"] != "auto" else load_config(name).dtype or torch.bfloat16
+    stored = settings["dtype"]
+    if stored == "auto":
+        stored = load_config(name, **source_options(settings)).dtype or torch.bfloat16
     stored = getattr(torch, str(stored).removeprefix("torch."))
     return str(compute_dtype(settings["compute_dtype"], stored, device)).removeprefix("torch.")

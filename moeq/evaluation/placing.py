@@ -16,6 +16,7 @@ import torch
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config, model_bytes
 from moeq.checkpoint.placement import Placement, choose_placement, stream_obstacle
+from moeq.checkpoint.source_options import source_options
 from moeq.distributed import gather_lists
 from moeq.evaluation.reference_logits import ROOM, SPARE_BYTES, OriginalPlace, choose_mode
 from moeq.evaluation.task_evaluation import TaskEvaluation
@@ -72,7 +73,8 @@ def choose_places(settings: Mapping[str, Any], device: torch.device) -> Places:
     how = settings["dtype"], settings["compute_dtype"], device
     # Ranks share their documents as batches are cut, and batches are cut for the passes of these places.
     free = min(gather_lists([min(free_bytes(device), free_bytes(torch.device("cpu")))]))
-    sizes = {each: model_bytes(each, *how) for each in (name, reference) if each is not None}
+    asked = source_options(settings)
+    sizes = {each: model_bytes(each, *how, **asked) for each in (name, reference) if each is not None}
     model, *original = (_place(settings, each, size, free) for each, size in sizes.items())
     if reference is None:
         return Places(model, None, None)
@@ -114,8 +116,8 @@ def waiting_in(folder: Path, bound_bytes: int, reserved_bytes: int = 0) -> Waiti
 
 
 def _place(settings: Mapping[str, Any], name: str, size: int, free: int) -> Placement:
-    asked = settings["placement"]
-    obstacle = None if asked == "memory" else stream_obstacle(name)
-    if asked == "stream" and getattr(load_config(name), "quantization_config", None) is not None:
+    asked, source = settings["placement"], source_options(settings)
+    obstacle = None if asked == "memory" else stream_obstacle(name, **source)
+    if asked == "stream" and getattr(load_config(name, **source), "quantization_config", None) is not None:
         asked = "auto"  # of the two models it is the other one that is meant
     return choose_placement(asked, name, int(ROOM * size), free, obstacle)

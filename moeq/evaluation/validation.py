@@ -20,6 +20,7 @@ from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config
 from moeq.checkpoint.packed import keep_dequantized
 from moeq.checkpoint.placement import Placement
+from moeq.checkpoint.source_options import source_options
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
@@ -48,8 +49,10 @@ def result_fingerprint(settings: Mapping[str, Any], sampling: Sampling, device: 
         device: Where the model runs.
     """
     name, reference, dtype = (settings[key] for key in ("name", "reference", "dtype"))
+    revision = settings["revision"]
     return result_digest(
-        model=model_identity(name), dtype=dtype, reference=reference and model_identity(reference),
+        model=model_identity(name, revision), dtype=dtype,
+        reference=reference and model_identity(reference, revision),
         settings=asdict(sampling) | {"compute_dtype": computed_in(settings, name, device)},
         versions=installed_versions(),
     )  # fmt: skip
@@ -128,7 +131,7 @@ def start_validation(
         announce(placement.reason)
     original: Original | None = None
     if reference is not None:
-        check_vocabulary(name, reference)
+        check_vocabulary(name, reference, settings)
     meter = meter or Meter()
     if places.mode == "disk":
         with meter.phase("original", "original"):
@@ -148,9 +151,9 @@ def start_validation(
     return Validation(evaluations, evaluator, places.by_role)
 
 
-def check_vocabulary(name: str, reference: str) -> None:
+def check_vocabulary(name: str, reference: str, settings: Mapping[str, Any]) -> None:
     """Refuse an original of another vocabulary, before either model is loaded."""
-    sizes = [load_config(each).get_text_config().vocab_size for each in (name, reference)]
+    sizes = [load_config(each, **source_options(settings)).get_text_config().vocab_size for each in (name, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{name} has a vocabulary of {sizes[0]} tokens, and the original {reference} one of {sizes[1]}; give "
@@ -170,15 +173,15 @@ def run_original(
     reference, dtype = settings["reference"], settings["dtype"]
     computed = computed_in(settings, reference, device)
     identity = result_digest(
-        model=model_identity(reference), dtype=dtype, reference=None, settings={"compute_dtype": computed},
-        versions=installed_versions(),
+        model=model_identity(reference, settings["revision"]), dtype=dtype, reference=None,
+        settings={"compute_dtype": computed}, versions=installed_versions(),
     )  # fmt: skip
     stored = StoredOriginal(folder, identity)
     missing = [_not_stored(evaluation, stored, places) for evaluation in evaluations]
     plans = [plan for batches in missing for _, plan in batches]
     if not plans:
         return stored
-    vocab_size = load_config(reference).get_text_config().vocab_size
+    vocab_size = load_config(reference, **source_options(settings)).get_text_config().vocab_size
     needed = sum(num_bytes(plan, vocab_size, getattr(torch, computed)) for plan in plans)
     stored.check_room(needed)
     announce(f"The original {reference} runs before the model: its logits go to {folder}")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictInfo
 
 from moeq.checkpoint.affine import Readable
+from moeq.checkpoint.configuration import load_config
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import packed_conversions
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
@@ -68,7 +69,7 @@ def read_contents(folder: Path) -> Contents:
 
 def empty_model(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
     """The model of a folder without values, packed where the folder is, and the conversions from its files."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(str(folder))
     description = getattr(config, "quantization_config", None)
     if description is None or description["quant_method"] != METHOD:
         with torch.device("meta"):

@@ -12,11 +12,12 @@ from torch import Tensor
 from moeq.disk.digest import digest, tensor_digest
 from moeq.distributed import gather_lists
 
-# Settings that do not change what a block becomes; the dtype that is computed in counts by itself, as it was chosen.
+# Settings that do not change what a block becomes, or count by what became of them: the model's identity has the commit
+# of a revision, and the dtype that is computed in is told as it was chosen.
 NEUTRAL_SETTINGS = frozenset(
     {
-        "name", "compute_dtype", "placement", "reference", "reference_mode", "restart", "label", "hessian_gib",
-        "hidden_gib", "preflight",
+        "name", "revision", "compute_dtype", "placement", "reference", "reference_mode", "restart", "label",
+        "hessian_gib", "hidden_gib", "preflight",
     }
 )  # fmt: skip
 

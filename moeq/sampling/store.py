@@ -26,7 +26,7 @@ SET_VERSION = 5
 _VALUES = 1 << 12
 
 
-def model_mark(adapter: Adapter, name: str) -> list[Any]:
+def model_mark(adapter: Adapter, name: str, revision: str | None = None) -> list[Any]:
     """What tells one model from another without having all of it in memory.
 
     The identity of its files, the dtype that it computes in, and a sample of the values outside of its blocks and in
@@ -35,6 +35,7 @@ def model_mark(adapter: Adapter, name: str) -> list[Any]:
     Args:
         adapter: Of the model.
         name: Hub id or folder of its files.
+        revision: Branch, tag or commit at the hub.
     """
     first, every = f"{adapter.block_prefix}.0.", f"{adapter.block_prefix}."
     with adapter.resident(0):
@@ -44,7 +45,7 @@ def model_mark(adapter: Adapter, name: str) -> list[Any]:
             for key, value in state.items()
             if key.startswith(first) or not key.startswith(every)
         }
-    return [model_identity(name), str(next(adapter.model.parameters()).dtype), digest(sample)]
+    return [model_identity(name, revision), str(next(adapter.model.parameters()).dtype), digest(sample)]
 
 
 def set_fingerprint(

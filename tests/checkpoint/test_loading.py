@@ -1,13 +1,15 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from moeq.checkpoint.configuration import load_config
 from moeq.checkpoint.loading import check_finite_weights, load_model, load_tokenizer, model_bytes
 from moeq.export.moeq_format import write_checkpoint
 from moeq.models.storage import storage_dtype
 from tests.export.rounding import round_model
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_config, tiny_model
 
 
 def test_a_loaded_model_is_frozen_in_eval_mode_and_has_the_asked_dtype(tmp_path: Path) -> None:
@@ -54,3 +56,12 @@ def test_the_bytes_of_a_packed_export_count_its_codes_once(tmp_path: Path) -> No
     wide = load_model(str(tmp_path / "packed"), "auto", "float32")
     size = sum(p.nbytes for p in wide.parameters())
     assert model_bytes(str(tmp_path / "packed"), "auto", "float32") == pytest.approx(size, rel=0.1)
+
+
+def test_a_dtype_that_is_said_of_the_language_model_alone_is_that_of_the_wrapper(tmp_path: Path) -> None:
+    tiny_config("qwen3_vl_moe").save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said.pop("dtype", None)
+    said["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert load_config(str(tmp_path)).dtype == torch.bfloat16

@@ -78,6 +78,9 @@ def test_a_hub_id_is_its_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(commit)
     assert model_identity("org/moe") == f"org/moe@{commit}"
+    (repo / "refs/old").write_text("d" * 40)
+    shutil.copytree(repo / "snapshots" / commit, repo / "snapshots" / ("d" * 40))
+    assert model_identity("org/moe", "old") == f"org/moe@{'d' * 40}"
     for absent in ("org/other", "no/such/folder"):
         with pytest.raises(ValueError, match=f"no model found at '{absent}'"):
             model_identity(absent)

@@ -23,9 +23,11 @@ SIZES = {"large": 57 * GB, "export": 15 * GB, "small": 2 * GB}
 def models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models by name, of which the export is packed; 24 GB are free."""
     packed = {"export": SimpleNamespace(quantization_config={})}
-    monkeypatch.setattr(placing, "model_bytes", lambda name, *_: SIZES[name])
-    monkeypatch.setattr(placing, "load_config", lambda name: packed.get(name, SimpleNamespace()))
-    monkeypatch.setattr(placing, "stream_obstacle", lambda name: "it is quantized already" if name in packed else None)
+    monkeypatch.setattr(placing, "model_bytes", lambda name, *_, **__: SIZES[name])
+    monkeypatch.setattr(placing, "load_config", lambda name, **_: packed.get(name, SimpleNamespace()))
+    monkeypatch.setattr(
+        placing, "stream_obstacle", lambda name, **_: "it is quantized already" if name in packed else None
+    )
     monkeypatch.setattr(placing, "free_bytes", lambda _: 24 * GB)
 
 
