@@ -72,7 +72,11 @@ def test_an_export_that_was_stopped_anywhere_ends_with_the_same_bytes(
 @pytest.mark.slow
 def test_what_validate_measures_of_an_export_is_in_its_card(source: Path, run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run / "export", tmp_path / "export")
-    few = [f"--model.reference={source}", "--data.num_windows=2", "--data.window_length=32", "--data.tasks=null"]
+    (tmp_path / "prose.txt").write_text("A short text about lakes and pikes.\n" * 8)
+    few = [
+        f"--model.reference={source}", f"--data.data_dir={tmp_path}", '--data.domains={"prose": "prose.txt"}',
+        "--data.num_windows=2", "--data.window_length=32", "--data.tasks=null",
+    ]  # fmt: skip
     for _ in range(2):  # the second finds the model unchanged, and its documents finished
         validate(Path("configs/eval.yaml"), folder, tmp_path / "eval", *few)
     card = (folder / "README.md").read_text()
