@@ -25,7 +25,7 @@ PATTERNS: list[dict[str, Any]] = [
     {"pattern": "model.layers.0.mlp.experts.5.up_proj", "keep": True},
 ]
 KEPT = [each["pattern"] for each in PATTERNS if each.get("keep")]
-SLOW = ["moequant_awq_w4", "moequant_learned_w3", "moequant_rotated_w4", "moequant_allocated_w3"]
+SLOW = ["gptq_text_w3", "moequant_awq_w4", "moequant_learned_w3", "moequant_rotated_w4", "moequant_allocated_w3"]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,7 @@ def is_kept(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in KEPT)
 
 
-@pytest.mark.parametrize(
-    "name", ["rtn_w3", "gptq_text_w3", *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
-)
+@pytest.mark.parametrize("name", ["rtn_w3", *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
 def test_kept_weights_have_the_bytes_of_the_source_and_others_the_grids_they_were_given(
     name: str, model: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +80,7 @@ def test_kept_weights_have_the_bytes_of_the_source_and_others_the_grids_they_wer
     assert "6 of 62 weights are kept as they are" in (tmp_path / "run/allocation.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_block_that_is_kept_whole_is_finished_like_others_and_resumed_past(model: Path, tmp_path: Path) -> None:
     config = with_patterns("gptq_text_w3", tmp_path, [{"pattern": "model.layers.0.*", "keep": True}])
     fit(config, model, tmp_path / "whole")
@@ -95,6 +94,7 @@ def test_a_block_that_is_kept_whole_is_finished_like_others_and_resumed_past(mod
     assert all(name.startswith("model.layers.1.") for name in read_quantized(again / "export"))
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_with_kept_weights_is_one_for_the_next(model: Path, tmp_path: Path) -> None:
     fit(with_patterns("rtn_w3", tmp_path, PATTERNS), model, tmp_path / "first")
     config = yaml.safe_load(Path("configs/rtn_w3.yaml").read_text())

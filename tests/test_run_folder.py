@@ -109,6 +109,7 @@ def test_a_refused_validate_leaves_nothing(finished: Path, model: Path) -> None:
     assert content(finished) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_after_the_export_is_one_line_and_the_run_can_be_finished(
     model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
