@@ -48,11 +48,9 @@ def stop_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "call", "left"), [("compare", 1, []), ("write", 5, ["export"]), ("compare", 2, ["export"])]
-)
+@pytest.mark.parametrize(("name", "call"), [("compare", 1), ("write", 5), ("compare", 2)])
 def test_an_export_that_was_stopped_anywhere_ends_with_the_same_bytes(
-    name: str, call: int, left: list[str], source: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, call: int, source: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moeq.export import verify
 
@@ -63,7 +61,7 @@ def test_an_export_that_was_stopped_anywhere_ends_with_the_same_bytes(
         stop_at(patch, owner, function, call)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(RTN, source, folder)
-    assert sorted(path.name for path in folder.glob("*") if path.name in ("export", "dense")) == left
+    assert not [name for name in ("export", "dense") if (folder / name).exists()], "neither is accounted for"
     assert not list(folder.glob(".*.partial"))
     fit(RTN, source, folder)
     assert exported(folder) == exported(run)

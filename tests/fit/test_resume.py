@@ -118,7 +118,7 @@ def test_an_export_that_was_cut_short_is_written_again(
         patch.setattr("moeq.export.dense.fill_dense", power_cut)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(CONFIG, model, unexported)
-    assert (unexported / "export").is_dir()
+    assert not (unexported / "export").exists()
     assert not (unexported / "dense").exists()
     fit(CONFIG, model, unexported)
     dense = "dense/model.safetensors"
