@@ -195,7 +195,7 @@ def install_packed_modules(model: PreTrainedModel, config: MoEQConfig) -> None:
             for path, module in experts.items():
                 model.set_submodule(path, _packed_experts(path, module, grids, config.scale_dtype))
                 # Some families (qwen3_omni_moe) initialise the fused weights, which are gone, from the block around.
-                model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+                model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
 
 
 def _packed_experts(

@@ -11,6 +11,7 @@ linears stands in ``families.py``.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: The model has no list of blocks.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    decoder = get_decoder()
     lists, inside = {}, ""
     for name, module in model.named_modules():
         if module is decoder:
