@@ -42,7 +42,9 @@ A wrapper is a language model with what turns images or sound into its embedding
 text; all else of its files is in both exports as it was, and they open by the class that the source opens by
 (`tests/test_wrappers.py`: each one below by round-to-nearest and by GPTQ, from memory and streamed from its files).
 "Draft layers" are keys under which files of the family hold layers for speculative decoding, "published as" is how its
-weights are published where that is not in 16 bits.
+weights are published where that is not in 16 bits. `tests/export/test_accounting.py` walks each family and wrapper from
+its files through the ledger to both exports: in bfloat16, in float32, with draft layers, in FP8 where it is published
+so; MXFP4 and int4 on `gpt_oss` and `deepseek_v3`, whose layout Kimi has.
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"

@@ -19,7 +19,7 @@ from moeq.export.moeq_format import write_packed
 from moeq.models.adapter import Adapter
 from tests.export.whole import DictBlocks, make_codes
 from tests.families import DRAFT_LAYERS, PUBLISHED_AS, SUPPORTED, SUPPORTED_WRAPPERS
-from tests.quantized import make_fp8
+from tests.quantized import KINDS, make_fp8, save_quantized
 from tests.test_wrappers import PUBLISHED_KEYS
 from tests.tiny import MOE_FAMILIES, save_tiny
 
@@ -108,6 +108,20 @@ def test_everything_is_accounted_for(family: str, kind: str, tmp_path: Path) -> 
     assert not found.added
     assert all(found.tensors[key].fate == "kept" for key in stored if key.startswith(tuple(drafts) or "-"))
     assert (kind == "fp8") == any("dequantized" in entry.detail for entry in found.tensors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_source_is_accounted_for_tensor_by_tensor_of_its_files(kind: str, tmp_path: Path) -> None:
+    quantized, _ = save_quantized(kind, tmp_path)
+    quantized.rename(tmp_path / "source")
+    found = ledger(tmp_path, export_again(tmp_path))
+    found.check()
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    assert found.tensors.keys() == stored.keys()
+    left_out = {key for key, entry in found.tensors.items() if entry.fate == "left out"}
+    assert left_out == {key for key in stored if key.endswith("input_scale")}
+    parts = {"_blocks", "_scales", "qweight", "qzeros", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv"}
+    assert all("dequantized" in found.tensors[key].detail for key in stored if key.endswith(tuple(parts)))
 
 
 @pytest.fixture
