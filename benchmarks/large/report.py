@@ -108,13 +108,13 @@ def memory_table(rows: Sequence[Row]) -> str:
             row["blocks"], f"{row['model_bytes'] / GIB:.2f}", f"{row['resident_bytes'] / GIB:.2f}",
             f"{100 * (row['resident_bytes'] / mean - 1):+.1f}%", f"{row['anonymous_bytes'] / GIB:.2f}",
             f"{row['address_space_bytes'] / GIB:.2f}", limits[row["limit_bytes"]], f"{row['seconds'] / 60:.1f}",
-            f"{row['export_bytes'] / GIB:.2f}",
+            f"{row['processor_seconds'] / 60:.1f}", f"{row['export_bytes'] / GIB:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
     head = (
         "blocks", "model, GiB", "peak resident, GiB", "of the mean", "of it anonymous", "peak address space", "limit",
-        "minutes", "export, GiB",
+        "minutes", "of a processor", "export, GiB",
     )  # fmt: skip
     return markdown(head, lines)
 
@@ -125,12 +125,13 @@ def prediction(rows: Sequence[Row]) -> str:
         return ""
     values = {
         key: line([(row["blocks"], row[key]) for row in rows])
-        for key in ("seconds", "resident_bytes", "export_bytes", "blocks_bytes", "model_bytes")
+        for key in ("processor_seconds", "resident_bytes", "export_bytes", "blocks_bytes", "model_bytes")
     }
-    at = {key: start + WHOLE * slope for key, (start, slope) in values.items()}
+    at = {key: first + WHOLE * each for key, (first, each) in values.items()}
+    start, slope = values["processor_seconds"]
     return (
         f"Predicted for {WHOLE} blocks, on the lines through these runs: peak {at['resident_bytes'] / GIB:.2f} GiB, "
-        f"{at['seconds'] / 60:.0f} minutes ({values['seconds'][1]:.1f} s per block and {values['seconds'][0]:.0f} s), "
+        f"{at['processor_seconds'] / 60:.0f} minutes of a processor ({slope:.1f} s per block and {start:.0f} s), "
         f"{at['model_bytes'] / GIB:.0f} GiB read, {at['export_bytes'] / GIB:.1f} GiB export and "
         f"{at['blocks_bytes'] / GIB:.1f} GiB of block files.\n"
     )

@@ -149,14 +149,10 @@ def as_ranks(world_size: int, run: Callable[[int, Callable[[str], object]], Tens
 
 @pytest.mark.parametrize("mode", ["stochastic", "corpus"])
 def test_ranks_share_the_work_and_every_sequence_is_served_once(tmp_path: Path, mode: str) -> None:
-    datamodules: dict[int, EBSSDataModule] = {}
-    lock = threading.Lock()
-    # Not in the threads: making a model sets the default dtype of the process for a moment.
-    models = [tiny_model("qwen2_moe") for _ in range(2)]
+    # Not in the threads: making a model sets the default dtype of the process for a moment, and its folder is written.
+    datamodules = [attached(tmp_path, tiny_model("qwen2_moe"), rank, 2, mode=mode) for rank in range(2)]
 
     def run(rank: int, barrier: Callable[[str], object]) -> Tensor:
-        with lock:
-            datamodules[rank] = attached(tmp_path, models[rank], rank, 2, mode=mode)
         datamodules[rank].trainer.strategy.barrier = barrier
         return datamodules[rank].calibration_ids()
 
