@@ -294,11 +294,12 @@ REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
         ),
         "gate and up rows of linears in turn",
     ),
-    "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0])),
+    "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0]), vision_config={"text_hidden_size": 64}),
                  "its blocks read the outputs of all earlier ones"),
 }  # fmt: skip
-# Families whose experts follow the interface, but which are no language models that predict the next token.
-OTHER_TASKS = ("diffusion_gemma", "openai_privacy_filter")
+# Families whose experts follow the interface, but which are no language models that predict the next token: qwen3_omni_moe
+# as a whole has no forward pass, its thinker has.
+OTHER_TASKS = ("diffusion_gemma", "openai_privacy_filter", "qwen3_omni_moe")
 # How files of a family hold layers for speculative decoding, by its number of blocks N; of the names that transformers
 # skips (``_keys_to_ignore_on_load_unexpected``) and the configurations that count them.
 DRAFT_LAYERS: dict[str, str] = {

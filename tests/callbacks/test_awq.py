@@ -50,7 +50,9 @@ def test_at_8_bits_the_export_is_the_original_with_other_norms(family: str, opti
     fit(config_with(tmp_path), model, tmp_path / "run", "--model.bits=8", *SMALL, *options)
     assert json.loads((tmp_path / "run/verification.json").read_text())["checkpoint"]["logits_equal"]
     records = json.loads((tmp_path / "run/fallbacks.json").read_text())
-    assert {record["reason"] for record in records} <= {"few calibration tokens", "no calibration tokens"}
+    assert {record["reason"] for record in records} <= {
+        "few calibration tokens", "no calibration tokens", "announced draft layers are not in the source's files",
+    }  # fmt: skip
     original, exported = logits(model), logits(tmp_path / "run/dense")
     difference_BT = (exported - original).norm(dim=-1) / original.norm(dim=-1)
     # The median: a token near the border between two experts may go to the other one.
