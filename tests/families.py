@@ -297,8 +297,8 @@ REFUSED_WRAPPERS: dict[str, tuple[Values, str]] = {
     "inkling2": (_values(_text("inkling2_text", REFUSED["inkling2_text"][0]), vision_config={"text_hidden_size": 64}),
                  "its blocks read the outputs of all earlier ones"),
 }  # fmt: skip
-# Families whose experts follow the interface, but which are no language models that predict the next token: qwen3_omni_moe
-# as a whole has no forward pass, its thinker has.
+# Families whose experts follow the interface, but which are no language models that predict the next token; of
+# qwen3_omni_moe the thinker is one.
 OTHER_TASKS = ("diffusion_gemma", "openai_privacy_filter", "qwen3_omni_moe")
 # How files of a family hold layers for speculative decoding, by its number of blocks N; of the names that transformers
 # skips (``_keys_to_ignore_on_load_unexpected``) and the configurations that count them.

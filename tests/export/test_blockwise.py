@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moeq.checkpoint.loading import load_model
+from moeq.checkpoint.sources import loading_info, made_of
 from moeq.checkpoint.stream import open_stream
 from moeq.export import reopen
 from moeq.export.assemble import packed_format
@@ -36,12 +37,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def hold_as_in_files(model: nn.Module, folder: Path) -> None:
-    """Give a model the tensors that its files hold in float32, which it may compute with in bfloat16."""
+    """Give a model the tensors of its files where it holds them in another dtype: exports have that of the files."""
     contents = read_contents(folder)
     for name, source in contents.sources.items():
-        (tensor, _), *others = source.tensors
-        if tensor.dtype == torch.float32 and not others:
-            model.get_parameter_or_buffer(name).data = tensor.read()
+        held = model.get_parameter_or_buffer(name)
+        if held.dtype != source.tensors[0][0].dtype:
+            made = made_of(contents.model, name, source, loading_info(), lambda *given: given[-1].read())[name]
+            held.data = made[0] if isinstance(made, list) else made
 
 
 @pytest.mark.slow
