@@ -83,4 +83,6 @@ def conversions(model: PreTrainedModel) -> list[Any]:
     """Conversions from the files of a checkpoint to its model, dense or packed."""
     mapping = get_model_conversion_mapping(model)
     quantization = getattr(model.config, "quantization_config", None)
-    return packed_conversions(mapping, quantization.expert_leaves) if isinstance(quantization, MoEQConfig) else mapping
+    # By method, not by class: a module imported again (autoreload in notebooks) has another class of that name.
+    packed = getattr(quantization, "quant_method", None) == METHOD
+    return packed_conversions(mapping, quantization.expert_leaves) if packed else mapping

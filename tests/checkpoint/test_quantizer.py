@@ -1,7 +1,9 @@
 import importlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from moeq.checkpoint import quantizer
 from moeq.checkpoint.packed import PackedExperts, PackedFormat, PackedLinear
-from moeq.checkpoint.quantizer import MoEQConfig
+from moeq.checkpoint.quantizer import MoEQConfig, MoEQuantizer
 from moeq.export.moeq_format import write_checkpoint
+from moeq.export.reopen import reopen
 from tests.export.rounding import round_model
 from tests.tiny import tiny_model
 
@@ -50,10 +53,14 @@ def test_a_description_of_a_newer_version_is_refused() -> None:
         MoEQConfig.from_dict({**config, "format_version": 2, "codebook": []})
 
 
-def test_importing_again_registers_again() -> None:
-    reloaded = importlib.reload(quantizer)
-    assert AUTO_QUANTIZER_MAPPING["moeq"] is reloaded.MoEQuantizer
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["moeq"] is reloaded.MoEQConfig
+@pytest.fixture
+def imported_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module after it was imported a second time, as notebooks do; afterwards what it was."""
+    before = dict(vars(quantizer))
+    for mapping in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.setitem(mapping, "moeq", mapping["moeq"])
+    yield importlib.reload(quantizer)
+    vars(quantizer).update(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantizer") / "export"
     write_checkpoint(model, None, round_model(model), folder, metadata={})
     return folder
+
+
+def test_importing_again_registers_again(imported_again: ModuleType) -> None:
+    assert AUTO_QUANTIZER_MAPPING["moeq"] is imported_again.MoEQuantizer is not MoEQuantizer
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["moeq"] is imported_again.MoEQConfig is not MoEQConfig
+
+
+@pytest.mark.usefixtures("imported_again")
+def test_exports_are_read_back_after_importing_again(export: Path) -> None:
+    reopened = reopen(export, tiny_model("mixtral", dtype=torch.bfloat16))
+    assert not reopened.unexpected
 
 
 def test_from_pretrained_keeps_weights_packed(export: Path) -> None:
