@@ -84,5 +84,6 @@ def conversions(model: PreTrainedModel) -> list[Any]:
     mapping = get_model_conversion_mapping(model)
     quantization = getattr(model.config, "quantization_config", None)
     # By method, not by class: a module imported again (autoreload in notebooks) has another class of that name.
-    packed = getattr(quantization, "quant_method", None) == METHOD
-    return packed_conversions(mapping, quantization.expert_leaves) if packed else mapping
+    if quantization is None or getattr(quantization, "quant_method", None) != METHOD:
+        return mapping
+    return packed_conversions(mapping, quantization.expert_leaves)
