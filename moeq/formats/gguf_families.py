@@ -40,6 +40,24 @@ class Family:
     refuses: Callable[[Any], str | None] = lambda config: None
 
 
+def _grouped_heads(config: Any) -> str | None:
+    same = config.num_key_value_heads == config.num_attention_heads
+    return None if same else "its norm of keys is as wide as that of queries, and here heads share keys"
+
+
+def _grouped_experts(config: Any) -> str | None:
+    if config.topk_method == "group_limited_greedy" and (config.n_group or 1) > 1:
+        return "the best groups by the sum of two scores, and here they are the best by one (group_limited_greedy)"
+    return _unranked(config)
+
+
+def _unranked(config: Any) -> str | None:
+    """llama.cpp knows models without a rank of queries by their 26 or 27 blocks."""
+    if (config.q_lora_rank is None) == (config.num_hidden_layers in (26, 27)):
+        return None
+    return f"with 26 or 27 blocks q_lora_rank is null, otherwise a number, and here it is {config.q_lora_rank}"
+
+
 _NEIGHBOURS: Mapping[str, Pieces] = {
     "self_attn.q_proj": turned_queries("attn_q.weight"),
     "self_attn.k_proj": turned_keys("attn_k.weight"),
@@ -61,7 +79,13 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         "olmoe", keys.experts("num_experts", "intermediate_size"),
         (_SILU, _NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True,
+        refuses=_grouped_heads,
     ),
-    "deepseek_v2": Family("deepseek2", keys.deepseek, (_SILU, _NO_BIAS), _LATENT),
-    "deepseek_v3": Family("deepseek2", keys.deepseek, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT),
+    "deepseek_v2": Family(
+        "deepseek2", keys.deepseek, (_SILU, _NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
+        refuses=_grouped_experts,
+    ),
+    "deepseek_v3": Family(
+        "deepseek2", keys.deepseek_v3, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+    ),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Keys of a GGUF file that describe the model, in the words that llama.cpp reads, from a configuration."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
 
 
 def common(config: Any) -> Metadata:
-    """Keys that every architecture reads; raises ValueError for a rotary scaling that llama.cpp computes otherwise.
+    """Keys that every architecture reads.
 
     Args:
         config: Of transformers.
@@ -29,7 +30,6 @@ def common(config: Any) -> Metadata:
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "expert_used_count": config.num_experts_per_tok,
-        **rope(config, head),
     }
 
 
@@ -49,27 +49,51 @@ def rope(config: Any, head: int) -> Metadata:
     if kind == "linear":
         return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(values["factor"])}
     if kind == "yarn":
+        _check_magnitude(values)
         return keys | _yarn(config, values)
-    raise ValueError(f"llama.cpp's rotary scaling of kind {kind} is not written; default, linear and yarn are")
+    raise ValueError(f"rotary scaling of kind {kind} is not written; default, linear and yarn are")
 
 
 def _yarn(config: Any, values: dict[str, Any]) -> Metadata:
-    own = {"mscale", "mscale_all_dim", "attention_factor"} & {key for key, value in values.items() if value is not None}
-    if own:
-        raise ValueError(f"llama.cpp computes its own magnitude of yarn, without {', '.join(sorted(own))}")
-    original = values.get("original_max_position_embeddings") or config.max_position_embeddings
+    if not values.get("truncate", True):
+        raise ValueError("llama.cpp rounds the range of yarn, and the model does not (truncate: false)")
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(values["factor"]),
-        "rope.scaling.original_context_length": int(original),
+        "rope.scaling.original_context_length": int(
+            values.get("original_max_position_embeddings") or config.max_position_embeddings
+        ),
         "rope.scaling.yarn_beta_fast": float(values.get("beta_fast") or 32.0),
         "rope.scaling.yarn_beta_slow": float(values.get("beta_slow") or 1.0),
     }
 
 
+def _check_magnitude(values: dict[str, Any]) -> None:
+    """llama.cpp multiplies by 0.1 log(factor) + 1, whatever a model says."""
+    own = 0.1 * math.log(values["factor"]) + 1.0
+    given = values.get("attention_factor")
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        raise ValueError("llama.cpp computes the magnitude of yarn without mscale and mscale_all_dim")
+    if given is not None and not math.isclose(given, own, rel_tol=1e-6):
+        raise ValueError(f"llama.cpp computes yarn with attention_factor: {own:.6g}, and this model has {given:.6g}")
+
+
+def _latent_rope(config: Any, head: int) -> Metadata:
+    """Rotary embedding of DeepSeek, whose yarn scales the scores of attention by ``mscale_all_dim``."""
+    values = dict(config.rope_parameters or {})
+    if values.get("rope_type", "default") != "yarn":
+        return rope(config, head)
+    scale, all_dim = values.get("mscale"), values.get("mscale_all_dim")
+    if not all_dim or scale != all_dim or values.get("attention_factor") is not None:
+        raise ValueError("llama.cpp computes yarn with mscale equal to mscale_all_dim, and this model differs")
+    keys: Metadata = {"rope.dimension_count": head, "rope.freq_base": float(values["rope_theta"])}
+    return keys | _yarn(config, values) | {"rope.scaling.yarn_log_multiplier": 0.1 * float(all_dim)}
+
+
 def experts(count: str, width: str) -> Describe:
-    """Routed experts, by what a configuration calls their number and their width."""
+    """Routed experts, by what a configuration calls their number and their width, and a rotary embedding of heads."""
     return lambda config: {
+        **rope(config, head_dim(config)),
         "expert_count": getattr(config, count),
         "expert_feed_forward_length": getattr(config, width),
     }
@@ -87,7 +111,7 @@ def deepseek(config: Any) -> Metadata:
     turned = config.qk_rope_head_dim
     rank = {} if config.q_lora_rank is None else {"attention.q_lora_rank": config.q_lora_rank}
     return {
-        **rope(config, turned),
+        **_latent_rope(config, turned),
         **rank,
         "attention.head_count_kv": 1,
         "attention.kv_lora_rank": config.kv_lora_rank,
@@ -102,6 +126,18 @@ def deepseek(config: Any) -> Metadata:
         "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_weights_norm": bool(config.norm_topk_prob),
     }
+
+
+def deepseek_v3(config: Any) -> Metadata:
+    """DeepSeek-V3: scores are sigmoids, and experts are chosen from the best groups."""
+    return deepseek(config) | {"expert_gating_func": SIGMOID} | groups(config)
+
+
+def groups(config: Any) -> Metadata:
+    """Groups that experts are chosen from."""
+    if not config.n_group or config.n_group == 1:
+        return {}
+    return {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
 
 
 def num_dense(config: Any) -> int:
