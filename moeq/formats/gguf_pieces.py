@@ -111,6 +111,15 @@ def halves(first: str, second: str) -> Pieces:
     return make
 
 
+def expert_biases(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Biases of gate and up rows in turn, [E, 2 F]."""
+    del config, shape
+    return [
+        Piece("ffn_gate_exps.bias", values=lambda bias: bias[:, 0::2].contiguous()),
+        Piece("ffn_up_exps.bias", values=lambda bias: bias[:, 1::2].contiguous()),
+    ]
+
+
 def vector(name: str) -> Pieces:
     """A matrix of one row or column as a vector."""
     return lambda config, shape: [Piece(name, values=Tensor.flatten)]

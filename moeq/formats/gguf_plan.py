@@ -111,16 +111,14 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
 
 def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:
     made = piece.shape_of(shape)
-    if len(made) < 2:
+    if len(made) < 2 or piece.name.endswith(".bias"):
         kind = "F32"
     if len(weights) > 1:
         made = (len(weights), *made)
     return Planned(piece.name, FileTensor(kind, made), weights, tensor, piece)
 
 
-def _pieces(
-    model: PreTrainedModel, family: Family, name: str, ending: str, shape: tuple[int, ...]
-) -> Iterator[Piece]:
+def _pieces(model: PreTrainedModel, family: Family, name: str, ending: str, shape: tuple[int, ...]) -> Iterator[Piece]:
     """What the file has of a tensor of the model: with names in the file."""
     prefix = f"{find_blocks(model)[0]}."
     number, _, inside = name.removeprefix(prefix).partition(".") if name.startswith(prefix) else ("", "", name)

@@ -46,7 +46,9 @@ def _open(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"gguf: {folder} has no tokenizer that transformers opens ({reason}); add its files") from error
+        raise ValueError(
+            f"gguf: {folder} has no tokenizer that transformers opens ({reason}); add its files"
+        ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"gguf: {type(tokenizer).__name__} has no tokenizer.json that could be read; add one")
     return tokenizer
