@@ -1,7 +1,7 @@
 """Families of models whose GGUF files were run in llama.cpp against transformers: names, keys, and what is refused.
 
-A name that is not here is the one that the ``gguf`` package's own table of names gives.  ``tests/formats/test_gguf_runs``
-runs each family; one that was not run is not written.
+A name that is not here is the one that the ``gguf`` package's own table of names gives.  Each
+family is run by ``tests/formats/test_gguf_runs.py``; one that was not run is not written.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,10 +75,8 @@ def _one_full_in(number: int) -> Callable[[Any], str | None]:
     """Attention in windows but for every so-manieth block."""
 
     def problem(config: Any) -> str | None:
-        kinds = [
-            "full_attention" if i % number == number - 1 else "sliding_attention"
-            for i in range(config.num_hidden_layers)
-        ]
+        full = [i % number == number - 1 for i in range(config.num_hidden_layers)]
+        kinds = ["full_attention" if each else "sliding_attention" for each in full]
         return None if list(config.layer_types) == kinds else f"every {number}th block without a window (layer_types)"
 
     return problem

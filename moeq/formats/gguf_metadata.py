@@ -173,9 +173,8 @@ def granite(config: Any) -> Metadata:
 
 def gpt_oss(config: Any) -> Metadata:
     """gpt-oss: a window in every other block."""
-    return experts("num_local_experts", "intermediate_size")(config) | {
-        "attention.sliding_window": config.sliding_window
-    }
+    window = {"attention.sliding_window": config.sliding_window}
+    return experts("num_local_experts", "intermediate_size")(config) | window
 
 
 def minimax_m2(config: Any) -> Metadata:
