@@ -77,7 +77,7 @@ def _one_full_in(number: int) -> Callable[[Any], str | None]:
     def problem(config: Any) -> str | None:
         full = [i % number == number - 1 for i in range(config.num_hidden_layers)]
         kinds = ["full_attention" if each else "sliding_attention" for each in full]
-        return None if list(config.layer_types) == kinds else f"every {number}th block without a window (layer_types)"
+        return None if list(config.layer_types) == kinds else f"windows in all blocks but one in {number} (layer_types)"
 
     return problem
 

@@ -122,7 +122,7 @@ class LlamaCpp:
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text, with what the file says that texts begin and end with where ``special``."""
         raw = text.encode()
-        ids = (ctypes.c_int32 * (len(raw) + 8))()
+        ids = (ctypes.c_int32 * (4 * len(raw) + 8))()
         count = self._library.llama_tokenize(self._vocabulary, raw, len(raw), ids, len(ids), special, True)
         return list(ids[:count])
 
