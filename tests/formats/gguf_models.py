@@ -46,7 +46,12 @@ def divergence(of: Tensor, found: Tensor) -> float:
 
 
 def write_packed(
-    family: str, folder: Path, grid_of: Callable[[str], Grid | None], **overrides: Any
+    family: str,
+    folder: Path,
+    grid_of: Callable[[str], Grid | None],
+    *,
+    change: Callable[[str, QuantizedWeight], None] = lambda name, weight: None,
+    **overrides: Any,
 ) -> tuple[Path, dict[str, QuantizedWeight]]:
     """A packed export of a tiny model in bfloat16, its weights rounded to grids by canonical name, and the codes."""
     source = save_tiny(family, folder / "source", **overrides)
@@ -58,6 +63,7 @@ def write_packed(
                 continue
             weight_OI = dense_weight(model, name, experts)
             quantized[name] = round_weight(weight_OI, *grid)
+            change(name, quantized[name])
             weight_OI.copy_(real_weight(quantized[name]))
     write_checkpoint(model, tiny_tokenizer(), quantized, folder / "export", metadata={})
     return folder / "export", quantized

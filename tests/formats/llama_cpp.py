@@ -1,4 +1,4 @@
-"""llama.cpp in this process, by the C interface that the wheel of xllamacpp has in it: logits and token ids of a file."""
+"""llama.cpp in this process, by the C interface in the wheel of xllamacpp: logits and token ids of a file."""
 
 import ctypes
 import importlib.util

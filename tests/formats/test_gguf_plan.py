@@ -99,7 +99,10 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_end_index": 1}, "the last block has experts"),
         ("lfm2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor: 1.0"),
         ("afmoe", {"mup_enabled": False}, "mup_enabled"),
-        ("mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "kind dynamic"),
+        (
+            "mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "kind dynamic",
+        ),
     ],
 )  # fmt: skip
 def test_an_option_that_llama_cpp_computes_otherwise_is_refused(

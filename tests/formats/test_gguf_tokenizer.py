@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SIZE = 600
 TEXTS = (
     "Hello world, it's 12345 o'clock; don't\n\n  stop.\t\r\n tail  ",
-    "ÜNÏCÖDÉ naïve 你好，世界 ひらがな 🙂 Straße",
+    "ÜNÏCÖDÉ naïve 你好\uff0c世界 ひらがな 🙂 Straße",
     "def f(x_1: int) -> str:\n        return 'I'LL' + \"3.14\" /* x */ //\n\n\n",
     "Who'S there? MiXeD camelCase 007 1,000,000",
 )
@@ -105,9 +105,7 @@ def test_every_way_of_cutting_has_the_ids_of_transformers(
 
 @needs_llama_cpp
 @pytest.mark.parametrize(("prefix", "metaspace"), [(True, False), (False, False), (True, True), (False, True)])
-def test_a_tokenizer_over_characters_has_the_ids_of_transformers(
-    prefix: bool, metaspace: bool, tmp_path: Path
-) -> None:
+def test_a_tokenizer_over_characters_has_the_ids_of_transformers(prefix: bool, metaspace: bool, tmp_path: Path) -> None:
     save(characters(prefix=prefix, metaspace=metaspace), tmp_path, bos_token="<s>", eos_token="</s>")
     # A Metaspace with a prefix writes none before a blank and after a special token, llama.cpp does (docs/serving.md).
     same_ids(tmp_path, (*TEXTS, MARKS, *(() if prefix and metaspace else (INSIDE,))))
