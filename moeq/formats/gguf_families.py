@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeq.formats import gguf_metadata as keys
+from moeq.formats import gguf_recurrent as recurrent
 from moeq.formats.gguf_metadata import Describe
 from moeq.formats.gguf_pieces import (
     Pieces,
@@ -157,4 +158,16 @@ FAMILIES: dict[str, Family] = {
         {"mlp.expert_bias": renamed("exp_probs_b.bias")}, refuses=_one_full_in(4),
     ),
     "exaone_moe": Family("exaone-moe", keys.exaone, (_SILU, _NO_BIAS)),
+    "qwen3_next": Family(
+        "qwen3next", recurrent.qwen3_next, (_SILU, _NO_BIAS, ("norm_topk_prob", True), *_ALL_SPARSE),
+        recurrent.QWEN3_NEXT, refuses=recurrent.one_full_in_some,
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen35moe", recurrent.qwen3_5, (_SILU, _NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
+    ),
+    "jamba": Family("jamba", recurrent.jamba, (_SILU, ("mamba_proj_bias", False)), recurrent.JAMBA),
+    "granitemoehybrid": Family(
+        "granitehybrid", lambda config: keys.granite(config) | recurrent.granite_hybrid(config),
+        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **recurrent.MAMBA_2},
+    ),
 }  # fmt: skip

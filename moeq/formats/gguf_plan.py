@@ -1,7 +1,7 @@
 """Which tensors a GGUF file of a model has, of which types; whatever has no right place is refused by name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from moeq.models.adapter import find_blocks
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
-_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a")
+_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -127,7 +127,7 @@ def _pieces(
     number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
         for piece in make(config, shape):
-            yield Piece(f"blk.{number}.{piece.name}" if number else piece.name, piece.rows, piece.shape, piece.values)
+            yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name
     found = _names(family.architecture, config.num_hidden_layers).get_name(
