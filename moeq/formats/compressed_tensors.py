@@ -172,7 +172,7 @@ def _piece(export: PackedExport, name: str, carrier: Carrier) -> Piece:
     groups = 1 if carrier.group_size is None else columns // carrier.group_size
     declared = {
         f"{key}.weight_packed": Declared(torch.int32, (rows, num_words(columns, carrier.bits))),
-        f"{key}.weight_scale": Declared(export.contents.model.config.quantization_config.scale_dtype, (rows, groups)),
+        f"{key}.weight_scale": Declared(export.dtype(name), (rows, groups)),
         f"{key}.weight_shape": Declared(torch.int64, (2,)),
     }
     if carrier.zero_point == "integer":

@@ -52,6 +52,12 @@ def copied(key: str, tensor: Readable) -> Piece:
     return Piece({key: Declared(tensor.dtype, tensor.shape)}, lambda: {key: tensor.read()})
 
 
+def renamed(piece: Piece, key_of: Callable[[str], str]) -> Piece:
+    """A piece under other keys."""
+    declared = {key_of(key): tensor for key, tensor in piece.declared.items()}
+    return Piece(declared, lambda: {key_of(key): tensor for key, tensor in piece.make().items()})
+
+
 def kept_pieces(export: PackedExport, without: Collection[str] = ()) -> list[Piece]:
     """Everything in the packed export's files that is no part of a quantized weight, under the keys of the source.
 
