@@ -36,7 +36,7 @@ from moeq.fit.resume import Resume, refuse_other_run
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
-from moeq.forecast import preflight_fit, write_forecast
+from moeq.forecast import data_shape, preflight_fit, write_forecast
 from moeq.forecast_validation import preflight_validation, write_validation_forecast
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
@@ -46,7 +46,7 @@ from moeq.preflight.phases import Forecast
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
 from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
-from moeq.trainer_options import numeric_switches, refuse_trainer
+from moeq.trainer_options import numeric_switches, refuse_limit, refuse_trainer
 
 if TYPE_CHECKING:
     from moeq.callback import Step
@@ -223,6 +223,8 @@ class MoEQuantModule(L.LightningModule):
         known, restart = self._fingerprint(), self.hparams["restart"]
         if not restart:
             refuse_other_run(self.run_dir, known)
+        if (shape := data_shape(self.trainer)) is not None:
+            refuse_limit(self.trainer.limit_train_batches, shape.num_batches // self.trainer.world_size)
         self.forecast = preflight_fit(self)
         resume = Resume(self.adapter, self.run, self.run_dir, known | self._set_key(), restart=restart)
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
@@ -240,7 +242,7 @@ class MoEQuantModule(L.LightningModule):
         return [step for step in callbacks if isinstance(step, Step)]
 
     def _begin(self) -> None:
-        """The end of all refusals: only then anything of the run folder changes (but for sampled data, which are new)."""
+        """The end of all refusals: only now what stands in the run folder changes."""
         trainer: Any = self.trainer
         self.walk.resume.begin()
         if self.forecast is not None:

@@ -86,6 +86,7 @@ def test_a_finished_run_is_not_touched_by_another(finished: Path, model: Path) -
         (["--model.bits=4"], "blocks of a run with another configuration"),
         (["--data.seed=1"], "blocks of a run with another data"),
         (["--data.path=none.txt"], "none.txt"),
+        (["--trainer.limit_train_batches=0.5", "--model.restart=true"], "0.5 of 1 batches calibrates on nothing"),
         (["--data.batch_size=4", "--model.group_size=24"], "must divide in_features"),
     ],
 )
@@ -205,17 +206,12 @@ def test_finished_documents_survive_a_refused_restart(
     with refused("preflight"), monkeypatch.context() as patch:
         patch.setattr(moeq.forecast_validation, "check_room", refusal("preflight"))
         evaluate(*again)
-    for mode, count in (("memory", 1), ("memory", 2), ("disk", 1)):
+    opened = moeq.evaluation.validation.open_scorer
+    for mode, damaged in (("memory", 0), ("memory", 1), ("disk", 0)):
+        # The original is opened before the model.
+        answers = iter([opened] * damaged + [refusal("not opened")])
         with refused("not opened"), monkeypatch.context() as patch:
-            calls = iter(range(count - 1))
-            opened = moeq.evaluation.validation.open_scorer
-            patch.setattr(
-                moeq.evaluation.validation,
-                "open_scorer",
-                lambda *a, calls=calls, opened=opened: (
-                    refusal("not opened")() if next(calls, None) is None else opened(*a)
-                ),
-            )
+            patch.setattr(moeq.evaluation.validation, "open_scorer", lambda *a, left=answers: next(left)(*a))
             evaluate(*again, f"--model.reference_mode={mode}")
     assert content(folder) == before
     evaluate(*again)
