@@ -84,13 +84,15 @@ def _load_packed(
     import moeq.checkpoint.quantizer  # noqa: F401  registers the packed format with transformers
     from moeq.checkpoint.complete import missing_message
     from moeq.checkpoint.declared import restore_float32
+    from moeq.checkpoint.load_report import without_unexpected_keys
     from moeq.checkpoint.model_class import model_class
     from moeq.checkpoint.names import packed_conversions
 
     opened_by = model_class(load_config(str(folder), trust_remote_code=trust_remote_code))
-    model, found = opened_by.from_pretrained(
-        folder, dtype=_asked(dtype) or "auto", output_loading_info=True, trust_remote_code=trust_remote_code
-    )
+    with without_unexpected_keys():  # what an export carries, compared with its source when it was written
+        model, found = opened_by.from_pretrained(
+            folder, dtype=_asked(dtype) or "auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(missing_message(missing))
     if dtype == "auto":

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.declared import restore_float32
+from moeq.checkpoint.load_report import without_unexpected_keys
 from moeq.checkpoint.loading import align
 from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.sources import stored_in
@@ -67,7 +68,8 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
     code = runs_code(model)
     opener = model_class(AutoConfig.from_pretrained(directory, trust_remote_code=code))
-    reloaded = opener.from_pretrained(directory, attn_implementation=attention, trust_remote_code=code)
+    with without_unexpected_keys():  # whoever verifies compares them with what was carried
+        reloaded = opener.from_pretrained(directory, attn_implementation=attention, trust_remote_code=code)
     mapping = conversions(reloaded)
     unused = unused_tensors(reloaded, stored_in(Path(directory)), mapping)
     restore_float32(reloaded, Path(directory), mapping)
