@@ -218,7 +218,8 @@ class Export(Step):
             return {}
         grids = {name: grid.label for name, grid in run.plan.items()}
         asked = None if module.hparams["dtype"] == "auto" else getattr(torch, module.hparams["dtype"])
-        ledger, stored = make_ledger(origin.folder, folders, grids, {**run.reasons, **origin.left_out}, asked)
+        reasons, code = {**run.reasons, **origin.left_out}, bool(module.hparams["trust_remote_code"])
+        ledger, stored = make_ledger(origin.folder, folders, grids, reasons, asked, trust_remote_code=code)
         write_json(module.run_dir / "ledger.json", ledger.to_dict(stored))
         ledger.check()
         return ledger.counts

@@ -1,7 +1,8 @@
 """A finished packed export as the formats of runtimes take it: one weight after another, whole models nowhere."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import split_expert_name, weight_names
 from moeq.checkpoint.packed import PackedFormat, PackedLinear, dequantize_codes
@@ -48,7 +50,10 @@ class PackedExport:
     def model(self) -> PreTrainedModel:
         """The dense model, without values (on the meta device)."""
         packed = self.contents.model
-        config = type(packed.config).from_dict(self.config)
+        config = copy.deepcopy(packed.config)
+        for key in _OWN_KEYS:
+            if hasattr(config, key):
+                delattr(config, key)
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config).from_config(config, dtype=packed.dtype)
         return model
@@ -78,6 +83,27 @@ class PackedExport:
         """Out and in features of a weight of a canonical name."""
         return weight_shape(self.model, name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the values of a weight of a canonical name: what the files have, which is that of its scales."""
+        if name in self.grids:
+            found: torch.dtype = self.contents.model.config.quantization_config.scale_dtype
+            return found
+        return self._tensors_of(name)[0].dtype
+
+    def keys_of(self, names: Iterable[str]) -> list[str]:
+        """Keys of the files' tensors that hold weights of canonical names, which may share them."""
+        return list(dict.fromkeys(tensor.name for name in names for tensor in self._tensors_of(name)))
+
+    def _tensors_of(self, name: str) -> list[Readable]:
+        sources = self.contents.sources
+        if (parts := split_expert_name(name, self._experts)) is not None and f"{name}.weight" not in sources:
+            fused = f"{parts[0]}.{_parameter(self._experts[parts[0]], parts[2])}"
+            if name not in self.grids:
+                return [tensor for tensor, _ in sources[fused].tensors]
+        leaves = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        made = [sources[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in sources]
+        return [tensor for source in made for tensor, _ in source.tensors]
+
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes, scales and zero points of a quantized weight."""
         grid, (rows, columns) = self.grids[name], self.shape(name)
@@ -93,10 +119,21 @@ class PackedExport:
             return dequantize_codes(self.quantized(name))
         if f"{name}.weight" in self.contents.sources:
             return self._value(f"{name}.weight")
-        path, expert, leaf = split_expert_name(name, self._experts) or ("", 0, "")
-        parameter = _parameter(self._experts[path], leaf)
-        stacked = self._stacked(f"{path}.{parameter}")
-        return dict(projections_of(self._experts[path], parameter, stacked))[f"{expert}.{leaf}.weight"]
+        return next(self.weights([name]))
+
+    def weights(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Values of several weights, see ``weight``; what lies in one tensor of the files is read once."""
+        held, parts = "", dict[str, Tensor]()
+        for name in names:
+            if name in self.grids or f"{name}.weight" in self.contents.sources:
+                yield self.weight(name)
+                continue
+            path, expert, leaf = split_expert_name(name, self._experts) or ("", 0, "")
+            module, parameter = self._experts[path], _parameter(self._experts[path], leaf)
+            if held != f"{path}.{parameter}":
+                held = f"{path}.{parameter}"
+                parts = dict(projections_of(module, parameter, self._stacked(held)))
+            yield parts[f"{expert}.{leaf}.weight"]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of ``other_names``."""
