@@ -52,10 +52,10 @@ def small_data(config: Path) -> list[str]:
 
 
 def small_groups(config: Path) -> str:
-    """Groups that fit into the rows of a tiny model; those below 32 are none that vLLM reads."""
+    """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime") for each in callbacks}
-    return f"--model.group_size={32 if 'vllm' in runtimes else 16}"
+    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
+    return f"--model.group_size={16 if runtimes == {'research'} else 32}"
 
 
 def fit(config: Path, model: Path, folder: Path, *options: str) -> None:
