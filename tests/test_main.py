@@ -97,8 +97,8 @@ def logged(folder: Path) -> dict[str, float]:
 
 # What an edit needs runs the short ones.
 LONG_CONFIGS = (
-    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier", "gguf_mixed",
-    "mlx_mixed",
+    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
+    "gguf_mixed", "mlx_mixed",
 )  # fmt: skip
 
 
