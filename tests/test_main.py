@@ -62,10 +62,10 @@ def texts(config: Path) -> dict[str, str]:
 
 
 def small_groups(config: Path) -> str:
-    """Groups that fit into the rows of a tiny model; those below 32 are none that vLLM reads."""
+    """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime") for each in callbacks}
-    return f"--model.group_size={32 if 'vllm' in runtimes else 16}"
+    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
+    return f"--model.group_size={16 if runtimes == {'research'} else 32}"
 
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
@@ -113,7 +113,10 @@ def logged(folder: Path) -> dict[str, float]:
 
 
 # What an edit needs runs the short ones.
-LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier")
+LONG_CONFIGS = (
+    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
+    "gguf_mixed", "mlx_mixed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
