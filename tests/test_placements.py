@@ -55,8 +55,8 @@ STEPS: dict[str, Callable[[], Steps]] = {
         BitAllocation(method="allocate", cost="fisher", budget=3.0, choices=[2, 4]), HessianCalibration(), GPTQ(),
         Export(),
     ],
-    "channels scaled": lambda: [HessianCalibration(), AWQ(), Export(dense=False)],
-    "rounded to nearest": lambda: [RTN(), Export(dense=False)],
+    "channels scaled": lambda: [HessianCalibration(), AWQ(), Export(formats=["moeq"])],
+    "rounded to nearest": lambda: [RTN(), Export(formats=["moeq"])],
 }  # fmt: skip
 
 
