@@ -13,6 +13,7 @@ from moeq.checkpoint.packed import PackedFormat
 from moeq.disk.folder import write_manifest
 from moeq.export.compare import ExportMismatchError
 from moeq.export.finished import Progress
+from moeq.export.origin import source_folder
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
@@ -31,6 +32,9 @@ _FILE_KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "
 def _check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
     plan_file(model, grids, mode)
     _describe(model)
+    source = source_folder(model)
+    if source is not None:
+        tokenizer_metadata(source, model.config)
 
 
 def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> None:
@@ -81,7 +85,7 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
             raise ExportMismatchError(f"{path} has {planned.name} as {found.kind} {found.shape}; export again")
         error = max(error, _compare(path, export, planned, found))
         quantized = [name for name in planned.weights if name in export.grids]
-        types[found.kind] += len(planned.weights)
+        types.update([found.kind] * len(planned.weights))
         if quantized:
             num_bytes += planned.stored.num_bytes
             numel += torch.Size(planned.stored.shape).numel()

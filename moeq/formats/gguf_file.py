@@ -95,7 +95,7 @@ class StoredTensor:
         """Its values in float32, or those of one index of its first dimension."""
         rows = self.rows if index is None else self.rows[index]
         if self.kind == "Q2_0":
-            return dequantize_q2_0(torch.from_numpy(np.ascontiguousarray(rows)))
+            return dequantize_q2_0(torch.from_numpy(np.array(rows)))
         number = gguf.GGMLQuantizationType(FILE_TYPES[self.kind].number)
         return torch.from_numpy(np.array(gguf.dequantize(rows, number), dtype=np.float32))
 

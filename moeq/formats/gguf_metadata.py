@@ -8,7 +8,7 @@ Metadata = dict[str, Any]
 # What a family says beyond ``common``: keys below the architecture's name.
 Describe = Callable[[Any], Metadata]
 
-SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
+SIGMOID = 2  # llama.cpp's number of the function of a router's scores; softmax is its default
 
 
 def common(config: Any) -> Metadata:
@@ -28,9 +28,14 @@ def common(config: Any) -> Metadata:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": float(first(config, "rms_norm_eps", "norm_eps")),
         "expert_used_count": config.num_experts_per_tok,
     }
+
+
+def first(config: Any, *names: str) -> Any:
+    """The first of some options that a configuration has."""
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def head_dim(config: Any) -> int:
@@ -56,7 +61,7 @@ def rope(config: Any, head: int) -> Metadata:
 
 def _yarn(config: Any, values: dict[str, Any]) -> Metadata:
     if not values.get("truncate", True):
-        raise ValueError("llama.cpp rounds the range of yarn, and the model does not (truncate: false)")
+        raise ValueError("llama.cpp rounds the range of yarn to whole dimensions, and the model does not (truncate)")
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(values["factor"]),
@@ -140,9 +145,113 @@ def groups(config: Any) -> Metadata:
     return {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
 
 
+def sigmoid_routing(config: Any) -> Metadata:
+    """Scores that are sigmoids with a correction, in groups, beside shared experts: DeepSeek-V3's routing."""
+    return groups(config) | {
+        **rope(config, head_dim(config)),
+        "leading_dense_block_count": num_dense(config),
+        "expert_count": config.n_routed_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def granite(config: Any) -> Metadata:
+    """Granite: factors at the embedding, the residual stream, attention and the head."""
+    shared = getattr(config, "shared_intermediate_size", 0)
+    return experts("num_local_experts", "intermediate_size")(config) | {
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "attention.scale": float(config.attention_multiplier),
+        "logit_scale": float(config.logits_scaling),
+        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+    }
+
+
+def gpt_oss(config: Any) -> Metadata:
+    """gpt-oss: a window in every other block."""
+    window = {"attention.sliding_window": config.sliding_window}
+    return experts("num_local_experts", "intermediate_size")(config) | window
+
+
+def minimax_m2(config: Any) -> Metadata:
+    """MiniMax-M2: scores that are sigmoids with a correction."""
+    return experts("num_local_experts", "intermediate_size")(config) | {"expert_gating_func": SIGMOID}
+
+
+def ernie(config: Any) -> Metadata:
+    """Ernie 4.5."""
+    shared = config.moe_num_shared_experts * config.moe_intermediate_size
+    return experts("moe_num_experts", "moe_intermediate_size")(config) | {
+        "leading_dense_block_count": config.moe_layer_start_index,
+        "interleave_moe_layer_step": config.moe_layer_interval,
+        "expert_used_count": config.moe_k,
+        "expert_shared_count": config.moe_num_shared_experts,
+        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+    }
+
+
+def hunyuan(config: Any) -> Metadata:
+    """Hunyuan: its rotary base may be stretched by ``alpha``."""
+    values, head = dict(config.rope_parameters), head_dim(config)
+    keys: Metadata = {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.moe_topk,
+        "expert_feed_forward_length": config.intermediate_size,
+        "expert_shared_feed_forward_length": config.intermediate_size,
+    }
+    if values.get("rope_type") != "dynamic" or not values.get("alpha"):
+        return rope(config, head) | keys
+    base = values["rope_theta"] * values["alpha"] ** (head / (head - 2))
+    return keys | {"rope.dimension_count": head, "rope.freq_base": float(base)}
+
+
+def lfm2(config: Any) -> Metadata:
+    """LFM2: blocks with a short convolution have no heads."""
+    kinds = config.layer_types
+    return experts("num_experts", "moe_intermediate_size")(config) | {
+        "attention.head_count_kv": [config.num_key_value_heads if kind == "full_attention" else 0 for kind in kinds],
+        "shortconv.l_cache": config.conv_L_cache,
+        "leading_dense_block_count": config.num_dense_layers,
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def afmoe(config: Any) -> Metadata:
+    """AFMoE (Trinity): windows, and scores that are sigmoids with a correction."""
+    return experts("num_experts", "moe_intermediate_size")(config) | {
+        "attention.sliding_window": config.sliding_window,
+        "leading_dense_block_count": config.num_dense_layers,
+        "expert_shared_count": config.num_shared_experts,
+        "expert_weights_scale": float(config.route_scale),
+        "expert_weights_norm": True,
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def exaone(config: Any) -> Metadata:
+    """EXAONE MoE: windows, rotary positions in these alone."""
+    return (
+        experts("num_experts", "moe_intermediate_size")(config)
+        | groups(config)
+        | {
+            "attention.sliding_window": config.sliding_window,
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+            "leading_dense_block_count": num_dense(config),
+            "expert_shared_count": config.num_shared_experts,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_weights_norm": bool(config.norm_topk_prob),
+            "expert_gating_func": SIGMOID,
+        }
+    )
+
+
 def num_dense(config: Any) -> int:
     """How many blocks at the beginning have no experts."""
     kinds = getattr(config, "mlp_layer_types", None)
     if kinds is not None:
         return int(next((i for i, kind in enumerate(kinds) if kind == "sparse"), len(kinds)))
-    return int(config.first_k_dense_replace)
+    return int(getattr(config, "first_k_dense_replace", 0))

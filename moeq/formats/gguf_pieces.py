@@ -21,33 +21,43 @@ class Piece:
     Attributes:
         name: In the file; of a block what follows its number.
         rows: Indices of the rows that it is made of, in its order; None is all of them.
+        columns: The same of in-features.
         shape: That it has; None is the one it had.
         values: Made of the values in place of rows.
     """
 
     name: str
     rows: Tensor | None = None
+    columns: Tensor | None = None
     shape: tuple[int, ...] | None = None
     values: Callable[[Tensor], Tensor] | None = None
 
     def of_codes(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """These rows of a quantized weight."""
+        """These rows and columns of a quantized weight.
+
+        Raises:
+            ValueError: Columns of a group go to different places.
+        """
         assert self.values is None
-        if self.rows is None:
-            return weight
-        zero_OG = weight.zero_point_OG
-        return replace(
-            weight,
-            codes_OI=weight.codes_OI[self.rows],
-            scale_OG=weight.scale_OG[self.rows],
-            zero_point_OG=None if zero_OG is None else zero_OG[self.rows],
-        )
+        parts = [weight.codes_OI, weight.scale_OG, weight.zero_point_OG]
+        if self.rows is not None:
+            parts = [None if part is None else part[self.rows] for part in parts]
+        if self.columns is not None:
+            groups_G = _whole_groups(self.columns, weight.scale_OG.shape[1])
+            order = (self.columns, groups_G, groups_G)
+            parts = [None if part is None else part[:, places] for part, places in zip(parts, order, strict=True)]
+        codes_OI, scale_OG, zero_OG = parts
+        assert codes_OI is not None
+        assert scale_OG is not None
+        return replace(weight, codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG)
 
     def of_values(self, tensor: Tensor) -> Tensor:
         """The piece of a tensor of the model, without the shape where rows are all that is asked for."""
         if self.values is not None:
             return self.values(tensor)
-        return tensor if self.rows is None else tensor[self.rows]
+        if self.rows is not None:
+            tensor = tensor[self.rows]
+        return tensor if self.columns is None else tensor[:, self.columns]
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape in the file, from the shape of the tensor of the model."""
@@ -56,6 +66,16 @@ class Piece:
         if self.values is not None:
             return tuple(self.values(torch.empty(shape, device="meta")).shape)
         return shape if self.rows is None else (len(self.rows), *shape[1:])
+
+
+def _whole_groups(columns: Tensor, num_groups: int) -> Tensor:
+    """Order of the groups of a row whose columns come in an order."""
+    size = len(columns) // num_groups
+    columns_GS = columns.view(num_groups, size)
+    groups_G = columns_GS[:, 0] // size
+    if not torch.equal(columns_GS, groups_G.unsqueeze(1) * size + torch.arange(size)):
+        raise ValueError(f"llama.cpp has its columns in another order, which takes groups of {size} apart; halve them")
+    return groups_G
 
 
 # (configuration, shape of the tensor of the model) -> what the file has of it.
@@ -96,7 +116,7 @@ def latent_parts(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
     rows = torch.arange(shape[0]).view(heads, keys + values)
     return [
         Piece("attn_k_b.weight", values=lambda weight: weight.view(heads, keys + values, -1)[:, :keys].mT.contiguous()),
-        Piece("attn_v_b.weight", rows[:, keys:].flatten(), (heads, values, shape[1])),
+        Piece("attn_v_b.weight", rows[:, keys:].flatten(), shape=(heads, values, shape[1])),
     ]
 
 
@@ -109,6 +129,15 @@ def halves(first: str, second: str) -> Pieces:
         return [Piece(first, upper), Piece(second, lower)]
 
     return make
+
+
+def expert_biases(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Biases of gate and up rows in turn, [E, 2 F]."""
+    del config, shape
+    return [
+        Piece("ffn_gate_exps.bias", values=lambda bias: bias[:, 0::2].contiguous()),
+        Piece("ffn_up_exps.bias", values=lambda bias: bias[:, 1::2].contiguous()),
+    ]
 
 
 def vector(name: str) -> Pieces:

@@ -1,11 +1,12 @@
 """Which tensors a GGUF file of a model has, of which types; whatever has no right place is refused by name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import gguf
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from moeq.models.adapter import find_blocks
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
-_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a")
+_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -88,20 +89,21 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         ValueError: A tensor has no name in llama.cpp or a weight no type, or weights that are one tensor of the file
             need different types.
     """
-    family = find_family(model)
+    family, config, state = find_family(model), model.config, model.state_dict()
+    blocks = f"{find_blocks(model)[0]}."
     planned = []
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    tied = bool(config.tie_word_embeddings)
     for stack, names in model_stacks(model).items():
         if tied and stack == "lm_head":
             continue
         shape = weight_shape(model, names[0])
-        for piece in _pieces(model, family, stack, ".weight", shape):
-            kind = _one_type(stack, names, grids, piece, shape[1], mode, model)
+        for piece in _pieces(config, family, blocks, stack, ".weight", shape):
+            kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
     for name in other_names(model):
-        values = model.state_dict()[name]
-        for piece in _pieces(model, family, name, "", tuple(values.shape)):
-            planned.append(_planned(piece, _kept_type(piece, values), (), name, tuple(values.shape)))
+        shape, dtype = tuple(state[name].shape), state[name].dtype
+        for piece in _pieces(config, family, blocks, name, "", shape):
+            planned.append(_planned(piece, _kept_type(piece, dtype), (), name, shape))
     if tied and family.own_head:
         embedding = next(each for each in planned if each.name == _EMBEDDING)
         head = Piece(_HEAD)
@@ -111,7 +113,7 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
 
 def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:
     made = piece.shape_of(shape)
-    if len(made) < 2:
+    if len(made) < 2 or piece.name.endswith(".bias"):
         kind = "F32"
     if len(weights) > 1:
         made = (len(weights), *made)
@@ -119,17 +121,16 @@ def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, sha
 
 
 def _pieces(
-    model: PreTrainedModel, family: Family, name: str, ending: str, shape: tuple[int, ...]
+    config: Any, family: Family, blocks: str, name: str, ending: str, shape: tuple[int, ...]
 ) -> Iterator[Piece]:
-    """What the file has of a tensor of the model: with names in the file."""
-    prefix = f"{find_blocks(model)[0]}."
-    number, _, inside = name.removeprefix(prefix).partition(".") if name.startswith(prefix) else ("", "", name)
+    """What the file has of a tensor of the model, with names in the file."""
+    number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
-        for piece in make(model.config, shape):
-            yield Piece(f"blk.{number}.{piece.name}" if number else piece.name, piece.rows, piece.shape, piece.values)
+        for piece in make(config, shape):
+            yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name
-    found = _names(family.architecture, model.config.num_hidden_layers).get_name(
+    found = _names(family.architecture, config.num_hidden_layers).get_name(
         f"{known}{ending}".replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
     )
     if found is None:
@@ -139,15 +140,15 @@ def _pieces(
 
 def _one_type(
     stack: str, names: Any, grids: Mapping[str, PackedFormat], piece: Piece, in_features: int, mode: CarrierMode,
-    model: PreTrainedModel,
+    dtype: torch.dtype,
 ) -> str:  # fmt: skip
     """Type of a tensor that holds some weights."""
     if piece.values is not None:
-        return _kept_type(piece, model)
+        return _kept_type(piece, dtype)
     found: dict[str, str] = {}
     for name in names:
         if name not in grids:
-            found.setdefault(_kept_type(piece, model), name)
+            found.setdefault(_kept_type(piece, dtype), name)
             continue
         try:
             found.setdefault(quantized_type(grids[name], in_features, mode), name)
@@ -162,8 +163,8 @@ def _one_type(
     return next(iter(found))
 
 
-def _kept_type(piece: Piece, values: Any) -> str:
-    return "F32" if any(part in piece.name for part in _FLOAT32) else float_type(values.dtype)
+def _kept_type(piece: Piece, dtype: torch.dtype) -> str:
+    return "F32" if any(part in piece.name for part in _FLOAT32) else float_type(dtype)
 
 
 @cache

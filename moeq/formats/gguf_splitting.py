@@ -36,7 +36,7 @@ SPLITTINGS: dict[tuple[tuple[str, ...], bool], str] = {
     (("|".join([*_CASED, r"\p{N}", _CASED_SIGNS, _LINES, _SPACES]),), True): "tekken",
     (("|".join([*(part + _CONTRACTIONS + "?" for part in _CASED), r"\p{N}{1,3}", _CASED_SIGNS, _LINES, _SPACES]),),
      False): "gpt-4o",
-    ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
+    ((r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
 }  # fmt: skip
 
 

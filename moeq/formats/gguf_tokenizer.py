@@ -29,10 +29,10 @@ def tokenizer_metadata(folder: Path, config: Any) -> Metadata:
     """
     tokenizer = _open(folder)
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens, kinds = _tokens(content, config.get_text_config().vocab_size)
     model = content["model"]
     if model["type"] != "BPE":
         raise ValueError(f"gguf: a tokenizer of kind {model['type']} is not written, BPE is; export moeq or dense")
+    tokens, kinds = _tokens(content, config.get_text_config().vocab_size)
     keys: Metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     keys |= _characters(content, tokens, merges) if model.get("byte_fallback") else _bytes(content, merges)
@@ -46,7 +46,7 @@ def _open(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"gguf: {folder} has no tokenizer that transformers opens ({reason}); add its files") from error
+        raise ValueError(f"gguf: transformers opens no tokenizer in {folder} ({reason}); add its files") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"gguf: {type(tokenizer).__name__} has no tokenizer.json that could be read; add one")
     return tokenizer
