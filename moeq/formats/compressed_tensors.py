@@ -46,11 +46,11 @@ from moeq.formats.hf_folder import (
 )
 from moeq.formats.source import PackedExport
 from moeq.models.adapter import find_blocks
-from moeq.quant.carrier import Carrier, CarrierMode, recentre
+from moeq.quant.carrier import Carrier, CarrierMode, FormatName, recentre
 from moeq.quant.packing import num_words
 from moeq.quant.spec import QuantizedWeight
 
-_NAME = "compressed-tensors"
+_NAME: FormatName = "compressed-tensors"
 # Linears that vLLM and SGLang merge: they have one scheme, or none.
 _MERGED = (
     {"q_proj", "k_proj", "v_proj"}, {"q_a_proj", "kv_a_proj_with_mqa"}, {"gate_proj", "up_proj"}, {"w1", "w3"},

@@ -131,7 +131,7 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict
         family: Of the model.
     """
     rope = rope_of(config)
-    added = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    added: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
     if "rope_theta" in rope:
         added["rope_theta"] = rope["rope_theta"]
     for key in family.keys:

@@ -107,7 +107,9 @@ def _allowed(weight: QuantizedWeight, mode: CarrierMode) -> float:
 def _mlx_reader(folder: Path) -> tuple[Reader, str]:
     import mlx.core as mx
 
-    arrays = {key: array for path in weight_files(folder) for key, array in mx.load(str(path)).items()}
+    arrays: dict[str, mx.array] = {}
+    for file in weight_files(folder):
+        arrays |= mx.load(str(file))  # type: ignore[arg-type]  # of a format that has no metadata
 
     def read(path: str, bits: int, group_size: int) -> Tensor:
         weight, scales, biases = (arrays.pop(f"{path}.{part}") for part in ("weight", "scales", "biases"))
