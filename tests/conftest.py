@@ -14,6 +14,7 @@ os.environ.update(
     MOEQ_COMPUTE_DTYPE="float32",
 )
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -43,6 +44,12 @@ def seeds() -> None:
 def generator() -> torch.Generator:
     """A torch generator seeded with 0; the preferred source of random numbers in a test."""
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the search for cycles, which a streamed model asks for at every block."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -65,7 +65,9 @@ def check_experts_apart(model: PreTrainedModel, carriers: Mapping[str, Carrier],
         format_name: For the message.
     """
     experts = expert_modules(model)
-    first = {parts[0]: name for name in reversed(list(carriers)) if (parts := split_expert_name(name, experts)) is not None}
+    first = {
+        parts[0]: name for name in reversed(list(carriers)) if (parts := split_expert_name(name, experts)) is not None
+    }
     for path, name in first.items():
         if getattr(experts[path], "has_bias", False):
             raise ValueError(

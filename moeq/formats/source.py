@@ -21,7 +21,7 @@ from moeq.checkpoint.packed import PackedFormat, PackedLinear, dequantize_codes
 from moeq.checkpoint.quantizer import METHOD
 from moeq.disk.folder import check_integrity
 from moeq.export.contents import Contents, read_contents
-from moeq.models.experts import expert_modules, parameter_name, projections_of
+from moeq.models.experts import expert_modules, expert_weight, parameter_name, projections_of
 from moeq.quant.packing import unpack
 from moeq.quant.spec import QuantizedWeight
 
@@ -74,11 +74,7 @@ class PackedExport:
     @cached_property
     def other_names(self) -> list[str]:
         """Names in the dense model of every tensor that belongs to no name of ``weight_names``; tied ones once."""
-        kept = remove_tied_weights_from_state_dict(self.model.state_dict(), self.model)
-        taken = {f"{name}.weight" for name in self.weight_names}
-        for path, module in self._experts.items():
-            taken |= {f"{path}.{parameter_name(module, part)}" for part in ("into", "down")}
-        return [name for name in kept if name not in taken]
+        return other_names(self.model)
 
     @cached_property
     def _experts(self) -> dict[str, nn.Module]:
@@ -138,7 +134,7 @@ class PackedExport:
             module, parameter = self._experts[path], _parameter(self._experts[path], leaf)
             if held != f"{path}.{parameter}":
                 held = f"{path}.{parameter}"
-                parts = dict(projections_of(module, parameter, self._value(held)))
+                parts = dict(projections_of(module, parameter, self._stacked(held)))
             yield parts[f"{expert}.{leaf}.weight"]
 
     def tensor(self, name: str) -> Tensor:
@@ -172,6 +168,17 @@ class PackedExport:
                     found[path] = f"{key.partition('.experts.0.')[0]}.experts"
         return found
 
+    def _stacked(self, name: str) -> Tensor:
+        """A parameter of all experts, kept until another is asked for: they are asked for one by one."""
+        if name not in self._last:
+            self._last.clear()
+            self._last[name] = self._value(name)
+        return self._last[name]
+
+    @cached_property
+    def _last(self) -> dict[str, Tensor]:
+        return {}
+
     def _value(self, name: str) -> Tensor:
         return self.contents.values(name)[name]
 
@@ -190,12 +197,37 @@ def open_packed(folder: Path | str) -> PackedExport:
 
 
 def stacks(export: PackedExport) -> dict[str, Sequence[str]]:
+    """``model_stacks`` of an export."""
+    return model_stacks(export.model)
+
+
+def model_stacks(model: PreTrainedModel) -> dict[str, Sequence[str]]:
     """Canonical names by what runtimes hold as one tensor: all experts of one projection of a block, or one linear."""
     found: dict[str, list[str]] = {}
-    for name in export.weight_names:
-        parts = split_expert_name(name, export._experts)
+    experts = expert_modules(model)
+    for name in weight_names(model):
+        parts = split_expert_name(name, experts)
         found.setdefault(name if parts is None else f"{parts[0]}.{parts[2]}", []).append(name)
     return dict(found)
+
+
+def other_names(model: PreTrainedModel) -> list[str]:
+    """Names of every tensor of a dense model that belongs to no weight of a canonical name; tied ones once."""
+    kept = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    taken = {f"{name}.weight" for name in weight_names(model)}
+    for path, module in expert_modules(model).items():
+        taken |= {f"{path}.{parameter_name(module, part)}" for part in ("into", "down")}
+    return [name for name in kept if name not in taken]
+
+
+def weight_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
+    """Out and in features of a weight of a canonical name."""
+    experts = expert_modules(model)
+    if (parts := split_expert_name(name, experts)) is None:
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        return rows, columns
+    weight = expert_weight(experts[parts[0]], parts[1], parts[2])
+    return weight.shape[0], weight.shape[1]
 
 
 def _parameter(module: nn.Module, leaf: str) -> str:

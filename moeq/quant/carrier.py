@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
 FormatName = Literal["compressed-tensors", "gguf", "mlx", "gptq"]
@@ -40,10 +41,14 @@ class Carrier:
     zero_point: Literal["middle", "integer", "real"]
 
     def num_bits(self, out_features: int, in_features: int) -> int:
-        """Of a weight in the file: codes, scales of 16 bits, zero points."""
+        """Of a weight in the file: codes, scales of 16 bits, zero points; rows of codes fill whole words of 32 bits.
+
+        Integer zero points are packed along the out-features.
+        """
         groups = 1 if self.group_size is None else in_features // self.group_size
-        extra = {"middle": 0, "integer": self.bits, "real": 16}[self.zero_point]
-        return out_features * (in_features * self.bits + groups * (16 + extra))
+        zeros = {"middle": 0, "integer": 32 * num_words(out_features, self.bits), "real": 16 * out_features}
+        codes = 32 * num_words(in_features, self.bits) * out_features
+        return codes + groups * (16 * out_features + zeros[self.zero_point])
 
 
 def choose_carrier(format_name: FormatName, grid: GridSpec, in_features: int, mode: CarrierMode = "exact") -> Carrier:

@@ -14,9 +14,9 @@ from callbacks.bit_allocation import BitAllocation
 from callbacks.expert_usage import ExpertUsage
 from callbacks.rtn import RTN
 from callbacks.survey import Survey
+from moeq.allocation.constraints import Floor
 from moeq.allocation.evidence import Evidence, Promise
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Floor
 from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
 from tests.tiny import save_tiny
