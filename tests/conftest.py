@@ -32,6 +32,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_stay() -> None:
+    """Leave what was imported so far out of the search for cycles, which a streamed model asks for at every block."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """The same global random state at the start of every test, whichever tests ran before it."""
@@ -44,12 +51,6 @@ def seeds() -> None:
 def generator() -> torch.Generator:
     """A torch generator seeded with 0; the preferred source of random numbers in a test."""
     return torch.Generator().manual_seed(0)
-
-
-def pytest_collection_finish() -> None:
-    """Leave what was imported out of the search for cycles, which a streamed model asks for at every block."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

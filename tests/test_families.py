@@ -3,7 +3,9 @@
 A run in memory is what most of these tests look at; a streamed one must have its bytes.
 """
 
+import gc
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def quantize(source: Path, folder: Path, placement: str) -> MoEQuantModule:
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Quantized]:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Quantized]]:
     """Runs by family; then all packed exports reloaded in one fresh process."""
     runs = Runs()
     for family in SUPPORTED:
@@ -127,7 +129,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Quantized]:
             runs.errors[family] = error
     done = call(reload, [run.folder for run in runs.values()])
     assert done.returncode == 0, done.stderr
-    return runs
+    gc.freeze()  # as in conftest.py: the code of all families, and their models for as long as they are needed
+    yield runs
+    gc.unfreeze()
 
 
 def same(one: Tensor, other: Tensor) -> bool:

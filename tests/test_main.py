@@ -51,21 +51,21 @@ def small_data(config: Path) -> list[str]:
     return [
         f"--data.length={min(24, data['init_args']['length'])}",
         f"--data.{number}={min(4, data['init_args'][number])}",
-        *(f"{option}={SHORT_TEXT}" for option in texts(config)),
+        *texts(config, SHORT_TEXT),
     ]
 
 
-def texts(config: Path) -> dict[str, str]:
-    """Texts of a configuration by the options that name them."""
+def texts(config: Path, other: str | None = None) -> list[str]:
+    """Options that name the texts of a configuration, or another text in place of them."""
     given = yaml.safe_load(config.read_text())["data"]["init_args"]
-    return {f"--data.{name}": given[name] for name in ("path", "compare_text") if given.get(name)}
+    return [f"--data.{name}={other or given[name]}" for name in ("path", "compare_text") if given.get(name)]
 
 
 def small_groups(config: Path) -> str:
-    """Groups that fit into the rows of a tiny model; those below 32 are none that vLLM reads."""
+    """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime") for each in callbacks}
-    return f"--model.group_size={32 if 'vllm' in runtimes else 16}"
+    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
+    return f"--model.group_size={16 if runtimes == {'research'} else 32}"
 
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
@@ -113,7 +113,10 @@ def logged(folder: Path) -> dict[str, float]:
 
 
 # What an edit needs runs the short ones.
-LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier")
+LONG_CONFIGS = (
+    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
+    "gguf_mixed", "mlx_mixed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "q
     ],
 )
 def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_path: Path) -> None:
-    fit_and_draw(config, tiny, tmp_path, *(f"{option}={path}" for option, path in texts(config).items()))
+    fit_and_draw(config, tiny, tmp_path, *texts(config))
     steps = [step["class_path"] for step in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
     assert (tmp_path / "figures").is_dir() == any(step.endswith("Figures") for step in steps)
     for name in ("config.yaml", "manifest.json", "allocation.json", "errors.csv", "fallbacks.json", "summary.md"):

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
+import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from moeq.checkpoint.names import dense_weight, split_expert_name, weight_names
 from moeq.checkpoint.packed import PackedFormat
-from moeq.models.experts import expert_modules
+from moeq.models.experts import expert_modules, parameter_name
 from moeq.quant.carrier import Carrier, CarrierMode, FormatName, choose_carrier
 from moeq.quant.spec import GridSpec
 
@@ -52,6 +54,38 @@ def check_alike(carriers: Mapping[str, Carrier], unit: Sequence[str], reason: st
             raise ValueError(
                 f"{name} is {_words(carriers.get(name))}, {unit[0]} is {_words(first)}: {reason}; give them one grid"
             )
+
+
+def check_experts_apart(model: PreTrainedModel, carriers: Mapping[str, Carrier], format_name: FormatName) -> None:
+    """Raise ValueError where experts are quantized that no runtime reads one by one.
+
+    Args:
+        model: Dense model.
+        carriers: Storage types by name.
+        format_name: For the message.
+    """
+    experts = expert_modules(model)
+    first = {
+        parts[0]: name for name in reversed(list(carriers)) if (parts := split_expert_name(name, experts)) is not None
+    }
+    for path, name in first.items():
+        if getattr(experts[path], "has_bias", False):
+            raise ValueError(
+                f"{path} has biases, which no runtime reads beside experts in {format_name}; choose gguf, or leave the "
+                "experts as they are"
+            )
+        if not _are_apart(model, f"{path}.{parameter_name(experts[path], 'down')}"):
+            raise ValueError(
+                f"{name} lies with all experts in one tensor of the source's files, and no runtime reads packed "
+                f"experts of {model.config.model_type} in another way; choose gguf or mlx, or leave the experts as "
+                "they are"
+            )
+
+
+def _are_apart(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether the files of a family hold what is a parameter of all experts one by one."""
+    empty = torch.empty_like(model.get_parameter(parameter), device="meta")
+    return any(".experts.0." in key for key in revert_weight_conversion(model, {parameter: empty}))
 
 
 def expert_blocks(model: PreTrainedModel) -> list[list[str]]:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat, packed_tensors
@@ -26,7 +25,14 @@ from moeq.disk.tensor_file import Declared
 from moeq.export.compare import raise_for
 from moeq.export.finished import Progress
 from moeq.formats.card import Card
-from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks, version_of
+from moeq.formats.carriers import (
+    check_alike,
+    check_experts_apart,
+    choose_carriers,
+    count_types,
+    expert_blocks,
+    version_of,
+)
 from moeq.formats.compressed_tensors_config import label, quantization_config
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import (
@@ -40,12 +46,11 @@ from moeq.formats.hf_folder import (
 )
 from moeq.formats.source import PackedExport
 from moeq.models.adapter import find_blocks
-from moeq.models.experts import expert_modules, parameter_name
-from moeq.quant.carrier import Carrier, CarrierMode, recentre
+from moeq.quant.carrier import Carrier, CarrierMode, FormatName, recentre
 from moeq.quant.packing import num_words
 from moeq.quant.spec import QuantizedWeight
 
-_NAME = "compressed-tensors"
+_NAME: FormatName = "compressed-tensors"
 # Linears that vLLM and SGLang merge: they have one scheme, or none.
 _MERGED = (
     {"q_proj", "k_proj", "v_proj"}, {"q_a_proj", "kv_a_proj_with_mqa"}, {"gate_proj", "up_proj"}, {"w1", "w3"},
@@ -122,17 +127,7 @@ def serve(folder: Path) -> str:
 
 def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> dict[str, Carrier]:
     carriers = choose_carriers(_NAME, model, grids, mode)
-    for path, module in expert_modules(model).items():
-        if getattr(module, "has_bias", False):
-            raise ValueError(
-                f"{path} has biases, which no runtime reads beside experts in {_NAME}; choose gguf, or leave the "
-                "experts as they are"
-            )
-    if not _apart(model) and (named := [n for unit in expert_blocks(model) for n in unit if n in carriers]):
-        raise ValueError(
-            f"{named[0]} lies with all experts in one tensor of the source's files, and no runtime reads packed "
-            f"experts of {model.config.model_type} in another way; choose gguf or mlx, or leave the experts as they are"
-        )
+    check_experts_apart(model, carriers, _NAME)
     for unit in expert_blocks(model):
         check_alike(carriers, unit, _REASON)
     merged: dict[tuple[str, int], list[str]] = {}
@@ -144,15 +139,6 @@ def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     for names in merged.values():
         check_alike(carriers, names, _REASON)
     return carriers
-
-
-def _apart(model: PreTrainedModel) -> bool:
-    """Whether the files of a family hold its experts one by one."""
-    for path, module in expert_modules(model).items():
-        name = f"{path}.{parameter_name(module, 'down')}"
-        keys = revert_weight_conversion(model, {name: torch.empty_like(model.get_parameter(name), device="meta")})
-        return any(".experts.0." in key for key in keys)
-    return True
 
 
 def _transformers_misreads(model: PreTrainedModel, carriers: Mapping[str, Carrier]) -> bool:

@@ -108,6 +108,7 @@ def fill_folder(
     config: Mapping[str, Any],
     card: Card,
     progress: Progress,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights, configuration, companions, card and manifest into an empty folder.
 
@@ -118,6 +119,7 @@ def fill_folder(
         config: Of ``config.json``.
         card: What the model card says of the format.
         progress: Shows how many pieces are written.
+        texts: Further files, by name.
 
     Raises:
         ValueError: Two pieces declare one key, or the disk does not take a file.
@@ -134,6 +136,8 @@ def fill_folder(
             writer.write(pieces[index].make().items())
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     copy_companions(export.folder, folder)
+    for name, text in (texts or {}).items():
+        write_text(folder / name, text)
     write_card(export, folder, card)
     made_of = json.loads((export.folder / MANIFEST).read_text(encoding="utf8"))
     write_manifest(folder, {**{k: v for k, v in made_of.items() if k != "files"}, "kind": card.format})

@@ -116,7 +116,8 @@ def _kept(
     export: PackedExport, family: MlxFamily, carriers: Mapping[str, Carrier], paths: Mapping[str, Sequence[str]]
 ) -> list[Piece]:
     """Everything that is not quantized there: experts as stacks, linears that are taken apart by their values."""
-    made, experts = [], []
+    made: list[Piece] = []
+    experts: list[str] = []
     for path, names in paths.items():
         if names[0] in carriers or (len(names) == 1 and names[0] not in export.grids):
             continue

@@ -55,7 +55,7 @@ def _rotary_dim(config: Any) -> int:
 
 
 FAMILIES: dict[str, MlxFamily] = {
-    "mixtral": MlxFamily(renamed={".mlp.switch_mlp": ".block_sparse_moe.switch_mlp"}, computed={**_SILU, **_ALL_FULL}),
+    "mixtral": MlxFamily(computed={**_SILU, **_ALL_FULL}),
     "qwen2_moe": MlxFamily(
         computed={
             **_SILU, "norm_topk_prob": (False,), "qkv_bias": (True,), "use_sliding_window": (False,),
@@ -81,7 +81,6 @@ FAMILIES: dict[str, MlxFamily] = {
         computed={"tie_word_embeddings": (True,)},
     ),
     "minimax_m2": MlxFamily(
-        renamed={".mlp.switch_mlp": ".block_sparse_moe.switch_mlp"},
         made={"rotary_dim": _rotary_dim, "shared_intermediate_size": lambda config: 0},
         computed=_SILU,
     ),
@@ -132,7 +131,7 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict
         family: Of the model.
     """
     rope = rope_of(config)
-    added = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    added: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
     if "rope_theta" in rope:
         added["rope_theta"] = rope["rope_theta"]
     for key in family.keys:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.packed import dequantize_codes
 from moeq.checkpoint.sources import raw_tensors
 from moeq.disk.folder import weight_files
 from moeq.export.compare import raise_for
@@ -84,7 +85,7 @@ def check_stacks(
         real_EOI = read(path, values["bits"], values["group_size"])
         for ours_OI, name in zip(real_EOI.unbind() if real_EOI.ndim == 3 else [real_EOI], names, strict=True):
             quantized = export.quantized(name)
-            theirs_OI, scale_OG = export.weight(name), quantized.scale_OG.float()
+            theirs_OI, scale_OG = dequantize_codes(quantized), quantized.scale_OG.float()
             scale_OI = scale_OG.repeat_interleave(theirs_OI.shape[1] // scale_OG.shape[1], 1)
             error = float(((ours_OI.to(theirs_OI.dtype).float() - theirs_OI.float()).abs() / scale_OI).max())
             raise_for(folder, "weights", [name] if error > _allowed(quantized, mode) else [])
@@ -106,7 +107,9 @@ def _allowed(weight: QuantizedWeight, mode: CarrierMode) -> float:
 def _mlx_reader(folder: Path) -> tuple[Reader, str]:
     import mlx.core as mx
 
-    arrays = {key: array for path in weight_files(folder) for key, array in mx.load(str(path)).items()}
+    arrays: dict[str, mx.array] = {}
+    for file in weight_files(folder):
+        arrays |= mx.load(str(file))  # type: ignore[arg-type]  # of a format that has no metadata
 
     def read(path: str, bits: int, group_size: int) -> Tensor:
         weight, scales, biases = (arrays.pop(f"{path}.{part}") for part in ("weight", "scales", "biases"))

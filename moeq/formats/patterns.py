@@ -35,8 +35,8 @@ def patterns(names: Iterable[str], universe: Iterable[str]) -> list[str]:
             parent, _, leaf = template.rpartition(".")
             every = {place[0] for place in known[template]}
             rules[parent, experts, None if blocks == every else tuple(sorted(blocks))].append(leaf)
-    for (parent, experts, blocks), leaves in rules.items():
-        numbers_of = [_ANY if blocks is None else _one_of(map(str, blocks)), experts]
+    for (parent, experts, some), leaves in rules.items():
+        numbers_of = [_ANY if some is None else _one_of(map(str, some)), experts]
         parts = [re.escape(part) for part in parent.split(".")]
         filled = [numbers_of.pop(0) if part == re.escape(_NUMBER) else part for part in parts]
         found.append(r"\.".join([*filled, _one_of(sorted(leaves))]))

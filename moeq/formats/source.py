@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.model_class import model_class
-from moeq.checkpoint.names import split_expert_name, weight_names
+from moeq.checkpoint.names import dense_weight, expert_leaves, split_expert_name, weight_names
 from moeq.checkpoint.packed import PackedFormat, PackedLinear, dequantize_codes
 from moeq.checkpoint.quantizer import METHOD
 from moeq.disk.folder import check_integrity
@@ -81,7 +82,8 @@ class PackedExport:
 
     def shape(self, name: str) -> tuple[int, int]:
         """Out and in features of a weight of a canonical name."""
-        return weight_shape(self.model, name)
+        rows, columns = dense_weight(self.model, name, self._experts).shape
+        return rows, columns
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the values of a weight of a canonical name: what the files have, which is that of its scales."""
@@ -145,7 +147,26 @@ class PackedExport:
         for ending in (".weight_packed", ".weight"):
             if name in self.weight_names and name + ending in sources:
                 return sources[name + ending].tensors[0][0].name.removesuffix(ending)
+        if (parts := split_expert_name(name, self._experts)) is not None:  # kept with all others in one tensor
+            return f"{self._paths[parts[0]]}.{parts[1]}.{self._leaves[parts[2]]}"
         return sources[name].tensors[0][0].name if name in sources else name
+
+    @cached_property
+    def _leaves(self) -> dict[str, str]:
+        """Projections of experts as the source's files call them."""
+        return expert_leaves(self.model)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Experts modules as the source's files call them, where they hold experts one by one."""
+        found = {path: path for path in self._experts}
+        for path, module in self._experts.items():
+            name = f"{path}.{parameter_name(module, 'down')}"
+            empty = torch.empty_like(self.model.get_parameter(name), device="meta")
+            for key in revert_weight_conversion(self.model, {name: empty}):
+                if ".experts.0." in key:
+                    found[path] = f"{key.partition('.experts.0.')[0]}.experts"
+        return found
 
     def _stacked(self, name: str) -> Tensor:
         """A parameter of all experts, kept until another is asked for: they are asked for one by one."""
