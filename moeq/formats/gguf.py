@@ -144,9 +144,10 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
-        return common(model.config) | find_family(model).describe(model.config)
+        keys = common(model.config) | find_family(model).describe(model.config)
     except ValueError as error:
         raise ValueError(f"gguf: {error}; export moeq or dense") from error
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _reader(kinds: set[str]) -> str:

@@ -38,6 +38,7 @@ class Family:
             configuration lacks has it.
         pieces: Of tensors that do not go as they are: by what follows the number of the block.
         own_head: llama.cpp does not take the embedding for a head that is missing.
+        names: Architecture whose names of tensors it has, where the package does not know it; "" is its own.
         refuses: What else a configuration may have that llama.cpp computes otherwise; None where it has nothing.
     """
 
@@ -46,6 +47,7 @@ class Family:
     fixed: tuple[Fixed, ...]
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     own_head: bool = False
+    names: str = ""
     refuses: Callable[[Any], str | None] = lambda config: None
 
 
@@ -70,6 +72,16 @@ def _unranked(config: Any) -> str | None:
 def _sparse_to_the_end(config: Any) -> str | None:
     last = config.moe_layer_end_index
     return None if last >= config.num_hidden_layers - 1 else f"the last block has experts, and here block {last} is it"
+
+
+def _two_bases(config: Any) -> str | None:
+    bases = {values["rope_theta"] for values in config.rope_parameters.values()}
+    return None if len(bases) == 1 else "one rotary base, and here blocks with a window have another (rope_theta)"
+
+
+def _turned_at_first(config: Any) -> str | None:
+    turned = config.prefix_dense_sliding_window_pattern == 1 or "dense" not in config.mlp_layer_types
+    return None if turned else "rotary positions in dense blocks (prefix_dense_sliding_window_pattern: 1)"
 
 
 def _one_full_in(number: int) -> Callable[[Any], str | None]:
@@ -169,5 +181,21 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(
         "granitehybrid", lambda config: keys.granite(config) | recurrent.granite_hybrid(config),
         (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **recurrent.MAMBA_2},
+    ),
+    "hy_v3": Family(
+        "hy_v3", keys.hy_v3, (_SILU, _NO_BIAS, ("mlp_bias", False)),
+        {"mlp.e_score_correction_bias": renamed("exp_probs_b")}, names="dots1",
+    ),
+    "mellum": Family(
+        "mellum", keys.mellum, (_SILU, _NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
+        names="qwen3moe",
+    ),
+    "mimo_v2_flash": Family(
+        "mimo2", keys.mimo, (_SILU, _NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
+        {"self_attn.sinks": renamed("attn_sinks.weight")}, own_head=True,
+    ),
+    "cohere2_moe": Family(
+        "cohere2moe", keys.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
+        refuses=_turned_at_first, names="dots1",
     ),
 }  # fmt: skip

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 Metadata = dict[str, Any]
 # What a family says beyond ``common``: keys below the architecture's name.
 Describe = Callable[[Any], Metadata]
 
-SIGMOID = 2  # llama.cpp's number of the function of a router's scores; softmax is its default
+# llama.cpp's numbers of the function of a router's scores.
+SOFTMAX, SIGMOID = 1, 2
 
 
 def common(config: Any) -> Metadata:
@@ -28,7 +30,7 @@ def common(config: Any) -> Metadata:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(first(config, "rms_norm_eps", "norm_eps")),
+        "attention.layer_norm_rms_epsilon": float(first(config, "rms_norm_eps", "norm_eps") or 1e-5),
         "expert_used_count": config.num_experts_per_tok,
     }
 
@@ -143,6 +145,85 @@ def groups(config: Any) -> Metadata:
     if not config.n_group or config.n_group == 1:
         return {}
     return {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
+
+
+def rope_of_kinds(config: Any, head: int) -> Metadata:
+    """Rotary embeddings of blocks with and without a window, which differ in their base."""
+    full, window = (config.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+    if window.get("rope_type", "default") != "default":
+        raise ValueError("rotary scaling of blocks with a window is not written")
+    keys = rope(SimpleNamespace(rope_parameters=full, max_position_embeddings=config.max_position_embeddings), head)
+    return keys | {"rope.freq_base_swa": float(window["rope_theta"])}
+
+
+def windows(config: Any) -> Metadata:
+    """Which blocks have a window, and its width; nothing where none has."""
+    if "sliding_attention" not in config.layer_types:
+        return {}
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+    }
+
+
+def mellum(config: Any) -> Metadata:
+    """Mellum: windows with a rotary base of their own."""
+    return (
+        windows(config)
+        | rope_of_kinds(config, head_dim(config))
+        | {
+            "expert_count": config.num_experts,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    )
+
+
+def mimo(config: Any) -> Metadata:
+    """MiMo-V2: windows with heads and a rotary base of their own."""
+    heads = [config.num_key_value_heads * (2 if kind == "sliding_attention" else 1) for kind in config.layer_types]
+    return (
+        windows(config)
+        | rope_of_kinds(config, config.head_dim)
+        | groups(config)
+        | {
+            "attention.head_count_kv": heads,
+            "attention.value_length": config.v_head_dim,
+            "attention.value_scale": float(config.attention_value_scale),
+            "expert_count": config.n_routed_experts,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_gating_func": SIGMOID,
+        }
+    )
+
+
+def hy_v3(config: Any) -> Metadata:
+    """Hunyuan 3: scores that are sigmoids with a correction."""
+    return experts("num_experts", "moe_intermediate_size")(config) | {
+        "leading_dense_block_count": num_dense(config),
+        "expert_shared_count": config.num_shared_experts,
+        "expert_shared_feed_forward_length": config.num_shared_experts * config.moe_intermediate_size,
+        "expert_weights_scale": float(config.router_scaling_factor),
+        "expert_weights_norm": True,
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def cohere2(config: Any) -> Metadata:
+    """Command A MoE: windows, rotary positions in these alone."""
+    return (
+        experts("num_experts", "intermediate_size")(config)
+        | windows(config)
+        | {
+            "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+            "attention.layer_norm_rms_epsilon": None,  # its norms subtract the mean
+            "logit_scale": float(config.logit_scale),
+            "feed_forward_length": config.prefix_dense_intermediate_size or config.intermediate_size,
+            "leading_dense_block_count": num_dense(config),
+            "expert_weights_norm": bool(config.norm_topk_prob) or config.expert_selection_fn == "softmax",
+            "expert_gating_func": SIGMOID if config.expert_selection_fn == "sigmoid" else SOFTMAX,
+            "expert_shared_count": config.num_shared_experts,
+        }
+    )
 
 
 def sigmoid_routing(config: Any) -> Metadata:

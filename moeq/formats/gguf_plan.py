@@ -130,7 +130,7 @@ def _pieces(
             yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name
-    found = _names(family.architecture, config.num_hidden_layers).get_name(
+    found = _names(family.names or family.architecture, config.num_hidden_layers).get_name(
         f"{known}{ending}".replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
     )
     if found is None:
