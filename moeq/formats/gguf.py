@@ -19,8 +19,9 @@ from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
-from moeq.formats.gguf_metadata import Metadata, common
+from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
+from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode

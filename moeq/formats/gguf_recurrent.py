@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.formats.gguf_metadata import Metadata, qwen2_moe
+from moeq.formats.gguf_metadata import qwen2_moe
 from moeq.formats.gguf_pieces import Piece, Pieces, made, renamed, vector
+from moeq.formats.gguf_rope import Metadata
 
 
 def decay(a_log: Tensor) -> Tensor:

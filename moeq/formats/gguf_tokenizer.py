@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeq.formats.gguf_metadata import Metadata
+from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_splitting import splitting
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -10,8 +10,9 @@ from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat
 from moeq.formats.gguf import FORMAT
 from moeq.formats.gguf_families import FAMILIES
-from moeq.formats.gguf_metadata import common, rope
+from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import plan_file
+from moeq.formats.gguf_rope import rope
 from tests.families import FAMILIES as ALL
 from tests.formats.test_gguf_runs import OPTIONS
 from tests.tiny import tiny_config
