@@ -10,6 +10,7 @@ from typing import Any
 
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
+from moeq.formats import gguf_windows as windowed
 from moeq.formats.gguf_metadata import Describe
 from moeq.formats.gguf_pieces import (
     Pieces,
@@ -139,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
     "granitemoeshared": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
     "gpt_oss": Family(
-        "gpt-oss", keys.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+        "gpt-oss", windowed.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
         {
             "mlp.experts.gate_up_proj_bias": expert_biases,
             "mlp.experts.down_proj_bias": renamed("ffn_down_exps.bias"),
@@ -166,10 +167,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "afmoe": Family(
-        "afmoe", keys.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
+        "afmoe", windowed.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
         {"mlp.expert_bias": renamed("exp_probs_b.bias")}, refuses=_one_full_in(4),
     ),
-    "exaone_moe": Family("exaone-moe", keys.exaone, (_SILU, _NO_BIAS)),
+    "exaone_moe": Family("exaone-moe", windowed.exaone, (_SILU, _NO_BIAS)),
     "qwen3_next": Family(
         "qwen3next", recurrent.qwen3_next, (_SILU, _NO_BIAS, ("norm_topk_prob", True), *_ALL_SPARSE),
         recurrent.QWEN3_NEXT, refuses=recurrent.one_full_in_some,
@@ -187,15 +188,15 @@ FAMILIES: dict[str, Family] = {
         {"mlp.e_score_correction_bias": renamed("exp_probs_b")}, names="dots1",
     ),
     "mellum": Family(
-        "mellum", keys.mellum, (_SILU, _NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
+        "mellum", windowed.mellum, (_SILU, _NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
         names="qwen3moe",
     ),
     "mimo_v2_flash": Family(
-        "mimo2", keys.mimo, (_SILU, _NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
+        "mimo2", windowed.mimo, (_SILU, _NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
         {"self_attn.sinks": renamed("attn_sinks.weight")}, own_head=True,
     ),
     "cohere2_moe": Family(
-        "cohere2moe", keys.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
+        "cohere2moe", windowed.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
         refuses=_turned_at_first, names="dots1",
     ),
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moeq.formats.gguf_rope import Metadata, head_dim, latent_rope, rope, rope_of_kinds
+from moeq.formats.gguf_rope import Metadata, head_dim, latent_rope, rope
 
 # What a family says beyond ``common``: keys below the architecture's name.
 Describe = Callable[[Any], Metadata]
@@ -13,7 +13,7 @@ SOFTMAX, SIGMOID = 1, 2
 
 
 def common(config: Any) -> Metadata:
-    """Keys that every architecture reads.
+    """Keys that every architecture reads; None stands for none.
 
     Args:
         config: Of transformers.
@@ -29,14 +29,15 @@ def common(config: Any) -> Metadata:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(first(config, "rms_norm_eps", "norm_eps") or 1e-5),
+        "attention.layer_norm_rms_epsilon": None if (epsilon := _epsilon(config)) is None else float(epsilon),
         "expert_used_count": config.num_experts_per_tok,
     }
 
 
-def first(config: Any, *names: str) -> Any:
-    """The first of some options that a configuration has."""
-    return next(getattr(config, name) for name in names if hasattr(config, name))
+def _epsilon(config: Any) -> float | None:
+    """Of its norms; None where they are none of the mean square."""
+    found: float | None = config.rms_norm_eps if hasattr(config, "rms_norm_eps") else config.norm_eps
+    return found
 
 
 def experts(count: str, width: str) -> Describe:
@@ -89,46 +90,6 @@ def groups(config: Any) -> Metadata:
     return {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
 
 
-def windows(config: Any) -> Metadata:
-    """Which blocks have a window, and its width; nothing where none has."""
-    if "sliding_attention" not in config.layer_types:
-        return {}
-    return {
-        "attention.sliding_window": config.sliding_window,
-        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
-    }
-
-
-def mellum(config: Any) -> Metadata:
-    """Mellum: windows with a rotary base of their own."""
-    return (
-        windows(config)
-        | rope_of_kinds(config, head_dim(config))
-        | {
-            "expert_count": config.num_experts,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-        }
-    )
-
-
-def mimo(config: Any) -> Metadata:
-    """MiMo-V2: windows with heads and a rotary base of their own."""
-    heads = [config.num_key_value_heads * (2 if kind == "sliding_attention" else 1) for kind in config.layer_types]
-    return (
-        windows(config)
-        | rope_of_kinds(config, config.head_dim)
-        | groups(config)
-        | {
-            "attention.head_count_kv": heads,
-            "attention.value_length": config.v_head_dim,
-            "attention.value_scale": float(config.attention_value_scale),
-            "expert_count": config.n_routed_experts,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_gating_func": SIGMOID,
-        }
-    )
-
-
 def hy_v3(config: Any) -> Metadata:
     """Hunyuan 3: scores that are sigmoids with a correction."""
     return experts("num_experts", "moe_intermediate_size")(config) | {
@@ -139,24 +100,6 @@ def hy_v3(config: Any) -> Metadata:
         "expert_weights_norm": True,
         "expert_gating_func": SIGMOID,
     }
-
-
-def cohere2(config: Any) -> Metadata:
-    """Command A MoE: windows, rotary positions in these alone."""
-    return (
-        experts("num_experts", "intermediate_size")(config)
-        | windows(config)
-        | {
-            "attention.layer_norm_epsilon": float(config.layer_norm_eps),
-            "attention.layer_norm_rms_epsilon": None,  # its norms subtract the mean
-            "logit_scale": float(config.logit_scale),
-            "feed_forward_length": config.prefix_dense_intermediate_size or config.intermediate_size,
-            "leading_dense_block_count": num_dense(config),
-            "expert_weights_norm": bool(config.norm_topk_prob) or config.expert_selection_fn == "softmax",
-            "expert_gating_func": SIGMOID if config.expert_selection_fn == "sigmoid" else SOFTMAX,
-            "expert_shared_count": config.num_shared_experts,
-        }
-    )
 
 
 def sigmoid_routing(config: Any) -> Metadata:
@@ -183,12 +126,6 @@ def granite(config: Any) -> Metadata:
         "logit_scale": float(config.logits_scaling),
         **({"expert_shared_feed_forward_length": shared} if shared else {}),
     }
-
-
-def gpt_oss(config: Any) -> Metadata:
-    """gpt-oss: a window in every other block."""
-    window = {"attention.sliding_window": config.sliding_window}
-    return experts("num_local_experts", "intermediate_size")(config) | window
 
 
 def minimax_m2(config: Any) -> Metadata:
@@ -232,35 +169,6 @@ def lfm2(config: Any) -> Metadata:
         "leading_dense_block_count": config.num_dense_layers,
         "expert_gating_func": SIGMOID,
     }
-
-
-def afmoe(config: Any) -> Metadata:
-    """AFMoE (Trinity): windows, and scores that are sigmoids with a correction."""
-    return experts("num_experts", "moe_intermediate_size")(config) | {
-        "attention.sliding_window": config.sliding_window,
-        "leading_dense_block_count": config.num_dense_layers,
-        "expert_shared_count": config.num_shared_experts,
-        "expert_weights_scale": float(config.route_scale),
-        "expert_weights_norm": True,
-        "expert_gating_func": SIGMOID,
-    }
-
-
-def exaone(config: Any) -> Metadata:
-    """EXAONE MoE: windows, rotary positions in these alone."""
-    return (
-        experts("num_experts", "moe_intermediate_size")(config)
-        | groups(config)
-        | {
-            "attention.sliding_window": config.sliding_window,
-            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
-            "leading_dense_block_count": num_dense(config),
-            "expert_shared_count": config.num_shared_experts,
-            "expert_weights_scale": float(config.routed_scaling_factor),
-            "expert_weights_norm": bool(config.norm_topk_prob),
-            "expert_gating_func": SIGMOID,
-        }
-    )
 
 
 def num_dense(config: Any) -> int:
