@@ -199,4 +199,13 @@ FAMILIES: dict[str, Family] = {
         "cohere2moe", windowed.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
         refuses=_turned_at_first, names="dots1",
     ),
+    "kimi_linear": Family(
+        "kimi-linear", recurrent.kimi,
+        (_SILU, _NO_BIAS, ("q_lora_rank", None), ("moe_renormalize", True), ("num_expert_group", 1)), recurrent.KIMI,
+        own_head=True,
+    ),
+    "nemotron_h": Family(
+        "nemotron_h_moe", recurrent.nemotron, (("mlp_hidden_act", "relu2"), _NO_BIAS, ("mlp_bias", False)),
+        recurrent.NEMOTRON,
+    ),
 }  # fmt: skip

@@ -35,9 +35,8 @@ def common(config: Any) -> Metadata:
 
 
 def _epsilon(config: Any) -> float | None:
-    """Of its norms; None where they are none of the mean square."""
-    found: float | None = config.rms_norm_eps if hasattr(config, "rms_norm_eps") else config.norm_eps
-    return found
+    """Of its norms; None where they are none of the mean square, or have another name."""
+    return getattr(config, "rms_norm_eps", getattr(config, "norm_eps", None))
 
 
 def experts(count: str, width: str) -> Describe:

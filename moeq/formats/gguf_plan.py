@@ -92,7 +92,7 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     family, config, state = find_family(model), model.config, model.state_dict()
     blocks = f"{find_blocks(model)[0]}."
     planned = []
-    tied = bool(config.tie_word_embeddings)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for stack, names in model_stacks(model).items():
         if tied and stack == "lm_head":
             continue

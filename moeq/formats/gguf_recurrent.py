@@ -4,14 +4,14 @@ Convolutions lose their middle dimension, decay rates are stored as ``-exp(A_log
 rule stand in transformers beside the head of keys that they share; llama.cpp has the first of each, then the second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeq.formats.gguf_metadata import qwen2_moe
-from moeq.formats.gguf_pieces import Piece, Pieces, made, renamed, vector
+from moeq.formats.gguf_metadata import SIGMOID, groups, num_dense, qwen2_moe
+from moeq.formats.gguf_pieces import Piece, Pieces, latent_parts, made, renamed, vector
 from moeq.formats.gguf_rope import Metadata
 
 
@@ -37,8 +37,8 @@ def column(values: Tensor) -> Tensor:
 
 def norm_of_groups(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
     """Mamba 2's norm, each group apart."""
-    groups = config.mamba_n_groups
-    return [Piece("ssm_norm.weight", values=lambda weight: weight.float().view(groups, shape[0] // groups))]
+    count = config.mamba_n_groups if hasattr(config, "mamba_n_groups") else config.n_groups
+    return [Piece("ssm_norm.weight", values=lambda weight: weight.float().view(count, shape[0] // count))]
 
 
 def grouped_projection(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
@@ -182,3 +182,102 @@ def granite_hybrid(config: Any) -> Metadata:
         "ssm.time_step_rank": config.mamba_n_heads,
         "rope.scaling.finetuned": config.position_embedding_type == "rope",
     }
+
+
+def _projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Kimi Linear: a convolution of queries, keys and values together."""
+    width = shape[0] // 3
+
+    def part(index: int) -> Callable[[Tensor], Tensor]:
+        rows = slice(index * width, (index + 1) * width)
+        return lambda conv: channels(conv.float())[rows].view(1, width, 1, -1)
+
+    return [Piece(f"ssm_conv1d_{name}.weight", values=part(index)) for index, name in enumerate("qkv")]
+
+
+KIMI: Mapping[str, Pieces] = {
+    "self_attn.kv_b_proj": latent_parts,
+    "self_attn.conv1d.weight": _projections,
+    "self_attn.forget_gate.f_a_proj": renamed("ssm_f_a.weight"),
+    "self_attn.forget_gate.f_b_proj": renamed("ssm_f_b.weight"),
+    "self_attn.forget_gate.dt_bias": renamed("ssm_dt.bias"),
+    "self_attn.forget_gate.A_log": made("ssm_a", lambda a_log: column(decay(a_log.flatten()))),
+}
+NEMOTRON: Mapping[str, Pieces] = {
+    "norm.weight": renamed("attn_norm.weight"),
+    "mixer.in_proj": renamed("ssm_in.weight"),
+    "mixer.out_proj": renamed("ssm_out.weight"),
+    "mixer.A_log": made("ssm_a", lambda a_log: column(decay(a_log))),
+    "mixer.D": made("ssm_d", column),
+    "mixer.dt_bias": renamed("ssm_dt.bias"),
+    "mixer.conv1d.weight": made("ssm_conv1d.weight", channels),
+    "mixer.conv1d.bias": renamed("ssm_conv1d.bias"),
+    "mixer.norm.weight": norm_of_groups,
+    "mixer.q_proj": renamed("attn_q.weight"),
+    "mixer.k_proj": renamed("attn_k.weight"),
+    "mixer.v_proj": renamed("attn_v.weight"),
+    "mixer.o_proj": renamed("attn_output.weight"),
+    "mixer.gate.weight": renamed("ffn_gate_inp.weight"),
+    "mixer.gate.e_score_correction_bias": renamed("exp_probs_b.bias"),
+    "mixer.experts.up_proj": renamed("ffn_up_exps.weight"),
+    "mixer.experts.down_proj": renamed("ffn_down_exps.weight"),
+    "mixer.shared_experts.up_proj": renamed("ffn_up_shexp.weight"),
+    "mixer.shared_experts.down_proj": renamed("ffn_down_shexp.weight"),
+    "mixer.fc1_latent_proj": renamed("ffn_latent_down.weight"),
+    "mixer.fc2_latent_proj": renamed("ffn_latent_up.weight"),
+}
+
+
+def kimi(config: Any) -> Metadata:
+    """Kimi Linear: the delta rule with a decay per channel, and latent attention without positions."""
+    turned = config.qk_rope_head_dim
+    return {
+        "attention.head_count_kv": [1 if kind == "full_attention" else 0 for kind in config.layer_types],
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": config.kv_lora_rank + turned,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + turned,
+        "attention.value_length_mla": config.v_head_dim,
+        "rope.dimension_count": turned,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "kda.head_dim": config.linear_head_dim,
+        "leading_dense_block_count": num_dense(config),
+        "expert_count": config.num_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.num_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": True,
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def nemotron(config: Any) -> Metadata:
+    """Nemotron-H: each block is Mamba 2, attention without positions, or experts, in a space of its own if it has one."""
+    kinds = list(config.layers_block_type)
+    width = config.moe_intermediate_size
+    latent = {} if config.moe_latent_size is None else {"moe_latent_size": config.moe_latent_size}
+    return (
+        _heads_of_attention(config, kinds)
+        | groups(config)
+        | latent
+        | {
+            "block_count": len(kinds),
+            "feed_forward_length": [width if kind == "moe" else 0 for kind in kinds],
+            "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+            "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
+            "rope.dimension_count": config.head_dim,
+            "rope.scaling.finetuned": False,
+            "ssm.conv_kernel": config.conv_kernel,
+            "ssm.state_size": config.ssm_state_size,
+            "ssm.group_count": config.n_groups,
+            "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim,
+            "ssm.time_step_rank": config.mamba_num_heads,
+            "expert_count": config.n_routed_experts,
+            "expert_feed_forward_length": width,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_weights_norm": bool(config.norm_topk_prob),
+            "expert_gating_func": SIGMOID,
+        }
+    )

@@ -107,6 +107,7 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_end_index": 1}, "the last block has experts"),
         ("lfm2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor: 1.0"),
         ("afmoe", {"mup_enabled": False}, "mup_enabled"),
+        ("kimi_linear", {"moe_renormalize": False}, "moe_renormalize: True"),
         ("mimo_v2_flash", {"norm_topk_prob": False}, "norm_topk_prob: True"),
         ("mellum", {"rope_parameters": None}, "one rotary base"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy"),
