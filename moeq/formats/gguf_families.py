@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
 from moeq.formats import gguf_windows as windowed
@@ -178,10 +179,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe_text": Family(
         "qwen35moe", recurrent.qwen3_5, (_SILU, _NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
     ),
-    "jamba": Family("jamba", recurrent.jamba, (_SILU, ("mamba_proj_bias", False)), recurrent.JAMBA),
+    "jamba": Family("jamba", mamba.jamba, (_SILU, ("mamba_proj_bias", False)), mamba.JAMBA),
     "granitemoehybrid": Family(
-        "granitehybrid", lambda config: keys.granite(config) | recurrent.granite_hybrid(config),
-        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **recurrent.MAMBA_2},
+        "granitehybrid", lambda config: keys.granite(config) | mamba.granite_hybrid(config),
+        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **mamba.MAMBA_2},
     ),
     "hy_v3": Family(
         "hy_v3", keys.hy_v3, (_SILU, _NO_BIAS, ("mlp_bias", False)),
@@ -205,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         own_head=True,
     ),
     "nemotron_h": Family(
-        "nemotron_h_moe", recurrent.nemotron, (("mlp_hidden_act", "relu2"), _NO_BIAS, ("mlp_bias", False)),
-        recurrent.NEMOTRON,
+        "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), _NO_BIAS, ("mlp_bias", False)),
+        mamba.NEMOTRON,
     ),
 }  # fmt: skip

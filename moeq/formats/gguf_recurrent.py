@@ -1,7 +1,7 @@
-"""Blocks with a recurrent state in place of attention, as llama.cpp reads them: Mamba, Mamba 2, gated delta rule.
+"""Blocks with the gated delta rule in place of attention, as llama.cpp reads them: Qwen3-Next, Qwen3.5, Kimi Linear.
 
-Convolutions lose their middle dimension, decay rates are stored as ``-exp(A_log)``.  Heads of values of the gated delta
-rule stand in transformers beside the head of keys that they share; llama.cpp has the first of each, then the second.
+Heads of values stand in transformers beside the head of keys that they share; of Qwen3.5, llama.cpp has the first of
+each, then the second.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,35 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.formats.gguf_metadata import SIGMOID, groups, num_dense, qwen2_moe
+from moeq.formats.gguf_mamba import channels, column, decay
+from moeq.formats.gguf_metadata import SIGMOID, num_dense, qwen2_moe
 from moeq.formats.gguf_pieces import Piece, Pieces, latent_parts, made, renamed, vector
 from moeq.formats.gguf_rope import Metadata
-
-
-def decay(a_log: Tensor) -> Tensor:
-    """Decay rates."""
-    return -a_log.exp()
-
-
-def channels(conv: Tensor) -> Tensor:
-    """A convolution of channels, [C, 1, K], as [C, K]."""
-    return conv.squeeze(1)
 
 
 def plus_one(weight: Tensor) -> Tensor:
     """A norm that multiplies by 1 + weight."""
     return weight + 1.0
-
-
-def column(values: Tensor) -> Tensor:
-    """A vector as a matrix of one column."""
-    return values.unsqueeze(1)
-
-
-def norm_of_groups(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
-    """Mamba 2's norm, each group apart."""
-    count = config.mamba_n_groups if hasattr(config, "mamba_n_groups") else config.n_groups
-    return [Piece("ssm_norm.weight", values=lambda weight: weight.float().view(count, shape[0] // count))]
 
 
 def grouped_projection(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
@@ -112,17 +92,6 @@ QWEN3_5: Mapping[str, Pieces] = {
     "linear_attn.A_log": _decay_of_values,
     "linear_attn.conv1d.weight": _mixed_channels,
 }
-JAMBA: Mapping[str, Pieces] = {
-    "mamba.conv1d.weight": made("ssm_conv1d.weight", channels),
-    "mamba.A_log": made("ssm_a", decay),
-}
-MAMBA_2: Mapping[str, Pieces] = {
-    "mamba.conv1d.weight": made("ssm_conv1d.weight", channels),
-    "mamba.A_log": made("ssm_a", lambda a_log: column(decay(a_log))),
-    "mamba.D": made("ssm_d", column),
-    "mamba.dt_bias": renamed("ssm_dt.bias"),
-    "mamba.norm.weight": norm_of_groups,
-}
 
 
 def qwen3_next(config: Any) -> Metadata:
@@ -153,37 +122,6 @@ def one_full_in_some(config: Any) -> str | None:
     return None if same and any(full) else "full attention in every so-manieth block (layer_types)"
 
 
-def _heads_of_attention(config: Any, kinds: Sequence[str]) -> Metadata:
-    """No heads where a block has no attention."""
-    full = ("attention", "full_attention")
-    return {"attention.head_count_kv": [config.num_key_value_heads if kind in full else 0 for kind in kinds]}
-
-
-def jamba(config: Any) -> Metadata:
-    """Jamba: Mamba, and attention without positions."""
-    period, offset = config.attn_layer_period, config.attn_layer_offset
-    kinds = ["attention" if i % period == offset else "mamba" for i in range(config.num_hidden_layers)]
-    return _heads_of_attention(config, kinds) | {
-        "expert_count": config.num_experts,
-        "ssm.conv_kernel": config.mamba_d_conv,
-        "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "ssm.state_size": config.mamba_d_state,
-        "ssm.time_step_rank": config.mamba_dt_rank,
-    }
-
-
-def granite_hybrid(config: Any) -> Metadata:
-    """What Granite 4 has beyond Granite: Mamba 2, and attention with or without positions."""
-    return _heads_of_attention(config, config.layer_types) | {
-        "ssm.conv_kernel": config.mamba_d_conv,
-        "ssm.state_size": config.mamba_d_state,
-        "ssm.group_count": config.mamba_n_groups,
-        "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "ssm.time_step_rank": config.mamba_n_heads,
-        "rope.scaling.finetuned": config.position_embedding_type == "rope",
-    }
-
-
 def _projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
     """Kimi Linear: a convolution of queries, keys and values together."""
     width = shape[0] // 3
@@ -202,29 +140,6 @@ KIMI: Mapping[str, Pieces] = {
     "self_attn.forget_gate.f_b_proj": renamed("ssm_f_b.weight"),
     "self_attn.forget_gate.dt_bias": renamed("ssm_dt.bias"),
     "self_attn.forget_gate.A_log": made("ssm_a", lambda a_log: column(decay(a_log.flatten()))),
-}
-NEMOTRON: Mapping[str, Pieces] = {
-    "norm.weight": renamed("attn_norm.weight"),
-    "mixer.in_proj": renamed("ssm_in.weight"),
-    "mixer.out_proj": renamed("ssm_out.weight"),
-    "mixer.A_log": made("ssm_a", lambda a_log: column(decay(a_log))),
-    "mixer.D": made("ssm_d", column),
-    "mixer.dt_bias": renamed("ssm_dt.bias"),
-    "mixer.conv1d.weight": made("ssm_conv1d.weight", channels),
-    "mixer.conv1d.bias": renamed("ssm_conv1d.bias"),
-    "mixer.norm.weight": norm_of_groups,
-    "mixer.q_proj": renamed("attn_q.weight"),
-    "mixer.k_proj": renamed("attn_k.weight"),
-    "mixer.v_proj": renamed("attn_v.weight"),
-    "mixer.o_proj": renamed("attn_output.weight"),
-    "mixer.gate.weight": renamed("ffn_gate_inp.weight"),
-    "mixer.gate.e_score_correction_bias": renamed("exp_probs_b.bias"),
-    "mixer.experts.up_proj": renamed("ffn_up_exps.weight"),
-    "mixer.experts.down_proj": renamed("ffn_down_exps.weight"),
-    "mixer.shared_experts.up_proj": renamed("ffn_up_shexp.weight"),
-    "mixer.shared_experts.down_proj": renamed("ffn_down_shexp.weight"),
-    "mixer.fc1_latent_proj": renamed("ffn_latent_down.weight"),
-    "mixer.fc2_latent_proj": renamed("ffn_latent_up.weight"),
 }
 
 
@@ -249,35 +164,3 @@ def kimi(config: Any) -> Metadata:
         "expert_weights_norm": True,
         "expert_gating_func": SIGMOID,
     }
-
-
-def nemotron(config: Any) -> Metadata:
-    """Nemotron-H: each block is Mamba 2, attention without positions, or experts, in a space of its own if it has one."""
-    kinds = list(config.layers_block_type)
-    width = config.moe_intermediate_size
-    latent = {} if config.moe_latent_size is None else {"moe_latent_size": config.moe_latent_size}
-    return (
-        _heads_of_attention(config, kinds)
-        | groups(config)
-        | latent
-        | {
-            "block_count": len(kinds),
-            "feed_forward_length": [width if kind == "moe" else 0 for kind in kinds],
-            "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
-            "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
-            "rope.dimension_count": config.head_dim,
-            "rope.scaling.finetuned": False,
-            "ssm.conv_kernel": config.conv_kernel,
-            "ssm.state_size": config.ssm_state_size,
-            "ssm.group_count": config.n_groups,
-            "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim,
-            "ssm.time_step_rank": config.mamba_num_heads,
-            "expert_count": config.n_routed_experts,
-            "expert_feed_forward_length": width,
-            "expert_shared_count": config.n_shared_experts,
-            "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
-            "expert_weights_scale": float(config.routed_scaling_factor),
-            "expert_weights_norm": bool(config.norm_topk_prob),
-            "expert_gating_func": SIGMOID,
-        }
-    )
