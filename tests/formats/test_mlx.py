@@ -30,7 +30,15 @@ from tests.formats.packed import (
 
 # In each check; the others are slow.
 FEW = ("qwen2_moe", "mixtral", "deepseek_v3")
-OVERRIDES: dict[str, dict[str, Any]] = {"dots1": {"sliding_window": None}}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
+}  # fmt: skip
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "dots1": {"sliding_window": None},
+    "deepseek_v2": {"rope_parameters": YARN, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {"rope_parameters": YARN},
+}
 
 
 def mlx_logits(folder: Path, num_tokens: int = 24) -> Tensor:
