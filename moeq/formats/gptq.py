@@ -46,8 +46,8 @@ from moeq.quant.grid import dequantize_weight
 from moeq.quant.packing import num_words, pack
 from moeq.quant.spec import QuantizedWeight
 
-# transformers reads the key before it reads weights, and stops with this text: it would look for linears alone, and make
-# the experts anew.
+# transformers reads the key before it reads weights, and stops with this text: it would look for linears alone, and
+# make the experts anew.
 _BARRIER = {
     "transformers_weights": "none. transformers reads no experts of this layout and would make random ones: open the "
     "folder with GPTQModel"
