@@ -105,7 +105,7 @@ def test_attention_may_have_another_scheme_than_experts_in_transformers_too(tmp_
     assert torch.equal(logits_of(opened), logits_of(made.model))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
 def test_native_keeps_widths_and_zero_points(bits: int, tmp_path: Path) -> None:
     made = write_tiny_packed("olmoe", tmp_path, lambda name: (bits, 32, False), num_hidden_layers=1)
     report = convert(made.folder, NAME, tmp_path / "ct", carrier="native")
