@@ -146,6 +146,9 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
         keys = common(model.config) | find_family(model).describe(model.config)
+        windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        if windows and "attention.sliding_window" not in keys:
+            raise ValueError("llama.cpp computes this family without windows, and its layer_types has some")
     except ValueError as error:
         raise ValueError(f"gguf: {error}; export moeq or dense") from error
     return {key: value for key, value in keys.items() if value is not None}

@@ -98,6 +98,7 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("mixtral", {"sliding_window": 32}, "sliding_window: None, and this model has 32"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: silu"),
+        ("dots1", {"layer_types": ["full_attention", "sliding_attention"]}, "without windows"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe", {"num_key_value_heads": 2}, "heads share them"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "group_limited_greedy"),
