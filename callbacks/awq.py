@@ -27,6 +27,7 @@ class AWQ(SolveStep):
     """
 
     needs_hessians = True
+    solves_two_level = False  # rows of weights are divided afterwards, which their scales would round
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class AWQ(SolveStep):
 
     def check(self, module: MoEQuantModule) -> None:
         """Refuse before any work a bound on memory that cuts a stage into several passes."""
+        super().check(module)
         refuse_chunks(module.walk.schedule)
 
     def solve_pass(self, module: MoEQuantModule) -> None:

@@ -128,7 +128,7 @@ class Export(Step):
         source = FinishedModel(module.adapter, module.walk.resume, self.draft)
         run.fallbacks += source_fallbacks(source.origin)
         run.reasons |= source.origin.left_out
-        grids = {name: PackedFormat(grid.bits, grid.group_size, grid.symmetric) for name, grid in run.plan.items()}
+        grids = {name: PackedFormat.of(grid) for name, grid in run.plan.items()}
         cost = plan_cost(run.plan, module.weight_shapes())
         metadata = {
             "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
