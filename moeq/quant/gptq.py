@@ -17,7 +17,7 @@ column order, with parameters from the original weight.  Without it a group's pa
 column is reached, from the weights as the columns before it have left them.
 
 Two-level grids (``moeq.quant.kinds``) are always committed beforehand, scales and minima: the sweep then rounds the
-weights plus the offsets of their groups.
+weights plus the offsets of their groups. Their integers are fitted to the codes once more (``two_level_refit``).
 
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
@@ -38,6 +38,7 @@ from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
 from moeq.quant.two_level import join
+from moeq.quant.two_level_refit import refit_integers
 from moeq.quant.workspace import FEW_ROWS, num_together
 
 LARGE_PRODUCT = 1 << 28  # multiplications
@@ -63,7 +64,8 @@ def gptq_solve(
         energy_E: ``output_energy`` of each expert where it is known already, as when one weight is solved at several
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
-            solved on several Hessians; a two-level grid is otherwise chosen by the Hessian's diagonal.  Groups that are chosen on the way (without act-order) have none beforehand.
+            solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
+            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
@@ -124,6 +126,7 @@ def _solve_together(
     # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
     together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
     static = _is_static(grid, solve)
+    chosen = qparams is None
     if static and qparams is None:
         qparams = choose_qparams(weight_EOI, grid, scale_dtype, hessian_EII.diagonal(dim1=1, dim2=2))
     shifted_EOI = weight_EOI if qparams is None else qparams.shift(weight_EOI)
@@ -135,6 +138,8 @@ def _solve_together(
         assert qparams is not None
         columns = _static_columns(qparams, factors, grid, together)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
+        if chosen and grid.two_level is not None and grid.clip_search:
+            qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
         columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
@@ -155,6 +160,24 @@ def _solve_together(
         failed_E=torch.tensor([factor.failed for factor in factors], device=weight_EOI.device),
         super_scales=qparams.super_scales,
     )
+
+
+def _refit_each(
+    weight_EOI: Tensor, hessian_EII: Tensor, codes_EOI: Tensor, qparams: QParams, grid: GridSpec,
+    factors: Sequence[Feedback], error_E: Tensor,
+) -> QParams:  # fmt: skip
+    """Integers of a two-level grid once more; expert by expert, so that no result depends on its company."""
+    fitted = []
+    for expert, factor in enumerate(factors):
+        one = slice(expert, expert + 1)
+        known = qparams.experts(one)
+        if not factor.failed:
+            part = weight_EOI[one].float(), hessian_EII[one].float(), codes_EOI[one]
+            known, error_E[one] = refit_integers(*part, known, grid)
+        fitted.append(known)
+    minima = [part.zero_point_EOG for part in fitted if part.zero_point_EOG is not None]
+    scale_EOG = torch.cat([part.scale_EOG for part in fitted])
+    return QParams(scale_EOG, torch.cat(minima) if minima else None, qparams.super_scales)
 
 
 def _static_columns(qparams: QParams, factors: Sequence[Feedback], grid: GridSpec, together: bool) -> Columns:

@@ -20,14 +20,14 @@ TINY = 1e-20  # stands for a scale of 0 where it is divided by
 
 def group_scale(scale_OG: Tensor, supers: SuperScales) -> Tensor:
     """Real scales of the groups, float32 [.., G], exact."""
-    return _spread(supers.scale_OB, scale_OG) * scale_OG.float()
+    return spread(supers.scale_OB, scale_OG) * scale_OG.float()
 
 
 def group_offset(min_OG: Tensor | None, supers: SuperScales) -> Tensor | None:
     """What is subtracted in each group, float32 [.., G], exact; None for a symmetric grid."""
     if min_OG is None or supers.min_OB is None:
         return None
-    return _spread(supers.min_OB, min_OG) * min_OG.float()
+    return spread(supers.min_OB, min_OG) * min_OG.float()
 
 
 def divisor(scale_OG: Tensor) -> Tensor:
@@ -55,6 +55,6 @@ def stack_supers(parts: Sequence[SuperScales]) -> SuperScales:
     return join([part.each(lambda tensor: tensor.unsqueeze(0)) for part in parts])
 
 
-def _spread(super_OB: Tensor, of_OG: Tensor) -> Tensor:
+def spread(super_OB: Tensor, of_OG: Tensor) -> Tensor:
     """Values of super-blocks for each of their groups, float32."""
     return super_OB.float().repeat_interleave(of_OG.shape[-1] // super_OB.shape[-1], -1)

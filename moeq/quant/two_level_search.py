@@ -52,7 +52,7 @@ class _Scales:
 
 
 def choose_two_level(
-    weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype, importance_EI: Tensor | None
+    weight_EOI: Tensor, grid: GridSpec, dtype: torch.dtype, importance_EI: Tensor | None, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor | None, SuperScales]:
     """Integer scales, integer minima and what they are multiples of: int8 [E, O, G], int8 or None, [E, O, B].
 
@@ -61,6 +61,7 @@ def choose_two_level(
         grid: Two-level; without its clip search ranges are min-max and nothing descends.
         dtype: Of the weights that the codes stand for.
         importance_EI: How much the error of an in feature counts, not negative; None is all alike.
+        rounds: Of the descent; 0 ends where llama.cpp does.
     """
     kind = grid.two_level
     assert kind is not None
@@ -74,7 +75,7 @@ def choose_two_level(
         for part_OI in weight_EOI[expert].float().split(rows):
             weight_NGS = part_OI.reshape(-1, kind.num_groups, kind.group_size)
             importance_NGS = importance_I.expand_as(part_OI).reshape(weight_NGS.shape)
-            found.append(_choose(weight_NGS, importance_NGS, kind, grid.clip_search))
+            found.append(_choose(weight_NGS, importance_NGS, kind, rounds if grid.clip_search else -1))
     shape = (num_experts, out_features, -1)
     scale = torch.cat([part.scale_NG for part in found]).to(torch.int8).view(shape)
     super_scale = torch.cat([part.super_scale_N1 for part in found]).half().view(shape)
@@ -91,15 +92,16 @@ def _relative(importance_I: Tensor) -> Tensor:
     return torch.where(mean > 0, importance_I / mean, 1.0).clamp_min(1e-4)
 
 
-def _choose(weight_NGS: Tensor, importance_NGS: Tensor, kind: TwoLevelKind, search: bool) -> _Scales:
+def _choose(weight_NGS: Tensor, importance_NGS: Tensor, kind: TwoLevelKind, rounds: int) -> _Scales:
+    """Scales of some super-blocks; no rounds are ranges of every width and no descent, -1 is the one range min-max."""
     spread_N11 = weight_NGS.square().mean((1, 2), keepdim=True)
     blocks = _Blocks(weight_NGS, importance_NGS * (spread_N11 + weight_NGS.square()).sqrt(), kind)
-    scale_NG, offset_NG = _fit_groups(blocks, WIDTHS if search else 1)
+    scale_NG, offset_NG = _fit_groups(blocks, 1 if rounds < 0 else WIDTHS)
     total_NG = blocks.importance.sum(2)
     super_scale_N1, int_scale_NG = _commit(scale_NG, total_NG, kind.lowest_scale, kind.highest_scale)
     super_min_N1, int_min_NG = _commit(offset_NG, total_NG, 0, kind.highest_scale)
     scales = _Scales(super_scale_N1, super_min_N1, int_scale_NG, int_min_NG)
-    for _ in range(ROUNDS if search else 0):
+    for _ in range(rounds):
         scales = _descend(blocks, scales)
     return scales
 
