@@ -1,0 +1,67 @@
+"""Blocks of K-types against gguf's own reader, and number by number against the layouts."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize as gguf_dequantize
+
+from moeq.formats.gguf_kquants import BLOCK_BYTES, k_blocks
+from moeq.quant.grid import dequantize_weight
+from moeq.quant.kinds import TWO_LEVEL
+from moeq.quant.spec import QuantizedWeight, SuperScales
+
+ROWS, BLOCKS = 5, 3
+
+
+def weight_with_every_number(kind: str) -> QuantizedWeight:
+    """Codes, integers and halves at random over all that the layout can hold."""
+    known, generator = TWO_LEVEL[kind], torch.Generator().manual_seed(len(kind))
+
+    def integers(low: int, high: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high + 1, (ROWS, columns), generator=generator).to(dtype)
+
+    groups = BLOCKS * known.num_groups
+    minimum = None if known.symmetric else integers(0, known.highest_scale, groups, torch.int8)
+    half = torch.randn(2, ROWS, BLOCKS, generator=generator).half()
+    supers = SuperScales(kind, half[0], None if known.symmetric else half[1], torch.float32)
+    scale = integers(known.lowest_scale, known.highest_scale, groups, torch.int8)
+    codes = integers(0, 2**known.bits - 1, BLOCKS * 256, torch.uint8)
+    return QuantizedWeight(codes, scale, minimum, known.bits, known.group_size, supers)
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_the_reader_of_gguf_finds_every_value_bit_for_bit(kind: str) -> None:
+    weight = weight_with_every_number(kind)
+    blocks = k_blocks(weight)
+    assert blocks.shape == (ROWS, BLOCKS * BLOCK_BYTES[kind])
+    read = gguf_dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind.upper()])
+    assert np.array_equal(read, dequantize_weight(weight, torch.float32).numpy())
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_another_code_scale_or_minimum_is_another_block(kind: str) -> None:
+    """No two numbers share a place: changing one changes the bytes, and every byte belongs to some number."""
+    weight = weight_with_every_number(kind)
+    seen = torch.zeros(BLOCKS * BLOCK_BYTES[kind], dtype=torch.bool)
+    before = k_blocks(weight)[0]
+    for tensor in weight.tensors().values():
+        for column in range(tensor.shape[1]):
+            old = tensor[0, column].clone()
+            tensor[0, column] = 0 if old != 0 else 1
+            changed = k_blocks(weight)[0] != before
+            assert changed.any()
+            seen |= changed
+            tensor[0, column] = old
+    assert seen.float().mean() > 0.9  # a byte may stay equal by chance
+
+
+def test_the_bits_of_a_block_are_those_of_the_kind() -> None:
+    for kind, known in TWO_LEVEL.items():
+        assert 8 * BLOCK_BYTES[kind] == 256 * known.bits + known.overhead_bits
+
+
+def test_uniform_groups_are_refused() -> None:
+    weight = QuantizedWeight(torch.zeros(1, 256, dtype=torch.uint8), torch.ones(1, 8), None, 4, 32)
+    with pytest.raises(ValueError, match="K-types hold two-level grids"):
+        k_blocks(weight)
