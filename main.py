@@ -4,6 +4,7 @@ python main.py fit --config configs/moequant_w3.yaml            calibrate, alloc
 python main.py validate --config configs/eval.yaml              evaluate an original model or an export
 """
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -44,6 +45,8 @@ def main(args: "ArgsType" = None) -> None:
     from moeq.mistakes import one_line
 
     import_parts()
+    if args is None:
+        gc.freeze()  # what was imported stays; the search for cycles after every block need not look at it
     try:
         MoEQuantCLI.run(args)
     except Exception as error:

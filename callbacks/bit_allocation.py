@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from moeq.allocation.decide import AllocationSpec, Decision, base_plan, decide
 from moeq.allocation.dry_run import rehearse
 from moeq.allocation.evidence import read_evidence
-from moeq.allocation.plan import check_plan, kept_from_json, plan_cost, plan_from_json
-from moeq.allocation.plan_report import allocation_report, allocation_to_json
+from moeq.allocation.plan import check_plan, kept_from_json, plan_from_json
+from moeq.allocation.plan_report import allocation_report, allocation_to_json, cost_summary
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json, write_text
 from moeq.fit.block_files import Grid, block_path
@@ -91,12 +91,7 @@ class BitAllocation(Step):
         weights = module.weight_shapes()
         # Accelerators may differ in last digits, which can tip a choice: all ranks follow the first.
         module.run.plan = trainer.strategy.broadcast(decision.plan)
-        cost = plan_cost(decision.plan, weights)
-        rank_zero_info(
-            f"Allocation: {cost.code_bits:.3f} bits per quantized weight, {cost.average_bits:.3f} with scales and zero "
-            f"points ({cost.active_average_bits:.3f} over active weights), {cost.bytes / 1e6:.2f} MB"
-            f"{f'; {len(decision.kept)} weights kept as they are' if decision.kept else ''}"
-        )
+        rank_zero_info(f"Allocation: {cost_summary(decision, weights)}")
 
     def _write(self, module: MoEQuantModule, decision: Decision) -> None:
         weights = module.weight_shapes()

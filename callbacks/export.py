@@ -20,9 +20,11 @@ from moeq.fit.fingerprint import NEUTRAL_SETTINGS
 from moeq.fit.preflight import FitWork
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
+from moeq.quant.carrier import FORMATS, CarrierMode
 from moeq.quant.spec import Fallback
 
 if TYPE_CHECKING:
+    from moeq.checkpoint.packed import PackedFormat
     from moeq.export.finished import FinishedModel
     from moeq.export.made import Made
 
@@ -33,10 +35,14 @@ WITHOUT_EFFECT = {"trainer.default_root_dir", *(f"model.{name}" for name in NEUT
 
 
 class Export(Step):
-    """Packed checkpoint in ``export/`` of the run folder, dense copy in ``dense/``, both verified.
+    """Packed checkpoint in ``export/`` of the run folder, and what is made of it, each verified.
 
     Args:
-        dense: Also write a plain Hugging Face folder with dequantized weights.
+        formats: What is written beside the packed checkpoint ("moeq", which always is), in a folder of its name:
+            "dense", a plain Hugging Face folder of dequantized weights; "gguf", "compressed-tensors", "mlx", "gptq",
+            see docs/serving.md.
+        carrier: "exact": files of runtimes hold every value as it was evaluated, in the smallest type that can;
+            "native": types of the grids' own widths, where offsets may round.
         overwrite: Replace folders that exist already and are not empty.
         draft: Layers for speculative decoding, which no run quantizes: "keep" copies them from the source's files, byte
             by byte; "drop" leaves them out, and the configuration does not announce them.
@@ -44,10 +50,22 @@ class Export(Step):
 
     affects_weights = False
 
-    def __init__(self, dense: bool = True, overwrite: bool = False, draft: Literal["keep", "drop"] = "keep") -> None:
+    def __init__(
+        self,
+        formats: Sequence[str] = ("moeq", "dense"),
+        carrier: CarrierMode = "exact",
+        overwrite: bool = False,
+        draft: Literal["keep", "drop"] = "keep",
+    ) -> None:
         if draft not in ("keep", "drop"):
             raise ValueError(f"draft ({draft!r}) must be keep or drop; choose keep")
-        self.dense, self.overwrite = dense, overwrite
+        if carrier not in ("exact", "native"):
+            raise ValueError(f"carrier ({carrier!r}) must be exact or native; choose exact")
+        if unknown := sorted(set(formats) - {"moeq", "dense", *FORMATS}):
+            raise ValueError(f"formats has {unknown[0]!r}; choose among moeq, dense, {', '.join(FORMATS)}")
+        self.dense, self.overwrite = "dense" in formats, overwrite
+        self.served = [name for name in FORMATS if name in formats]
+        self.carrier: CarrierMode = carrier
         self.draft: Literal["keep", "drop"] = draft
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,6 +78,18 @@ class Export(Step):
                     "or overwrite: true for the callback Export"
                 )
 
+    def check(self, module: MoEQuantModule) -> None:
+        """Refuse a plan that a format cannot hold."""
+        if not module.run.needs.evidence:  # else it is decided after the survey
+            self._check_formats(module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what a survey decided before anything is solved."""
+        module = module_of(pl_module)
+        passes = module.walk.schedule[: module.current_epoch]
+        if module.current_pass.kind != "survey" and (not passes or passes[-1].kind == "survey"):
+            self._check_formats(module)
+
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """Both folders, written and read back."""
         from moeq.export.origin import find_origin
@@ -68,7 +98,7 @@ class Export(Step):
 
         rates = None if work.speed is None else Rates(work.speed.read, work.speed.write)
         sizes = replace(export_sizes(work), carried=find_origin(module.model, self.draft).carried_bytes)
-        return export_phases(sizes, dense=self.dense, streamed=work.model.streamed, rates=rates)
+        return export_phases(sizes, dense=self.dense, served=self.served, streamed=work.model.streamed, rates=rates)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and verify, on the first rank; the others wait, as the exported folder is one."""
@@ -86,7 +116,13 @@ class Export(Step):
         return self.overwrite or (run_dir / UNFINISHED).exists()
 
     def _folders(self, run_dir: Path) -> list[Path]:
-        return [run_dir / "export", *([run_dir / "dense"] if self.dense else [])]
+        return [run_dir / name for name in ("export", *(["dense"] if self.dense else []), *self.served)]
+
+    def _check_formats(self, module: MoEQuantModule) -> None:
+        from moeq.formats.convert import check_format
+
+        for name in self.served:
+            check_format(name, module.model, _grids(module), self.carrier)
 
     def _export(self, module: MoEQuantModule, *, hidden: bool) -> None:
         start, run = time.perf_counter(), module.run
@@ -100,7 +136,7 @@ class Export(Step):
         verification = self._write(module, replace, hidden)
         write_json(module.run_dir / "verification.json", verification)
         run.seconds["export"] = time.perf_counter() - start
-        gaps = {kind: found["max_logit_difference"] for kind, found in verification.items() if kind != "written"}
+        gaps = {kind: found.get("max_logit_difference", 0.0) for kind, found in verification.items()}
         inexact = {kind: gap for kind, gap in gaps.items() if gap}
         for kind, gap in inexact.items():
             detail = f"all tensors equal, logits within {gap:.3g}: the processor's sums have no fixed order"
@@ -115,20 +151,20 @@ class Export(Step):
         """
         from tqdm import tqdm
 
-        from moeq.checkpoint.packed import PackedFormat
         from moeq.disk.folder import atomic_folder
         from moeq.export.dense import fill_dense
         from moeq.export.finished import FinishedModel, Progress
         from moeq.export.moeq_format import fill_packed
         from moeq.export.source_report import source_fallbacks
         from moeq.export.verify import verify_dense, verify_packed
+        from moeq.formats.convert import fill_format, find_format, proof, renamed
 
         run, packed, dense = module.run, module.run_dir / "export", module.run_dir / "dense"
         module.adapter.residency.place("cpu")
         source = FinishedModel(module.adapter, module.walk.resume, self.draft)
         run.fallbacks += source_fallbacks(source.origin)
         run.reasons |= source.origin.left_out
-        grids = {name: PackedFormat.of(grid) for name, grid in run.plan.items()}
+        grids = _grids(module)
         cost = plan_cost(run.plan, module.weight_shapes())
         metadata = {
             "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
@@ -159,8 +195,19 @@ class Export(Step):
                     found = verify_dense(partial["dense"], source, probe, progress=bar("dense"))
                     verified["dense"] = found.to_dict()
             run.ledger = self._account(module, source, partial)
+            reports = {}
+            for name in self.served:
+                folder = folders.enter_context(atomic_folder(module.run_dir / name, overwrite=replace))
+                with meter.phase(name, name):
+                    report = fill_format(partial["export"], name, folder, carrier=self.carrier, progress=bar(name))
+                reports[name] = renamed(report, folder, module.run_dir / name)
+        run.served = {
+            name: f"{find_format(name).serve(module.run_dir / name)}  # {proof(report)}"
+            for name, report in reports.items()
+        }
         places = {"checkpoint": packed, "written": packed, "dense": dense}
-        return {kind: {**found, "directory": str(places[kind])} for kind, found in verified.items()}
+        verified = {kind: {**found, "directory": str(places[kind])} for kind, found in verified.items()}
+        return verified | {name: report.to_dict() for name, report in reports.items()}
 
     def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> dict[str, int]:
         """Write ledger.json, whatever it says; returns the counts of a ledger in which nothing is amiss."""
@@ -171,10 +218,17 @@ class Export(Step):
             return {}
         grids = {name: grid.label for name, grid in run.plan.items()}
         asked = None if module.hparams["dtype"] == "auto" else getattr(torch, module.hparams["dtype"])
-        ledger, stored = make_ledger(origin.folder, folders, grids, {**run.reasons, **origin.left_out}, asked)
+        reasons, code = {**run.reasons, **origin.left_out}, bool(module.hparams["trust_remote_code"])
+        ledger, stored = make_ledger(origin.folder, folders, grids, reasons, asked, trust_remote_code=code)
         write_json(module.run_dir / "ledger.json", ledger.to_dict(stored))
         ledger.check()
         return ledger.counts
+
+
+def _grids(module: MoEQuantModule) -> "dict[str, PackedFormat]":
+    from moeq.checkpoint.packed import PackedFormat
+
+    return {name: PackedFormat.of(grid) for name, grid in module.run.plan.items()}
 
 
 def _made(module: MoEQuantModule, cost: PlanCost) -> "Made":

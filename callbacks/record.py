@@ -106,5 +106,7 @@ def summary_table(module: MoEQuantModule) -> str:
     if module.run.ledger:
         fates = ", ".join(f"{count} {fate}" for fate, count in module.run.ledger.items())
         lines += ["", f"Tensors of the source's files: {fates} (ledger.json)."]
+    if module.run.served:
+        lines += ["", *(f"    {command}" for command in module.run.served.values())]
     lines += ["", f"Average bits {cost.average_bits:.3f} ({cost.bytes / 1e6:.2f} MB). Fallbacks: {listed}.", ""]
     return "\n".join(lines)

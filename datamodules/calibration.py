@@ -1,7 +1,7 @@
 """What every source of calibration data shares: token ids, and batches divided over ranks without duplicates."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import lightning as L
@@ -62,6 +62,10 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
             self._ids_NL = ids_NL
         return self._ids_NL
 
+    def data_key(self) -> str:
+        """What decides about data that take long to make, before they are made; empty where making them tells soon."""
+        return ""
+
     def begin(self) -> None:
         """Write what describes the data, where anything does: the run is not refused any more."""
 
@@ -97,7 +101,7 @@ class CalibrationDataModule(L.LightningDataModule, ABC):
         rows = [{"input_ids": ids_L} for ids_L in ids_NL]
         return DataLoader(rows, batch_sampler=self._share(ids_NL))  # type: ignore[arg-type]
 
-    def _share(self, ids_NL: Tensor) -> BatchShare:
+    def _share(self, ids_NL: Sized) -> BatchShare:
         """Batches of this rank."""
         assert self.trainer is not None, "the data are made by a Trainer"
         return BatchShare(len(ids_NL), self.batch_size, self.trainer.global_rank, self.trainer.world_size)

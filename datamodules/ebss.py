@@ -57,6 +57,7 @@ class EBSSDataModule(CalibrationDataModule):
             raise ValueError(f"sequences_at_once ({sequences_at_once}) must be positive; the usual value is 64")
         self.writer: WriterChoice = writer
         self.sequences_at_once, self.cache_dir, self.compare_text = sequences_at_once, cache_dir, compare_text
+        self._settled: tuple[Writer, Path] | None = None
         self._made: tuple[Path, ComparedText | None, Writer] | None = None
 
     @override
@@ -86,16 +87,21 @@ class EBSSDataModule(CalibrationDataModule):
         ]
 
     @override
+    def data_key(self) -> str:
+        """Name of the set, which is told from the model, the settings and who writes."""
+        return self._place()[1].stem
+
+    @override
     def make_ids(self) -> Tensor:
         from moeq.sampling.store import check_cache, load_sampled
 
         trainer, module = self._run()
         check_positions(module.model.config, self.spec.length)
+        self._share(range(self.spec.num_sequences))  # raises for more ranks than batches
         if self.cache_dir is not None:
             check_cache(Path(self.cache_dir))
-        files, text = self._files(), self._text()
-        writer = self._agreed_writer(files)
-        path = files[writer]
+        text = self._text()
+        writer, path = self._place()
         if trainer.is_global_zero and not path.is_file() and self._shared(path).is_file():
             copy_file(self._shared(path), path)
         trainer.strategy.barrier("moeq_ebss_cache")
@@ -140,6 +146,14 @@ class EBSSDataModule(CalibrationDataModule):
         sizes = self.sequences_at_once, trainer.world_size
         keys = {writer: set_fingerprint(mark, module.tokenizer, self.spec, *sizes, writer) for writer in WRITERS}
         return {writer: module.run_dir / "calibration" / f"ebss-{key}.safetensors" for writer, key in keys.items()}
+
+    def _place(self) -> tuple[Writer, Path]:
+        """Who writes the set, or has written it, and where it is in the run folder; settled once."""
+        if self._settled is None:
+            files = self._files()
+            writer = self._agreed_writer(files)
+            self._settled = writer, files[writer]
+        return self._settled
 
     def _shared(self, path: Path) -> Path:
         return path if self.cache_dir is None else Path(self.cache_dir) / path.name

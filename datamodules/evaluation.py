@@ -128,12 +128,8 @@ class EvaluationDataModule(L.LightningDataModule):
         except (KeyError, ValueError) as error:
             lacking = "a row lacks the field " if isinstance(error, KeyError) else ""
             raise ValueError(f"task {task.name} ({rows.origin}): {lacking}{error}") from error
-        records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank)
-        if module.hparams["restart"]:
-            if trainer.is_global_zero:
-                records.clear()
-            # No rank reads what another is about to forget: all have to leave out the same documents.
-            trainer.strategy.barrier("moeq_restart")
+        restart = bool(module.hparams["restart"])
+        records = Records(module.run_dir, task.name, fingerprint, trainer.global_rank, restart=restart)
         kinds = metric_kinds(task, self.sampling, compared=module.hparams["reference"] is not None)
         evaluation = TaskEvaluation(task, rows, *encoded, kinds, records, trainer.global_rank)
         evaluation.limit = trainer.limit_val_batches

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from moeq.checkpoint.model_class import model_class  # noqa: E402
 from moeq.models.adapter import Adapter  # noqa: E402
-from moeq.models.families import HAND_ON  # noqa: E402
+from moeq.models.families import HAND_ON, OTHER_EXPERTS  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
 from moeq.quant.spec import WeightKind  # noqa: E402
 from tests.families import (  # noqa: E402
@@ -74,10 +74,7 @@ NOT_ROTATED = {
 }
 REASONS = {
     "inkling2_text": "each block reads the outputs of all earlier blocks, so that no block can be run alone",
-    "llama4_text": "no experts interface; every expert runs on every token, and the score multiplies its input",
-    "jetmoe": "no experts interface; attention is a mixture as well",
-    "doge": "no experts interface; experts are rows of embeddings",
-    "longcat_flash": "no experts interface; some experts are the identity",
+    **{name: f"no experts interface; {how}" for name, how in OTHER_EXPERTS.items() if name in REFUSED},
     "llama4": "as llama4_text",
     "inkling2": "as inkling2_text",
     "inkling_mm_model": "its files hold gate and up rows of linears in turn, which packed weights cannot be",
@@ -86,7 +83,7 @@ REASONS = {
 }
 UNTESTED = {
     "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",
-    "dbrx": "no experts interface; all experts are one 2-D matrix",
+    "dbrx": f"no experts interface; {OTHER_EXPERTS['dbrx']}",
     "step3p7": "no experts interface",
 }
 

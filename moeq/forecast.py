@@ -49,8 +49,8 @@ REMEDIES: Mapping[str, Sequence[str]] = {
     "hidden states": ("set --model.hidden_gib 0.5",),
     "writer": ("set --data.writer packed4", "give token ids that were written elsewhere (GivenIdsDataModule)"),
     "caches": ("set a smaller --data.sequences_at_once",),
-    "dense copy": ("set dense: false for the callback Export",),
-    "disk": ("set --trainer.default_root_dir to a larger disk", "set dense: false for the callback Export"),
+    "dense copy": ("set formats: [moeq] for the callback Export",),
+    "disk": ("set --trainer.default_root_dir to a larger disk", "set formats: [moeq] for the callback Export"),
 }
 
 

@@ -91,7 +91,8 @@ def _role(module: "MoEQuantModule", role: str, name: str, placement: Placement, 
         if packed:
             del config.quantization_config
         with torch.device("meta"):
-            adapter = Adapter(model_class(config).from_config(config, dtype=config.dtype))
+            code = asked["trust_remote_code"]
+            adapter = Adapter(model_class(config).from_config(config, dtype=config.dtype, trust_remote_code=code))
         return Role(role, adapter, model_bytes(adapter, streamed=False), checkpoint_bytes(name, *how, **asked))
     model, stream = stream_model(name, *how, **asked)
     adapter = Adapter(model, stream)

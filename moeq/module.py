@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -36,7 +36,7 @@ from moeq.fit.resume import Resume, refuse_other_run
 from moeq.fit.run import Run
 from moeq.fit.schedule import Pass, Sequential
 from moeq.fit.walk import Walk, WalkSpec
-from moeq.forecast import preflight_fit, write_forecast
+from moeq.forecast import data_shape, preflight_fit, write_forecast
 from moeq.forecast_validation import preflight_validation, write_validation_forecast
 from moeq.kernels.compute_dtype import ComputeDType
 from moeq.models.adapter import Adapter
@@ -47,7 +47,10 @@ from moeq.quant.kinds import Kind
 from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape, choose_grid
 from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
-from moeq.trainer_options import numeric_switches, refuse_trainer
+from moeq.trainer_options import numeric_switches, refuse_limit, refuse_trainer
+
+if TYPE_CHECKING:
+    from moeq.callback import Step
 
 
 class MoEQuantModule(L.LightningModule):
@@ -224,30 +227,33 @@ class MoEQuantModule(L.LightningModule):
         known, restart = self._fingerprint(), self.hparams["restart"]
         if not restart:
             refuse_other_run(self.run_dir, known)
+        if (shape := data_shape(self.trainer)) is not None:
+            refuse_limit(self.trainer.limit_train_batches, shape.num_batches // self.trainer.world_size)
         self.forecast = preflight_fit(self)
-        resume = Resume(self.adapter, self.run, self.run_dir, known | self._data_fingerprint(), restart=restart)
+        resume = Resume(self.adapter, self.run, self.run_dir, known | self._set_key(), restart=restart)
         self.walk = Walk(self.adapter, self.run, resume, self.walk_spec, rank_zero_info)
         self.trainer.fit_loop.max_epochs = len(self.walk.schedule)
+        for step in self._steps():
+            step.check(self)
+        # Last, as sampled data are new files of the run folder.
+        resume.add_data(self._data_fingerprint())
         self._begin()
 
-    def _begin(self) -> None:
-        """The end of all refusals: only then anything of the run folder changes (but for sampled data, which are new).
-
-        Raises:
-            ValueError: A step refuses the schedule.
-        """
+    def _steps(self) -> "list[Step]":
         from moeq.callback import Step
 
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [step for step in callbacks if isinstance(step, Step)]
+
+    def _begin(self) -> None:
+        """The end of all refusals: only now what stands in the run folder changes."""
         trainer: Any = self.trainer
-        steps = [step for step in trainer.callbacks if isinstance(step, Step)]
-        for step in steps:
-            step.check(self)
         self.walk.resume.begin()
         if self.forecast is not None:
             write_forecast(self, self.forecast)
         if (report := getattr(trainer.datamodule, "begin", None)) is not None:
             report()
-        for step in steps:
+        for step in self._steps():
             step.begin(self)
 
     @override
@@ -264,6 +270,12 @@ class MoEQuantModule(L.LightningModule):
             del settings["grid"]
         identity = model_identity(settings["name"], settings["revision"])
         return run_fingerprint(settings, trainer.callbacks, identity, self.model.dtype)
+
+    def _set_key(self) -> dict[str, str]:
+        """Of calibration data that take long to make, before they are."""
+        ask = getattr(self.trainer.datamodule, "data_key", None)  # type: ignore[attr-defined]
+        key = "" if ask is None else ask()
+        return {"calibration set": key} if key else {}
 
     def _data_fingerprint(self) -> dict[str, str]:
         """Of the calibration data, which may have to be sampled first."""
@@ -309,6 +321,11 @@ class MoEQuantModule(L.LightningModule):
             rank_zero_info, meter,
         )  # fmt: skip
         self._models["model"] = self.validation.evaluator.scorer.model
+        barrier = self.trainer.strategy.barrier
+        barrier("moeq_accepted")  # no rank is refused any more
+        if self.trainer.is_global_zero:
+            self.validation.begin()
+        barrier("moeq_begun")  # no rank writes what another is about to delete
         if self.forecast is not None:
             write_validation_forecast(self, self.forecast)
 

@@ -54,6 +54,15 @@ def refuse_options(command: str, settings: Mapping[str, Any]) -> None:
         raise ValueError("--trainer.limit_train_batches 0 calibrates on nothing; leave it out for all batches")
 
 
+def refuse_limit(limit: int | float, num_batches: int) -> None:
+    """Raise ValueError where a share of so many calibration batches, on each rank, is less than one."""
+    if isinstance(limit, float) and num_batches and int(limit * num_batches) == 0:
+        raise ValueError(
+            f"--trainer.limit_train_batches {limit} of {num_batches} batches calibrates on nothing; set a number of "
+            f"batches, or a share of at least {1 / num_batches:.3g}"
+        )
+
+
 def refuse_trainer(trainer: Trainer) -> None:
     """The same for a Trainer however it was made: plugins, strategy and device as they are.
 

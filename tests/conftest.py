@@ -14,6 +14,7 @@ os.environ.update(
     MOEQ_COMPUTE_DTYPE="float32",
 )
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -29,6 +30,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_stay() -> None:
+    """Leave what was imported so far out of the search for cycles, which a streamed model asks for at every block."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["moeq.cli", "moeq.checkpoint.quantizer", "transformers", "lightning.pytorch"])
+SERVER.set_forkserver_preload(
+    ["moeq.cli", "callbacks.figures", "moeq.checkpoint.quantizer", "transformers", "lightning.pytorch"]
+)
 # Ranks that are forked from such a process; ``moeq_ddp`` starts a fresh interpreter for each rank but the first.
 TWO_RANKS = [
     "--trainer.devices=2",
@@ -26,7 +28,10 @@ TWO_RANKS = [
 
 
 def run(args: list[str]) -> subprocess.CompletedProcess[str]:
-    """``python main.py`` with arguments, in a fork: its exit code (negative: a signal) and what it printed."""
+    """``python main.py`` with arguments, in a fork: its exit code (negative: a signal) and what it printed.
+
+    A fit draws no figures, as in ``tests.test_main.fit``.
+    """
     return call(_main, args)
 
 
@@ -54,5 +59,8 @@ def _redirected(streams: list[Path], function: Callable[..., None], args: tuple[
 
 
 def _main(args: list[str]) -> None:
+    import callbacks.figures
+
+    callbacks.figures._drawings = lambda run: {}
     sys.argv = ["main.py", *args]
     runpy.run_path("main.py", run_name="__main__")

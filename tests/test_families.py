@@ -1,9 +1,11 @@
-"""Every family goes through observation, GPTQ with mixed bits, both exports and a reload in a fresh process."""
+"""Every family goes through observation, GPTQ with mixed bits, both exports and a reload in a fresh process.
 
-import os
-import subprocess
-import sys
+A run in memory is what most of these tests look at; a streamed one must have its bytes.
+"""
+
+import gc
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,25 +32,14 @@ from moeq.models.not_quantized import is_router
 from moeq.models.observe import observe
 from moeq.module import MoEQuantModule
 from tests.families import FAMILIES, OTHER_TASKS, REFUSED, REFUSED_WRAPPERS, SUPPORTED, WRAPPERS
+from tests.processes import call
+from tests.same_bytes import assert_no_block_stayed, assert_same_bytes
 from tests.test_main import fit
 from tests.tiny import save_tiny, tiny_model
 
 pytestmark = pytest.mark.slow
 WIDTHS = (2, 3, 4, 8)
 PROBE = torch.arange(1, 60).reshape(1, -1)
-RELOAD = """
-import sys, torch
-import moeq.checkpoint.quantizer
-from tests.test_families import opened
-torch.set_num_threads(1)
-for folder in sys.argv[1:]:
-    model = opened(folder + "/export")
-    # Parameters mapped from the file are not aligned, which may change the order of float32 sums.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    with torch.no_grad():  # with gradients, torch may choose other kernels (for inkling's convolutions)
-        torch.save(model(torch.arange(1, 60).reshape(1, -1), use_cache=False).logits, folder + "/reloaded.pt")
-"""
 
 
 def opened(folder: Path | str) -> nn.Module:
@@ -56,6 +47,17 @@ def opened(folder: Path | str) -> nn.Module:
     (name,) = AutoConfig.from_pretrained(folder).architectures
     model: nn.Module = getattr(transformers, name).from_pretrained(folder)
     return model.eval()
+
+
+def reload(folders: list[Path]) -> None:
+    """Logits of packed exports, beside them; the process has made none of them."""
+    for folder in folders:
+        model = opened(folder / "export")
+        # Parameters mapped from the file are not aligned, which may change the order of float32 sums.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():  # with gradients, torch may choose other kernels (for inkling's convolutions)
+            torch.save(model(PROBE, use_cache=False).logits, folder.parent / "reloaded.pt")
 
 
 class MixedBits(pl.Callback):
@@ -99,9 +101,9 @@ class Runs(dict[str, Quantized]):
         raise self.errors[family]
 
 
-def quantize(family: str, folder: Path) -> Quantized:
-    source = save_tiny(family, folder / "model")
-    module = MoEQuantModule(str(source), group_size=16)
+def quantize(source: Path, folder: Path, placement: str) -> MoEQuantModule:
+    """The module of a run whose folder this is."""
+    module = MoEQuantModule(str(source), group_size=16, placement=placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*without.*logger.*|.*num_training_batches.*")
         trainer = pl.Trainer(
@@ -110,22 +112,26 @@ def quantize(family: str, folder: Path) -> Quantized:
             callbacks=[MixedBits(), HessianCalibration(), GPTQ(), Export()],
         )  # fmt: skip
         trainer.fit(module, datamodule=RandomIds())
-    return Quantized(folder, load_model(str(source)), module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Quantized]:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Quantized]]:
     """Runs by family; then all packed exports reloaded in one fresh process."""
     runs = Runs()
     for family in SUPPORTED:
         try:
-            runs[family] = quantize(family, tmp_path_factory.mktemp(family))
+            folder = tmp_path_factory.mktemp(family)
+            source = save_tiny(family, folder / "model")
+            module = quantize(source, folder / "memory", "memory")
+            runs[family] = Quantized(folder / "memory", load_model(str(source)), module)
         except Exception as error:  # one family must not hide the others; its own tests raise this
             runs.errors[family] = error
-    command = [sys.executable, "-c", RELOAD, *(str(run.folder) for run in runs.values())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run(command, check=True, env=environment)
-    return runs
+    done = call(reload, [run.folder for run in runs.values()])
+    assert done.returncode == 0, done.stderr
+    gc.freeze()  # as in conftest.py: the code of all families, and their models for as long as they are needed
+    yield runs
+    gc.unfreeze()
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -155,12 +161,22 @@ def test_reloaded_logits_equal_the_dense_export_and_the_model_in_memory(
     family: str, quantized: dict[str, Quantized]
 ) -> None:
     run = quantized[family]
-    reloaded = torch.load(run.folder / "reloaded.pt")
+    reloaded = torch.load(run.folder.parent / "reloaded.pt")
     assert reloaded.isfinite().all()
     dense = opened(run.folder / "dense")
     assert same(reloaded, logits(dense))
     assert same(reloaded, logits(in_dtypes_of(run.module.model, dense)))
     assert not same(reloaded, logits(run.original))
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_a_fit_that_streams_has_the_bytes_of_one_in_memory(
+    family: str, quantized: dict[str, Quantized], tmp_path: Path
+) -> None:
+    memory = quantized[family].folder
+    streamed = quantize(memory.parent / "model", tmp_path / "stream", "stream")
+    assert_same_bytes(memory, tmp_path / "stream")
+    assert_no_block_stayed(streamed)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

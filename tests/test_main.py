@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 EVAL_CONFIGS = [path for path in CONFIGS if "eval" in path.stem]
 FIT_CONFIGS = [path for path in CONFIGS if path not in EVAL_CONFIGS]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+# A twentieth of the text that configurations name, all of which is turned into tokens.
+SHORT_TEXT = "assets/reference-moe/texts/arithmetic.txt"
 
 
 @pytest.fixture(scope="session")
@@ -48,23 +51,37 @@ def small_data(config: Path) -> list[str]:
     return [
         f"--data.length={min(24, data['init_args']['length'])}",
         f"--data.{number}={min(4, data['init_args'][number])}",
+        *texts(config, SHORT_TEXT),
     ]
 
 
+def texts(config: Path, other: str | None = None) -> list[str]:
+    """Options that name the texts of a configuration, or another text in place of them."""
+    given = yaml.safe_load(config.read_text())["data"]["init_args"]
+    return [f"--data.{name}={other or given[name]}" for name in ("path", "compare_text") if given.get(name)]
+
+
 def small_groups(config: Path) -> str:
-    """Groups that fit into the rows of a tiny model; those below 32 are none that vLLM reads."""
+    """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime") for each in callbacks}
-    return f"--model.group_size={32 if 'vllm' in runtimes else 16}"
+    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
+    return f"--model.group_size={16 if runtimes == {'research'} else 32}"
 
 
-def fit(config: Path, model: Path, folder: Path, *options: str) -> None:
+def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
+    """Run fit."""
     main(
         [
             "fit", "--config", str(config), f"--model.name={model}", small_groups(config),
             f"--trainer.default_root_dir={folder}", *small_data(config), *QUIET, *options,
         ]
     )  # fmt: skip
+
+
+def fit(config: Path, model: Path, folder: Path, *options: str) -> None:
+    """Run fit without its figures, which take a third of the time on a tiny model."""
+    with patch("callbacks.figures._drawings", return_value={}):
+        fit_and_draw(config, model, folder, *options)
 
 
 def validate(config: Path, model: Path, folder: Path, *options: str) -> dict[str, Any]:
@@ -96,7 +113,10 @@ def logged(folder: Path) -> dict[str, float]:
 
 
 # What an edit needs runs the short ones.
-LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier")
+LONG_CONFIGS = (
+    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
+    "gguf_mixed", "mlx_mixed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -107,7 +127,9 @@ LONG_CONFIGS = ("moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "q
     ],
 )
 def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_path: Path) -> None:
-    fit(config, tiny, tmp_path)
+    fit_and_draw(config, tiny, tmp_path, *texts(config))
+    steps = [step["class_path"] for step in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
+    assert (tmp_path / "figures").is_dir() == any(step.endswith("Figures") for step in steps)
     for name in ("config.yaml", "manifest.json", "allocation.json", "errors.csv", "fallbacks.json", "summary.md"):
         assert (tmp_path / name).is_file(), name
     verification = json.loads((tmp_path / "verification.json").read_text())

@@ -1,4 +1,7 @@
-"""A fit that streams its blocks ends with the bytes of one that holds them all, in every family and with every step."""
+"""A fit that streams its blocks ends with the bytes of one that holds them all, with every step.
+
+``tests/test_families.py`` has the same of every family.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +23,9 @@ from callbacks.router_calibration import RouterCalibration
 from callbacks.rtn import RTN
 from callbacks.survey import Survey
 from moeq.checkpoint.loading import model_bytes, working_bytes
-from moeq.checkpoint.stream import BlockStream
 from moeq.module import MoEQuantModule
-from tests.families import FAMILIES
 from tests.fit.test_damaged_blocks import Own
+from tests.same_bytes import assert_no_block_stayed, assert_same_bytes, written
 from tests.tiny import save_tiny
 
 pytestmark = [
@@ -31,13 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 Steps = list[Callback]
-# Times, and what the run was asked for.
-TOLD = frozenset(
-    {
-        "manifest.json", "moeq_manifest.json", "memory.csv", "summary.md", "verification.json", "preflight.json",
-        "preflight.md",
-    }
-)  # fmt: skip
 
 
 def fit(steps: Steps, model: Path, folder: Path, placement: str, **options: object) -> MoEQuantModule:
@@ -50,30 +45,6 @@ def fit(steps: Steps, model: Path, folder: Path, placement: str, **options: obje
     return module
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    """Every file of a run folder but those of ``TOLD``, by its path in the folder, whose own name is left out."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TOLD)
-    name = str(folder).encode()
-    return {path.relative_to(folder).as_posix(): path.read_bytes().replace(name, b"") for path in paths}
-
-
-def assert_same_bytes(steps: Callable[[], Steps], model: Path, folder: Path, **options: object) -> None:
-    modules = {place: fit(steps(), model, folder / place, place, **options) for place in ("memory", "stream")}
-    memory, stream = (written(folder / place) for place in modules)
-    assert memory.keys() == stream.keys()
-    assert [name for name in memory if memory[name] != stream[name]] == []
-    assert {"export/model.safetensors", "blocks/block_000.safetensors", "export/config.json"} <= stream.keys()
-    residency = modules["stream"].adapter.residency
-    assert isinstance(residency, BlockStream)
-    assert all(parameter.is_meta for parameter in residency.blocks.parameters()), "a block stayed in memory"
-
-
-@pytest.mark.parametrize("family", sorted(name for name in FAMILIES if name != "llama"))
-def test_every_family_has_the_bytes_of_a_fit_in_memory(family: str, tmp_path: Path) -> None:
-    model = save_tiny(family, tmp_path / "model")
-    assert_same_bytes(lambda: [HessianCalibration(), GPTQ(), Export()], model, tmp_path)
-
-
 STEPS: dict[str, Callable[[], Steps]] = {
     "rotated, routers refitted, rounding learned": lambda: [
         Rotation(), HessianCalibration(), GPTQ(), RouterCalibration(), LearnedRounding(num_steps=3), ExpertUsage(),
@@ -84,8 +55,8 @@ STEPS: dict[str, Callable[[], Steps]] = {
         BitAllocation(method="allocate", cost="fisher", budget=3.0, choices=[2, 4]), HessianCalibration(), GPTQ(),
         Export(),
     ],
-    "channels scaled": lambda: [HessianCalibration(), AWQ(), Export(dense=False)],
-    "rounded to nearest": lambda: [RTN(), Export(dense=False)],
+    "channels scaled": lambda: [HessianCalibration(), AWQ(), Export(formats=["moeq"])],
+    "rounded to nearest": lambda: [RTN(), Export(formats=["moeq"])],
 }  # fmt: skip
 
 
@@ -93,7 +64,10 @@ STEPS: dict[str, Callable[[], Steps]] = {
 @pytest.mark.parametrize("steps", STEPS)
 def test_every_step_has_the_bytes_of_a_fit_in_memory(steps: str, family: str, tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path / "model")
-    assert_same_bytes(STEPS[steps], model, tmp_path)
+    fit(STEPS[steps](), model, tmp_path / "memory", "memory")
+    streamed = fit(STEPS[steps](), model, tmp_path / "stream", "stream")
+    assert_same_bytes(tmp_path / "memory", tmp_path / "stream")
+    assert_no_block_stayed(streamed)
 
 
 def test_waiting_states_on_disk_and_small_hessians_change_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def pinned(name: str) -> dict[str, str]:
 
 def minimum(requirement: str) -> tuple[str, str]:
     """Package and lowest version of a requirement such as ``jsonargparse[signatures]>=4.47,<5``."""
-    found = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:>=|==)([\d.]+)(?:,<\d+)?", requirement)
+    found = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:>=|==)([\d.]+)(?:,<\d+)?(?:; .+)?", requirement)
     assert found, requirement
     return found[1], found[2]
 

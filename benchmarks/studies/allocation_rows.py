@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moeq.allocation.allocate import allocate
+from moeq.allocation.constraints import Budget, Constraints
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.heuristics import RULES
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Budget, Constraints
 from moeq.quant.spec import GridSpec, WeightShape
 
 Plan = dict[str, GridSpec]

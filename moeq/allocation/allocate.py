@@ -7,9 +7,11 @@ the damage one accepts for being readable by more systems is a number.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moeq.allocation.constraints import Budget, Constraints
 from moeq.allocation.evidence import CostTable
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Budget, Constraints, build_problem
+from moeq.allocation.price import file_cost
+from moeq.allocation.problem import build_problem
 from moeq.allocation.runtime import RUNTIMES
 from moeq.allocation.solver import SolverName, solve
 from moeq.quant.spec import GridSpec, WeightShape
@@ -27,7 +29,7 @@ class Allocation:
         used: What the plan takes, in the unit of the budget.
         budget: The limit.
         solver: "exact" or "lagrangian".
-        num_units: Decisions: weights, experts or blocks, by the runtime.
+        num_units: Decisions: weights, projections, experts or blocks, by the runtime.
     """
 
     plan: dict[str, GridSpec]
@@ -42,11 +44,20 @@ class Allocation:
 
 @dataclass(frozen=True)
 class RuntimePrice:
-    """Predicted damage under one runtime; None with a reason where no plan within the budget can be read by it."""
+    """Predicted damage under one runtime; None with a reason where no plan within the budget can be read by it.
+
+    Attributes:
+        runtime: Its name.
+        predicted: Damage of its best plan, in the unit of the cost table.
+        used: What that takes, in the unit of the budget.
+        average_bits: Bits per weight of its files.
+        reason: Why there is no plan.
+    """
 
     runtime: str
     predicted: float | None
     used: float | None
+    average_bits: float | None = None
     reason: str = ""
 
 
@@ -88,13 +99,14 @@ def runtime_prices(
 ) -> list[RuntimePrice]:
     """Predicted damage of the best plan for every runtime, all else as ``constraints``; arguments of ``allocate``."""
     prices = []
-    for runtime in RUNTIMES:
+    for name, runtime in RUNTIMES.items():
         try:
-            found = allocate(weights, costs, replace(constraints, runtime=runtime), solver)
+            found = allocate(weights, costs, replace(constraints, runtime=name), solver)
         except ValueError as error:
-            prices.append(RuntimePrice(runtime, None, None, str(error)))
+            prices.append(RuntimePrice(name, None, None, reason=str(error)))
         else:
-            prices.append(RuntimePrice(runtime, found.predicted, found.used))
+            takes = file_cost(found.plan, weights, runtime, constraints.carrier)
+            prices.append(RuntimePrice(name, found.predicted, found.used, takes.average_bits))
     return prices
 
 
@@ -102,7 +114,7 @@ def predicted_cost(plan: Mapping[str, GridSpec], costs: CostTable) -> float | No
     """Predicted damage of any plan, to compare it with an allocated one; None where the table lacks a choice of it."""
     total = 0.0
     for name, grid in plan.items():
-        cost = costs.get(name, {}).get(Choice(grid.bits, grid.group_size))
+        cost = costs.get(name, {}).get(Choice.of(grid))
         if cost is None:
             return None
         total += cost

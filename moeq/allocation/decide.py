@@ -11,24 +11,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
-from moeq.allocation.evidence import CostTable, Evidence
+from moeq.allocation.constraints import Budget, BudgetUnit, Constraints, Floor
+from moeq.allocation.evidence import Evidence, find_costs
 from moeq.allocation.patterns import Pattern, Wish, match_patterns
 from moeq.allocation.plan import (
     DEFAULT_CHOICES,
     check_plan,
     kept_from_json,
     parse_choices,
-    plan_cost,
     plan_from_json,
     planned,
     uniform_plan,
 )
-from moeq.allocation.problem import Budget, BudgetUnit, Constraints, Floor
+from moeq.allocation.price import check_budget, symmetry_note
 from moeq.allocation.rules import Rule, RuleEffect, apply_rules, make_rule
-from moeq.allocation.runtime import RuntimeName, check_runtime, find_runtime
+from moeq.allocation.runtime import RuntimeName, check_kept, check_runtime, find_runtime
+from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import GridSpec, WeightShape
 
 Method = Literal["rules", "allocate"]
@@ -51,11 +52,14 @@ class AllocationSpec:
         method: "rules", or "allocate": the least predicted damage within a budget.
         cost: Cost table of the survey that the allocator minimises, for example fisher.
         budget: Limit of the allocator; of rules or a given plan, checked.
-        budget_unit: "code_bits" or "average_bits" per weight, "bytes", or "active_bytes" (of one token's weights).
+        budget_unit: "code_bits" per weight, or what the runtime's files hold: "average_bits" per weight, "bytes", or
+            "active_bytes" (of one token's weights).
         choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128" and
             "4g0" (no groups).
-        runtime: What must read the result: "research" (any width by weight), "gptqmodel" (one width per expert), "vllm"
-            (one per block's experts and per fused linear), "uniform_experts" (one for all experts).
+        runtime: What must read the result, and whose files the budget is about: "research" (moeq's own), "llama.cpp",
+            "mlx", "vllm", "sglang" or "gptqmodel"; docs/allocation.md says what they read.
+        carrier: Types of those files: "exact" (every value is held, some by types wider than the grids) or "native" (of
+            the grids' own widths where there are such, at the price of their rounding).
         floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
     """
 
@@ -72,10 +76,14 @@ class AllocationSpec:
     budget_unit: BudgetUnit = "code_bits"
     choices: tuple[int | str, ...] = DEFAULT_CHOICES
     runtime: RuntimeName = "research"
+    carrier: CarrierMode = "exact"
     floors: tuple[Floor, ...] = ()
 
     def __post_init__(self) -> None:
-        find_runtime(self.runtime)
+        if self.carrier not in get_args(CarrierMode):
+            raise ValueError(f"carrier ({self.carrier}) must be one of {', '.join(get_args(CarrierMode))}")
+        if find_runtime(self.runtime).format is None and self.carrier != "exact":
+            raise ValueError(f"carrier ({self.carrier}) is about files of a runtime; give runtime, such as llama.cpp")
         bits, rules = self.bits_by_kind, self.parsed_rules
         if self.plan is not None and (bits or rules or self.patterns or self.method == "allocate"):
             lists = {"patterns": self.patterns, "rules": rules, "method": self.cost}
@@ -115,13 +123,27 @@ class AllocationSpec:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and how it came about: what is kept, what rules did, what the allocator found, what runtimes cost."""
+    """A plan, and how it came about.
+
+    Attributes:
+        plan: Grids by name.
+        kept: Names of weights that are kept as they are.
+        effects: What rules did.
+        allocation: What the allocator found.
+        prices: What each runtime would cost.
+        runtime: What must read the result.
+        carrier: Types of its files.
+        note: What would make these smaller, or nothing.
+    """
 
     plan: dict[str, GridSpec]
     kept: tuple[str, ...] = ()
     effects: tuple[RuleEffect, ...] = ()
     allocation: Allocation | None = None
     prices: tuple[RuntimePrice, ...] = ()
+    runtime: RuntimeName = "research"
+    carrier: CarrierMode = "exact"
+    note: str = ""
 
 
 def decide(
@@ -140,19 +162,21 @@ def decide(
     """
     if spec.method == "allocate":
         return _allocate(spec, weights, grid, evidence)
+    effects: Sequence[RuleEffect] = ()
     if spec.plan is not None:
         plan, kept = plan_from_json(Path(spec.plan)), kept_from_json(Path(spec.plan))
         check_plan(plan, weights, kept)
-        decision = Decision(plan, kept)
     else:
         base, wishes = base_plan(spec, weights, grid)
         told = {name for name, wish in wishes.items() if wish.bits is not None}
         plan, effects = apply_rules(base, spec.parsed_rules, planned(base, weights), evidence, told)
-        decision = Decision(plan, kept_names(wishes, weights), tuple(effects))
-    check_runtime(plan, weights, find_runtime(spec.runtime))
+        kept = kept_names(wishes, weights)
+    runtime = find_runtime(spec.runtime)
+    check_runtime(plan, weights, runtime, spec.carrier)
     if spec.limit is not None:
-        check_budget(plan, weights, spec.limit)
-    return decision
+        check_budget(plan, weights, spec.limit, runtime, spec.carrier)
+    note = symmetry_note(((w, plan[w.name]) for w in planned(plan, weights)), runtime, spec.carrier)
+    return Decision(plan, kept, tuple(effects), runtime=spec.runtime, carrier=spec.carrier, note=note)
 
 
 def base_plan(
@@ -168,27 +192,6 @@ def kept_names(wishes: Mapping[str, Wish], weights: Sequence[WeightShape]) -> tu
     return tuple(weight.name for weight in weights if weight.name in wishes and wishes[weight.name].keep)
 
 
-def check_budget(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], budget: Budget) -> None:
-    """Raise ValueError where a plan takes more than a budget."""
-    takes = getattr(plan_cost(plan, weights), budget.unit)
-    if takes > budget.value * (1 + 1e-12):
-        raise ValueError(
-            f"the plan takes {takes:.6g} {budget.unit} where the budget is {budget.value:.6g}; "
-            f"give some weights fewer bits, or a budget of {takes:.6g}"
-        )
-
-
-def find_costs(evidence: Evidence | None, name: str) -> CostTable:
-    """A cost table of the survey; raises ValueError where it was not gathered, naming those that were."""
-    tables = {} if evidence is None else evidence.costs
-    if name not in tables:
-        raise ValueError(
-            f"the survey holds no cost {name!r} (it has: {', '.join(tables) or 'none'}); "
-            f"add {name} to costs of the callback Survey"
-        )
-    return tables[name]
-
-
 def make_constraints(
     spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, minimum_bits: Mapping[str, int]
 ) -> Constraints:
@@ -202,6 +205,7 @@ def make_constraints(
     """
     assert spec.limit is not None
     base, wishes = base_plan(spec, weights, grid)
+    check_kept(kept_names(wishes, weights), weights, find_runtime(spec.runtime))
     told = {name for name, wish in wishes.items() if wish.bits is not None}
     return Constraints(
         choices=parse_choices(spec.choices, grid.group_size),
@@ -212,6 +216,7 @@ def make_constraints(
         minimum_bits=minimum_bits,
         fixed={w.name: base[w.name] for w in planned(base, weights) if w.kind in spec.bits_by_kind or w.name in told},
         group_sizes={name: wish.group_size or None for name, wish in wishes.items() if wish.group_size is not None},
+        carrier=spec.carrier,
     )
 
 
@@ -231,7 +236,15 @@ def _allocate(
     base, wishes = base_plan(spec, weights, grid)
     quantized, costs = planned(base, weights), find_costs(evidence, spec.cost)
     constraints = make_constraints(spec, weights, grid, least_bits(spec.parsed_rules, quantized, evidence))
-    found = allocate(quantized, costs, constraints)
-    check_runtime(found.plan, weights, find_runtime(spec.runtime))
-    prices = runtime_prices(quantized, costs, constraints)
-    return Decision(found.plan, kept_names(wishes, weights), allocation=found, prices=tuple(prices))
+    found, runtime = allocate(quantized, costs, constraints), find_runtime(spec.runtime)
+    check_runtime(found.plan, weights, runtime, spec.carrier)
+    grids = ((weight, choice.grid(grid)) for weight in quantized for choice in constraints.choices)
+    return Decision(
+        found.plan,
+        kept_names(wishes, weights),
+        allocation=found,
+        prices=tuple(runtime_prices(quantized, costs, constraints)),
+        runtime=spec.runtime,
+        carrier=spec.carrier,
+        note=symmetry_note(grids, runtime, spec.carrier),
+    )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moeq.allocation.decide import AllocationSpec, base_plan, find_costs, least_bits, make_constraints
-from moeq.allocation.evidence import Evidence, Promise, num_experts_by_path
+from moeq.allocation.decide import AllocationSpec, base_plan, least_bits, make_constraints
+from moeq.allocation.evidence import Evidence, Promise, find_costs, num_experts_by_path
 from moeq.allocation.plan import planned
 from moeq.allocation.problem import build_problem
 from moeq.allocation.rules import apply_rules

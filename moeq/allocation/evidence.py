@@ -154,6 +154,17 @@ def read_evidence(path: Path, weights: Sequence[WeightShape] | None = None) -> E
         raise ValueError(f"{path}: {error}") from error
 
 
+def find_costs(evidence: Evidence | None, name: str) -> CostTable:
+    """A cost table of the survey; raises ValueError where it was not gathered, naming those that were."""
+    tables = {} if evidence is None else evidence.costs
+    if name not in tables:
+        raise ValueError(
+            f"the survey holds no cost {name!r} (it has: {', '.join(tables) or 'none'}); "
+            f"add {name} to costs of the callback Survey"
+        )
+    return tables[name]
+
+
 def _list_of(values_L: Tensor | None) -> list[float | None] | None:
     if values_L is None:
         return None

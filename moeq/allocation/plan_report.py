@@ -10,13 +10,20 @@ from typing import Any
 
 from moeq.allocation.decide import Decision
 from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json, planned
+from moeq.allocation.price import file_cost, file_types
 from moeq.allocation.rules import RuleEffect
+from moeq.allocation.runtime import find_runtime
 from moeq.quant.spec import WeightShape
 
 
 def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> dict[str, Any]:
-    """A plan as JSON, which ``plan_from_json`` reads, with what the rules and the allocator did."""
+    """A plan as JSON, which ``plan_from_json`` reads, with the runtime's files, and what rules and allocator did."""
     data = plan_to_json(decision.plan, plan_cost(decision.plan, weights), decision.kept)
+    runtime = find_runtime(decision.runtime)
+    if runtime.format is not None:
+        takes = asdict(file_cost(decision.plan, weights, runtime, decision.carrier))
+        types = file_types(decision.plan, weights, runtime, decision.carrier)
+        data["file"] = {"runtime": runtime.name, "carrier": decision.carrier, **takes, "types": types}
     if decision.effects:
         data["rules"] = [
             {"rule": effect.rule, "selected": list(effect.selected), "raised": list(effect.raised)}
@@ -31,7 +38,7 @@ def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> di
 
 def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str:
     """Markdown: cost of the plan, what rules and allocator did, price of runtimes, widths by structure and block."""
-    lines = ["# Bit allocation", "", *_cost_table(plan_cost(decision.plan, weights))]
+    lines = ["# Bit allocation", "", *_cost_table(plan_cost(decision.plan, weights)), *_file_lines(decision, weights)]
     shapes = {weight.name: weight for weight in weights}
     if decision.kept:
         kept = f"{len(decision.kept)} of {len(shapes)} weights are kept as they are, and are part of no average"
@@ -44,6 +51,24 @@ def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str
     lines += ["", "## Widths by linear", "", *_widths_table(decision, weights, lambda w: (w.kind, w.linear))]
     lines += ["", "## Widths by block", "", *_widths_table(decision, weights, lambda w: ("block", w.block))]
     return "\n".join(lines) + "\n"
+
+
+def cost_summary(decision: Decision, weights: Sequence[WeightShape]) -> str:
+    """What a plan takes, and its runtime's files, for the log."""
+    cost, runtime = plan_cost(decision.plan, weights), find_runtime(decision.runtime)
+    text = (
+        f"{cost.code_bits:.3f} bits per quantized weight, {cost.average_bits:.3f} with scales and zero points "
+        f"({cost.active_average_bits:.3f} over active weights), {cost.bytes / 1e6:.2f} MB"
+    )
+    if runtime.format is not None:
+        takes = file_cost(decision.plan, weights, runtime, decision.carrier)
+        text += (
+            f"; in files for {runtime.name} ({decision.carrier}) {takes.average_bits:.3f} "
+            f"({takes.active_average_bits:.3f}), {takes.bytes / 1e6:.2f} MB"
+        )
+    if decision.kept:
+        text += f"; {len(decision.kept)} weights kept as they are"
+    return text + (f"\n{decision.note}" if decision.note else "")
 
 
 def describe(weights: Iterable[WeightShape]) -> str:
@@ -77,6 +102,23 @@ def _cost_table(cost: PlanCost) -> list[str]:
     ]
 
 
+def _file_lines(decision: Decision, weights: Sequence[WeightShape]) -> list[str]:
+    """Rows of the same table for the runtime's files, and their types; nothing for research."""
+    runtime = find_runtime(decision.runtime)
+    if runtime.format is None:
+        return []
+    cost = file_cost(decision.plan, weights, runtime, decision.carrier)
+    types = file_types(decision.plan, weights, runtime, decision.carrier)
+    active = f"{cost.active_code_bits:.3f} | {cost.active_average_bits:.3f} | {cost.active_bytes}"
+    lines = [
+        f"| all, in files for {runtime.name} | {cost.code_bits:.3f} | {cost.average_bits:.3f} | {cost.bytes} |",
+        f"| active, in files for {runtime.name} | {active} |",
+        "",
+        f"Types of these files ({decision.carrier}): {', '.join(f'{num} {name}' for name, num in types.items())}.",
+    ]
+    return [*lines, "", f"Note: {decision.note}."] if decision.note else lines
+
+
 def _rules_table(effects: Sequence[RuleEffect]) -> list[str]:
     lines = ["| rule | selects | raises | adds | bits after it | with overhead |", "|---|---|---|---|---|---|"]
     for effect in effects:
@@ -95,16 +137,17 @@ def _allocator_lines(decision: Decision) -> list[str]:
         f"Budget {found.budget.value:.6g} {found.budget.unit}, used {found.used:.6g}; {found.num_units} decisions "
         f"({found.runtime}), {found.solver} solver, at most {found.gap:.2g} (relative) above the least damage.",
         "",
-        "| runtime | predicted error | relative to research | used |",
-        "|---|---|---|---|",
+        "| runtime | predicted error | relative to research | used | bits per weight in its files |",
+        "|---|---|---|---|---|",
     ]
     least = next((p.predicted for p in decision.prices if p.runtime == "research"), None)
     for price in decision.prices:
         if price.predicted is None:
-            lines.append(f"| {price.runtime} | not reachable: {price.reason} | | |")
+            lines.append(f"| {price.runtime} | not reachable: {price.reason} | | | |")
             continue
         ratio = f"{price.predicted / least:.3f}" if least else ""
-        lines.append(f"| {price.runtime} | {price.predicted:.6g} | {ratio} | {price.used:.6g} |")
+        cells = f"{price.predicted:.6g} | {ratio} | {price.used:.6g} | {price.average_bits:.3f}"
+        lines.append(f"| {price.runtime} | {cells} |")
     return lines
 
 
@@ -114,7 +157,7 @@ def _widths_table(decision: Decision, weights: Sequence[WeightShape], key: Any) 
     numel, bits = Counter[tuple[str, object]](), Counter[tuple[str, object]]()
     for weight in planned(decision.plan, weights):
         grid = decision.plan[weight.name]
-        counts[key(weight)][Choice(grid.bits, grid.group_size)] += 1
+        counts[key(weight)][Choice.of(grid)] += 1
         numel[key(weight)] += weight.numel
         bits[key(weight)] += weight.numel * grid.bits
     widths = sorted({choice for counter in counts.values() for choice in counter})

@@ -1,22 +1,27 @@
-"""Runtime constraints: which weights must share a width, and which widths the runtime that serves the model reads.
+"""What the runtime that serves a model reads: which weights share a type, which grids have one, and its true size.
 
-``research``         every weight has its own width; moeq's own packed checkpoint reads any.
-``gptqmodel``        one width per routed expert; GPTQModel loads experts of different widths.
-``vllm``             one width for all experts of a block, and one for linears that vLLM fuses (q, k, v; gate, up):
-                     it looks up the scheme of expert 0 and gives it to all.
-``uniform_experts``  one width for the routed experts of the whole model: what most published checkpoints have.
+``research``   every weight on a grid of its own; moeq's packed checkpoint reads any.
+``llama.cpp``  GGUF: all experts of one projection and block are one tensor of one type.
+``mlx``        all experts of one projection and block are one layer of one type.
+``vllm``       one scheme for all experts of a block, whose first one it looks up, and one for linears that it fuses
+               (q, k, v; gate, up).
+``sglang``     the same, and types of 4 and 8 bits only.
+``gptqmodel``  one type per routed expert.
 
-Weights that must share a width form a unit, which an allocator gives one choice.
+Weights that must share a type form a unit, which an allocator gives one choice.  The types, *carriers*, are those of
+``moeq.quant.carrier``: a grid costs what its carrier takes, so 3 bits in 4-bit blocks of 32 cost 4.5 bits a weight.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
-from moeq.allocation.plan import Choice
+from moeq.allocation.plan import Choice, storage_bits
+from moeq.quant.carrier import Carrier, CarrierMode, FormatName, choose_carrier
 from moeq.quant.spec import GridSpec, WeightShape
 
-RuntimeName = Literal["research", "gptqmodel", "vllm", "uniform_experts"]
+RuntimeName = Literal["research", "llama.cpp", "vllm", "sglang", "mlx", "gptqmodel"]
 # Linears that vLLM merges into one: q, k and v; the two first projections of multi-head latent attention; gate and up.
 VLLM_FUSED = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
@@ -31,25 +36,64 @@ class Runtime:
 
     Attributes:
         name: Its name.
-        bits: Widths it reads; None is every width of the grid.
-        group_sizes: Group sizes it reads (None among them is one scale per channel); None is every size.
-        key: Weights of equal key share a width.
+        format: Of the files that it reads; None is moeq's own, which holds every grid as it is.
+        key: Weights of equal key share a type.
+        bits: Widths of the types that it computes with; None is all of the format.
     """
 
     name: RuntimeName
-    bits: frozenset[int] | None
-    group_sizes: frozenset[int | None] | None
+    format: FormatName | None
     key: Callable[[WeightShape], Hashable]
+    bits: frozenset[int] | None = None
 
-    def admits(self, choice: Choice) -> bool:
-        """Whether it reads this width and group size."""
-        return (self.bits is None or choice.bits in self.bits) and (
-            self.group_sizes is None or choice.group_size in self.group_sizes
-        )
+    def carrier(self, grid: GridSpec, in_features: int, mode: CarrierMode = "exact") -> Carrier:
+        """The type of its files that holds a grid; ``format`` must not be None.
+
+        Raises:
+            ValueError: The groups do not divide the in-features, the format has no type, or the runtime does not read
+                that one.
+        """
+        assert self.format is not None
+        return _carrier(self, self.format, grid, in_features, mode)
+
+    def holds(self, grid: GridSpec, in_features: int, mode: CarrierMode = "exact") -> bool:
+        """Whether a weight can be on a grid."""
+        try:
+            if self.format is None:
+                grid.num_groups(in_features)
+            else:
+                self.carrier(grid, in_features, mode)
+        except ValueError:
+            return False
+        return True
+
+    def file_bits(self, weight: WeightShape, grid: GridSpec, mode: CarrierMode = "exact") -> int:
+        """Bits of a weight in its files: codes, scales and zero points; raises ValueError where it cannot read it."""
+        if self.format is None:
+            return sum(storage_bits(weight, grid))
+        try:
+            found = self.carrier(grid, weight.in_features, mode)
+        except ValueError as error:
+            raise ValueError(f"{weight.name}: {self.name} cannot read {_choice(grid).label}: {error}") from error
+        return found.num_bits(weight.out_features, weight.in_features)
+
+
+@lru_cache(1 << 12)
+def _carrier(runtime: Runtime, name: FormatName, grid: GridSpec, in_features: int, mode: CarrierMode) -> Carrier:
+    grid.num_groups(in_features)  # raises where they do not divide
+    found = choose_carrier(name, grid, in_features, mode)
+    if runtime.bits is not None and found.bits not in runtime.bits:
+        widths = ", ".join(map(str, sorted(runtime.bits)))
+        raise ValueError(f"{name} ({mode}) has it in {found.bits} bits, and {runtime.name} reads {widths}")
+    return found
 
 
 def _by_expert(weight: WeightShape) -> Hashable:
     return weight.name if weight.expert is None else weight.name.rpartition(".")[0]
+
+
+def _by_projection(weight: WeightShape) -> Hashable:
+    return weight.name if weight.expert is None else (weight.block, weight.linear)
 
 
 def _by_fused_module(weight: WeightShape) -> Hashable:
@@ -59,18 +103,14 @@ def _by_fused_module(weight: WeightShape) -> Hashable:
     return parent, VLLM_FUSED.get(leaf, leaf)
 
 
-def _by_structure(weight: WeightShape) -> Hashable:
-    return weight.name if weight.expert is None else None
-
-
-# GPTQModel packs 5, 6 and 7 bits only in a layout of its own.  vLLM reads 4 and 8 bits by Marlin, 2 by Humming kernels.
+# vLLM computes 4 and 8 bits by Marlin, 2 by Humming; SGLang has the former only.
 RUNTIMES: dict[RuntimeName, Runtime] = {
-    "research": Runtime("research", None, None, lambda weight: weight.name),
-    "gptqmodel": Runtime(
-        "gptqmodel", frozenset({2, 3, 4, 8}), frozenset({None, 16, 32, 64, 128, 256, 512, 1024}), _by_expert
-    ),
-    "vllm": Runtime("vllm", frozenset({2, 4, 8}), frozenset({None, 32, 64, 128}), _by_fused_module),
-    "uniform_experts": Runtime("uniform_experts", None, None, _by_structure),
+    "research": Runtime("research", None, lambda weight: weight.name),
+    "llama.cpp": Runtime("llama.cpp", "gguf", _by_projection),
+    "vllm": Runtime("vllm", "compressed-tensors", _by_fused_module, frozenset({2, 4, 8})),
+    "sglang": Runtime("sglang", "compressed-tensors", _by_fused_module, frozenset({4, 8})),
+    "mlx": Runtime("mlx", "mlx", _by_projection),
+    "gptqmodel": Runtime("gptqmodel", "gptq", _by_expert),
 }
 
 
@@ -82,43 +122,46 @@ def find_runtime(name: str) -> Runtime:
 
 
 def shared_width_units(weights: Sequence[WeightShape], runtime: Runtime) -> list[tuple[WeightShape, ...]]:
-    """Weights that must share a width, in the order of the first of each unit."""
+    """Weights that must share a type, in the order of the first of each unit."""
     units: dict[Hashable, list[WeightShape]] = {}
     for weight in weights:
         units.setdefault(runtime.key(weight), []).append(weight)
     return [tuple(unit) for unit in units.values()]
 
 
-def check_runtime(plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], runtime: Runtime) -> None:
-    """Raise ValueError where the runtime cannot read a plan, naming the first weight that stands against it."""
-    for unit in shared_width_units(weights, runtime):
-        kept = [weight.name for weight in unit if weight.name not in plan]
-        if 0 < len(kept) < len(unit):
+def check_kept(kept: Collection[str], weights: Sequence[WeightShape], runtime: Runtime) -> None:
+    """Raise ValueError where some of the weights of a unit are kept as they are and others are not."""
+    for unit in shared_width_units(weights, runtime) if kept else ():
+        left = [weight.name for weight in unit if weight.name in kept]
+        if 0 < len(left) < len(unit):
             raise ValueError(
-                f"{kept[0]} is kept as it is, and {runtime.name} reads these {len(unit)} weights in one way; keep all "
+                f"{left[0]} is kept as it is, and {runtime.name} reads these {len(unit)} weights in one way; keep all "
                 "of them or none, or use research"
             )
-        if kept:
-            continue
-        first = _choice(plan[unit[0].name])
+
+
+def check_runtime(
+    plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], runtime: Runtime, mode: CarrierMode = "exact"
+) -> None:
+    """Raise ValueError where the runtime cannot read a plan, naming the first weight that stands against it.
+
+    Grids of one unit may differ as long as one type holds them all.
+    """
+    check_kept({weight.name for weight in weights if weight.name not in plan}, weights, runtime)
+    if runtime.format is None:
+        return
+    for unit in shared_width_units([weight for weight in weights if weight.name in plan], runtime):
         for weight in unit:
-            choice = _choice(plan[weight.name])
-            if not runtime.admits(choice):
+            runtime.file_bits(weight, plan[weight.name], mode)  # raises by name
+        first, *others = ((weight, runtime.carrier(plan[weight.name], weight.in_features, mode)) for weight in unit)
+        for weight, carrier in others:
+            if carrier != first[1]:
                 raise ValueError(
-                    f"{weight.name}: {runtime.name} cannot read {choice.label}; it reads {_readable(runtime)}"
-                )
-            if choice != first:
-                raise ValueError(
-                    f"{weight.name} has {choice.label}, {unit[0].name} has {first.label}: "
-                    f"{runtime.name} reads one width for these {len(unit)} weights; make them equal, or use research"
+                    f"{weight.name} has {_choice(plan[weight.name]).label} ({carrier.name}), {first[0].name} has "
+                    f"{_choice(plan[first[0].name]).label} ({first[1].name}): {runtime.name} reads one type for these "
+                    f"{len(unit)} weights; make them equal, or use research"
                 )
 
 
 def _choice(grid: GridSpec) -> Choice:
-    return Choice(grid.bits, grid.group_size)
-
-
-def _readable(runtime: Runtime) -> str:
-    bits = "2 to 8" if runtime.bits is None else ", ".join(map(str, sorted(runtime.bits)))
-    sizes = sorted(size for size in runtime.group_sizes or () if size is not None)
-    return f"{bits} bits" + (f" in groups of {', '.join(map(str, sizes))} or per channel" if sizes else "")
+    return Choice.of(grid)

@@ -85,10 +85,12 @@ def _unreachable(problem: AllocationProgram, smallest: int) -> str:
     step = int(above_UC[above_UC > 0].min()) if (above_UC > 0).any() else 0
     reachable = [problem.amount(smallest), problem.amount(smallest + step)]
     largest = problem.amount(largest_size(problem))
+    files = "" if problem.runtime == "research" else f" in files for {problem.runtime}"
+    note = f"; {problem.note}" if problem.note else ""
     return (
-        f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the smallest plan; the nearest reachable "
-        f"budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {largest:.6g}; "
-        "raise the budget, add smaller choices, or lower floors, rules and fixed bits"
+        f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the smallest plan{files}; the nearest "
+        f"reachable budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {largest:.6g}; "
+        f"raise the budget, add smaller choices, or lower floors, rules and fixed bits{note}"
     )
 
 

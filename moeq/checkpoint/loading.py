@@ -64,7 +64,7 @@ def load_model(
     folder = weights_folder(name, revision)
     with _readable_errors(name):
         if getattr(config, "quantization_config", None) is not None:
-            return _load_packed(folder, dtype, compute, device)
+            return _load_packed(folder, dtype, compute, device, trust_remote_code=trust_remote_code)
         model = open_whole(
             folder,
             _asked(dtype),
@@ -75,18 +75,24 @@ def load_model(
     return model
 
 
-def _load_packed(folder: Path, dtype: DType, compute: ComputeDType, device: torch.device | str) -> "PreTrainedModel":
+def _load_packed(
+    folder: Path, dtype: DType, compute: ComputeDType, device: torch.device | str, *, trust_remote_code: bool
+) -> "PreTrainedModel":
     """A packed export of moeq, as a user opens it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     import moeq.checkpoint.quantizer  # noqa: F401  registers the packed format with transformers
     from moeq.checkpoint.complete import missing_message
     from moeq.checkpoint.declared import restore_float32
+    from moeq.checkpoint.load_report import without_unexpected_keys
     from moeq.checkpoint.model_class import model_class
     from moeq.checkpoint.names import packed_conversions
 
-    opened_by = model_class(load_config(str(folder)))
-    model, found = opened_by.from_pretrained(folder, dtype=_asked(dtype) or "auto", output_loading_info=True)
+    opened_by = model_class(load_config(str(folder), trust_remote_code=trust_remote_code))
+    with without_unexpected_keys():  # what an export carries, compared with its source when it was written
+        model, found = opened_by.from_pretrained(
+            folder, dtype=_asked(dtype) or "auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(missing_message(missing))
     if dtype == "auto":

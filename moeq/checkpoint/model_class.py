@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 # Auto classes with what each makes of a class of configurations.
 AUTO_CLASSES: dict[Any, Any] = {
@@ -41,6 +42,12 @@ def model_class(config: Any) -> Any:
             return auto
     custom = getattr(config, "auto_map", None) or {}
     return next((auto for auto in AUTO_CLASSES if auto in known or auto.__name__ in custom), AutoModelForCausalLM)
+
+
+def runs_code(model: Any) -> bool:
+    """Whether a model or its configuration is of a class that came with its files: it is opened again by that."""
+    packages = {type(each).__module__.partition(".")[0] for each in (model, model.config)}
+    return TRANSFORMERS_DYNAMIC_MODULE_NAME in packages
 
 
 def _classes(found: Any) -> tuple[Any, ...]:

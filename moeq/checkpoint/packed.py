@@ -24,6 +24,11 @@ from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind
 from moeq.quant.packing import num_words, pack, unpack
 from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
 
+# Parameters of a packed weight, of which each kind of grid has some.
+PARTS = (
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_min", "weight_sub_scale", "weight_sub_min",
+    "weight_shape",
+)  # fmt: skip
 # Weights that a core dequantizes at once.
 CHUNK = 1 << 16
 

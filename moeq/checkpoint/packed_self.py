@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
@@ -88,7 +88,9 @@ def _skeleton(adapter: Adapter, bits: int) -> PreTrainedModel:
         formats, weight_names(model), weight_dtype=adapter.storage_dtype, expert_leaves={}, metadata={}
     )
     with torch.device("meta"):
-        skeleton = model_class(model.config).from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        skeleton: PreTrainedModel = model_class(model.config).from_config(
+            copy.deepcopy(model.config), dtype=model.dtype, trust_remote_code=runs_code(model)
+        )
     install_packed_modules(skeleton, config)
     skeleton.generation_config = copy.deepcopy(model.generation_config)
     return skeleton

@@ -47,7 +47,12 @@ class BlockStream(FileValues):
         self.num_loads = 0
 
     def place(self, device: torch.device | str) -> None:
-        """Move what is always there, and the blocks that are resident; others come to this device."""
+        """Move what is always there, and the blocks that are resident; others come to this device.
+
+        From here on the process is one whose blocks come and go; before, a stream is only asked for sizes.
+        """
+        map_large_tensors()
+        keep_fewer_kernels()
         self._device = torch.device(device)
         for _, tensor in named_tensors(self._model):
             if not tensor.is_meta:
@@ -142,8 +147,6 @@ def open_stream(
     Raises:
         ValueError: Files are damaged or in another format, are packed by moeq, or lack tensors of the model.
     """
-    map_large_tensors()
-    keep_fewer_kernels()
     model, sources = open_sources(folder, dtype, compute, trust_remote_code=trust_remote_code)
     stream = BlockStream(model, sources)
     stream.load_outside()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from moeq.checkpoint.loading import load_config, load_model, stream_model
-from moeq.checkpoint.placement import Placement, weights_folder
+from moeq.checkpoint.opening import open_sources
+from moeq.checkpoint.placement import Placement, stream_obstacle, weights_folder
 from moeq.checkpoint.source_options import source_options
 from moeq.disk.folder import check_integrity
 from moeq.evaluation.placing import waiting_in
@@ -50,6 +51,23 @@ def open_scorer(
     stream.place(device)
     waiting = waiting_in(folder, int(settings["hidden_gib"] * GIB), reserved_bytes)
     return StreamedScorer(model, stream, waiting, without)
+
+
+def check_files(settings: Mapping[str, Any], name: str) -> None:
+    """Refuse a model whose files were altered or lack tensors, before what takes long; no value is made.
+
+    Args:
+        settings: Hyper-parameters of the module.
+        name: Of the model.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    asked = source_options(settings)
+    folder = weights_folder(name, asked["revision"])
+    check_integrity(folder)
+    if stream_obstacle(name, **asked) is None:
+        open_sources(folder, None, lambda held: held, trust_remote_code=asked["trust_remote_code"])
 
 
 def computed_in(settings: Mapping[str, Any], name: str, device: torch.device) -> str:

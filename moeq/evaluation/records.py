@@ -57,16 +57,17 @@ class Records:
         task: Name of the task.
         fingerprint: See ``moeq.evaluation.result_digest``.
         rank: Rank of this process; it writes the files of this rank only.
+        restart: Pass over what is finished, which ``begin`` deletes.
 
     Attributes:
         notes: What a person should be told: what was dropped, ignored or renamed, and why.
     """
 
-    def __init__(self, folder: Path, task: str, fingerprint: str, rank: int) -> None:
+    def __init__(self, folder: Path, task: str, fingerprint: str, rank: int, *, restart: bool = False) -> None:
         self.folder, self.task, self.fingerprint = folder / "documents", task, fingerprint
         self.path = self._path(rank)
         self.notes: list[str] = []
-        self._rank = rank
+        self._rank, self._restart = rank, restart
         self._opened = False
 
     def finished(self) -> dict[str, Result]:
@@ -77,6 +78,8 @@ class Records:
         results: dict[str, Result] = {}
         for path in self._paths():
             file = _read(path)
+            if self._restart and file.fingerprint in (self.fingerprint, None):
+                continue
             if file.fingerprint == self.fingerprint:
                 results |= {result.key: result for result in file.results}
             elif file.fingerprint is not None:
@@ -101,8 +104,13 @@ class Records:
             self._open()
         _append(self.path, lines)
 
+    def begin(self) -> None:
+        """Before the first document: one rank deletes what is to be started over, now that nothing refuses the run."""
+        if self._restart:
+            self.clear()
+
     def clear(self) -> None:
-        """Forget the results of this fingerprint, those of all ranks; one rank does it, before any of them reads."""
+        """Forget the results of this fingerprint, those of all ranks; one rank does it, before any of them adds."""
         for path in self._paths():
             if _read(path).fingerprint in (self.fingerprint, None):
                 path.unlink(missing_ok=True)

@@ -120,8 +120,6 @@ class StoredOriginal:
             self._check(manifest)
         elif folder.exists() and any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} holds safetensors files but no {LOGITS_MANIFEST}; give a folder of its own")
-        else:
-            write_json(manifest, {"fingerprint": fingerprint}, shared=True)  # every rank writes the same
 
     def has(self, plan: Plan) -> bool:
         """Whether the batch is stored."""
@@ -136,7 +134,8 @@ class StoredOriginal:
         Raises:
             ValueError: It does not fit.
         """
-        free = shutil.disk_usage(self.folder).free - SPARE_BYTES
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free - SPARE_BYTES
         if num_bytes > free:
             raise ValueError(
                 f"the original's logits need {num_bytes / 1e9:.1f} GB in {self.folder}, which has "
@@ -145,11 +144,13 @@ class StoredOriginal:
             )
 
     def store(self, said: Said) -> None:
-        """Write a batch, atomically.
+        """Write a batch, atomically; the first one makes the folder.
 
         Raises:
             ValueError: The disk is full.
         """
+        if not (manifest := self.folder / LOGITS_MANIFEST).is_file():
+            write_json(manifest, {"fingerprint": self.fingerprint}, shared=True)  # every rank writes the same
         plan = said.scored.plan
         tensors = {LOGITS: said.scored.logits_KV}
         tensors |= {ROUTING + name: smallest(ids_TK) for name, ids_TK in said.routing.items()}

@@ -25,7 +25,7 @@ from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
 from moeq.disk.versions import installed_versions
 from moeq.evaluation.evaluator import Evaluator, Original, ask_checked, plan_documents
-from moeq.evaluation.open_models import computed_in, open_scorer
+from moeq.evaluation.open_models import check_files, computed_in, open_scorer
 from moeq.evaluation.placing import Places, refuse_generation
 from moeq.evaluation.reference_logits import LiveOriginal, StoredOriginal, num_bytes
 from moeq.evaluation.result_digest import result_digest
@@ -76,6 +76,11 @@ class Validation:
             evaluation.metrics.to(evaluator.scorer.device)
         self._begun: set[int] = set()
 
+    def begin(self) -> None:
+        """Delete the results that are to be started over, by one rank, before any other adds to them."""
+        for evaluation in self.evaluations:
+            evaluation.records.begin()
+
     def step(self, documents: Sequence[Document], index: int) -> None:
         """Evaluate one batch of the task of loader ``index``; an empty batch is a rank without documents."""
         if not documents:
@@ -121,6 +126,8 @@ def start_validation(
         announce: Tells the user something, once for all ranks.
         meter: Measures what models take.
 
+    Nothing that stands in the run folder is changed: what refuses a run is found here, or before.
+
     Raises:
         ValueError: A model cannot be read, a streamed one would have to write text, or the disk has no room for the
             original's logits.
@@ -134,6 +141,7 @@ def start_validation(
         check_vocabulary(name, reference, settings)
     meter = meter or Meter()
     if places.mode == "disk":
+        check_files(settings, name)
         with meter.phase("original", "original"):
             original = run_original(settings, places, evaluations, device, run_dir / "original", announce)
     with meter.phase("load model", "model"):

@@ -23,6 +23,8 @@ def make_ledger(
     grids: Mapping[str, str],
     reasons: Mapping[str, str],
     rounded: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[Ledger, Mapping[str, Readable]]:
     """Account for every tensor of a source.
 
@@ -32,12 +34,13 @@ def make_ledger(
         grids: Grid of every quantized weight, for people, by canonical name.
         reasons: What steps changed or left out on purpose: by name of a parameter, key, or pattern of either.
         rounded: Dtype that the user asked for in the place of the source's.
+        trust_remote_code: Run code that comes with the source, of which exports have a copy.
 
     Returns:
         The ledger, not checked yet, and the tensors of the source by key.
     """
-    contents = read_contents(source)
-    made = {name: read_contents(folder) for name, folder in exports.items()}
+    contents = read_contents(source, trust_remote_code=trust_remote_code)
+    made = {name: read_contents(folder, trust_remote_code=trust_remote_code) for name, folder in exports.items()}
     accountant = _Accountant(contents, made, grids, reasons, rounded)
     ledger, raw, used = Ledger(), raw_tensors(source), set()
     for key in sorted(contents.stored):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import (
     dense_conversions,
     dense_weight,
@@ -56,18 +56,23 @@ def packed_counterpart(
         expert_leaves=leaves,
         metadata=metadata,
     )
-    skeleton = packed_skeleton(model.config, config, storage_dtype(model))
+    skeleton = packed_skeleton(model.config, config, storage_dtype(model), trust_remote_code=runs_code(model))
     skeleton.generation_config = copy.deepcopy(model.generation_config)
     skeleton._weight_conversions = packed_conversions(dense_conversions(model), leaves)
     return skeleton
 
 
-def packed_skeleton(model_config: PretrainedConfig, config: MoEQConfig, dtype: torch.dtype) -> PreTrainedModel:
+def packed_skeleton(
+    model_config: PretrainedConfig, config: MoEQConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Packed model on the meta device: modules and names, no values."""
     model_config = copy.deepcopy(model_config)
     model_config.quantization_config = config
     with torch.device("meta"):
-        skeleton = model_class(model_config).from_config(model_config, dtype=dtype)
+        opened_by = model_class(model_config)
+        skeleton: PreTrainedModel = opened_by.from_config(
+            model_config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     install_packed_modules(skeleton, config)
     return skeleton
 

@@ -31,14 +31,14 @@ _OPENING = {
 import moeq.checkpoint.quantizer  # teaches transformers the format
 from transformers import {opener}
 
-model = {opener}.from_pretrained("{folder}")
+model = {opener}.from_pretrained("{folder}"{code})
 ```""",
     "dense": """An ordinary folder with the quantized values unpacked, in the size and for the runtimes of the source:
 
 ```python
 from transformers import {opener}
 
-model = {opener}.from_pretrained("{folder}")
+model = {opener}.from_pretrained("{folder}"{code})
 ```""",
 }
 
@@ -55,6 +55,7 @@ class Tally:
         num_carried: Tensors of the source's files that no parameter of the model is made of.
         num_draft: Of these, those of draft layers.
         opener: Class of transformers that opens them.
+        runs_code: With code that came with the source.
     """
 
     kind: Kind
@@ -64,6 +65,7 @@ class Tally:
     num_carried: int
     num_draft: int
     opener: str = "AutoModelForCausalLM"
+    runs_code: bool = False
 
 
 def write_card(folder: Path, made: Made, counts: Tally, source_folder: Path | None) -> None:
@@ -101,7 +103,11 @@ def card_text(made: Made, counts: Tally, source_data: dict[str, Any]) -> str:
         f"# {name}, quantized by moeq",
         _table(_facts(made, counts, hub_id, commit)),
         "## How to open it",
-        _OPENING[counts.kind].format(folder="export" if counts.kind == "packed" else "dense", opener=counts.opener),
+        _OPENING[counts.kind].format(
+            folder="export" if counts.kind == "packed" else "dense",
+            opener=counts.opener,
+            code=", trust_remote_code=True" if counts.runs_code else "",
+        ),
         _QUALITY,
         _NOT_MEASURED,
         "## How it was made",

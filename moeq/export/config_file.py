@@ -61,8 +61,8 @@ def edited_config(source: dict[str, Any], skeleton: PreTrainedModel, origin: Ori
     for level in _levels(config):
         for key in (*_QUANTIZED, _WEIGHTS):
             level.pop(key, None)
-        if not origin.num_draft:
-            level.update({key: type(level[key])(0) for key in _DRAFT if isinstance(level.get(key), int)})
+    if not origin.num_draft:
+        announce_no_draft(config)
     _set_dtype(config, str(skeleton.dtype).removeprefix("torch."))
     text_config = config.get("text_config")
     _set_tied(config, skeleton.config)
@@ -72,6 +72,12 @@ def edited_config(source: dict[str, Any], skeleton: PreTrainedModel, origin: Ori
     if quantization is not None:
         config |= {**_PACKED, "quantization_config": quantization.to_dict()}
     return config
+
+
+def announce_no_draft(config: dict[str, Any]) -> None:
+    """Let a configuration say that there are no draft layers, in the words that it says how many there are."""
+    for level in _levels(config):
+        level.update({key: type(level[key])(0) for key in _DRAFT if isinstance(level.get(key), int)})
 
 
 def unfounded_draft(origin: Origin) -> list[Fallback]:

@@ -56,26 +56,33 @@ class Contents:
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
 
-def read_contents(folder: Path) -> Contents:
+def read_contents(folder: Path, *, trust_remote_code: bool = False) -> Contents:
     """Contents of a folder; no tensor is read.
+
+    Args:
+        folder: Of a source or an export.
+        trust_remote_code: Run code that comes with it.
 
     Raises:
         ValueError: A file is missing or damaged.
     """
-    model, mapping = empty_model(folder)
+    model, mapping = empty_model(folder, trust_remote_code=trust_remote_code)
     stored = stored_in(folder)
     return Contents(model, stored, find_sources(model, stored, mapping))
 
 
-def empty_model(folder: Path) -> tuple[PreTrainedModel, list[Any]]:
+def empty_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, list[Any]]:
     """The model of a folder without values, packed where the folder is, and the conversions from its files."""
-    config = load_config(str(folder))
+    config = load_config(str(folder), trust_remote_code=trust_remote_code)
     description = getattr(config, "quantization_config", None)
     if description is None or description["quant_method"] != METHOD:
         with torch.device("meta"):
-            model: PreTrainedModel = model_class(config).from_config(config, dtype=config.dtype)
+            model: PreTrainedModel = model_class(config).from_config(
+                config, dtype=config.dtype, trust_remote_code=trust_remote_code
+            )
         return model, conversions(model)
-    model = packed_skeleton(config, MoEQConfig.from_dict(description), config.dtype)
+    packing = MoEQConfig.from_dict(description)
+    model = packed_skeleton(config, packing, config.dtype, trust_remote_code=trust_remote_code)
     return model, conversions(model)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import dense_conversions
 from moeq.disk.folder import atomic_folder
 from moeq.export.finished import FinishedModel, Progress, silent
@@ -70,7 +70,9 @@ def fill_dense(
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The same model on the meta device, in the dtype of its files."""
     with torch.device("meta"):
-        skeleton = model_class(model.config).from_config(copy.deepcopy(model.config), dtype=storage_dtype(model))
+        skeleton: PreTrainedModel = model_class(model.config).from_config(
+            copy.deepcopy(model.config), dtype=storage_dtype(model), trust_remote_code=runs_code(model)
+        )
     skeleton.generation_config = copy.deepcopy(model.generation_config)
     skeleton._weight_conversions = dense_conversions(model)
     return skeleton

@@ -69,14 +69,18 @@ def plan_layout(
         if key in declared:
             raise ValueError(f"{key} is in the source's files and in the model, which did not take it from there")
         declared[key] = Declared(tensor.dtype, tensor.shape)
-    split = split_state_dict_into_shards_factory(
-        declared,
-        get_storage_size=lambda tensor: tensor.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD,
-    )
     renamed = {name: key_of[id(tensor)] for name, tensor in empty.items() if id(tensor) in key_of}
-    return Layout(skeleton, declared, renamed, split.filename_to_tensors)
+    return Layout(skeleton, declared, renamed, _shards(declared))
+
+
+def plan_keys(skeleton: PreTrainedModel, declared: Mapping[str, Declared]) -> Layout:
+    """Plan files of tensors that are given by their keys, in the order of the files.
+
+    Args:
+        skeleton: The model, which the index counts the parameters of.
+        declared: What is written, by key.
+    """
+    return Layout(skeleton, dict(declared), {key: key for key in declared}, _shards(declared))
 
 
 class LayoutWriter:
@@ -135,3 +139,15 @@ def layout_writer(folder: Path, layout: Layout) -> Iterator[LayoutWriter]:
             "weight_map": {key: file for file, keys in layout.files.items() for key in keys},
         }
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(declared: Mapping[str, Declared]) -> dict[str, list[str]]:
+    """Keys of each file by its name, split as ``save_pretrained`` splits them."""
+    split = split_state_dict_into_shards_factory(
+        dict(declared),
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
+    )
+    files: dict[str, list[str]] = split.filename_to_tensors
+    return files

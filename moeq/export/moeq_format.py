@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import check_expressible, module_keys, packed_conversions
 from moeq.checkpoint.packed import PackedFormat, PackedLinear
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
@@ -209,22 +209,27 @@ def tally(kind: Kind, layout: Layout, source: FinishedModel) -> Tally:
         num_carried=len(carried),
         num_draft=source.origin.num_draft,
         opener=model_class(layout.skeleton.config).__name__,
+        runs_code=runs_code(layout.skeleton),
     )
 
 
-def read_quantized(directory: Path | str) -> dict[str, QuantizedWeight]:
+def read_quantized(directory: Path | str, *, trust_remote_code: bool = False) -> dict[str, QuantizedWeight]:
     """Codes, scales and zero points of a packed checkpoint, by canonical name; no dense weight is made.
+
+    Args:
+        directory: Its folder.
+        trust_remote_code: Run code that comes with it.
 
     Raises:
         ValueError: The folder is damaged (see ``check_integrity``) or is not a packed checkpoint.
     """
     check_integrity(directory)
-    model_config = AutoConfig.from_pretrained(directory)
+    model_config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     description = getattr(model_config, "quantization_config", None)
     if not isinstance(description, dict) or description.get("quant_method") != METHOD:
         raise ValueError(f"{directory} is not a packed checkpoint of moeq; give the folder that an export wrote")
     config = MoEQConfig.from_dict(description)
-    skeleton = packed_skeleton(model_config, config, config.scale_dtype)
+    skeleton = packed_skeleton(model_config, config, config.scale_dtype, trust_remote_code=trust_remote_code)
     conversions = packed_conversions(get_model_conversion_mapping(skeleton), config.expert_leaves)
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, PackedLinear)}
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in layers}

@@ -5,7 +5,7 @@ verification  the same, and the export as it is read back: whole where it is sma
 lies outside of the blocks
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeq.export.reopen import WHOLE_BYTES
@@ -47,18 +47,29 @@ class Rates:
     write: float
 
 
-def export_phases(sizes: ExportSizes, *, dense: bool, streamed: bool, rates: Rates | None) -> tuple[Phase, ...]:
+def export_phases(
+    sizes: ExportSizes, *, dense: bool, served: Sequence[str] = (), streamed: bool, rates: Rates | None
+) -> tuple[Phase, ...]:
     """Phases of ``Export``.
 
     Args:
         sizes: Of the model and its exports.
         dense: Whether a dense copy is written, too.
+        served: Formats of runtimes that are made of the packed export.
         streamed: Whether each visit of a block reads the source again.
         rates: Of the disk; None leaves times open.
     """
     source = sizes.source if streamed else 0
     packed = _pair(sizes, "export", sizes.packed, sizes.block_file, source, rates)
-    return packed + (_pair(sizes, "dense copy", sizes.source, sizes.block, source, rates) if dense else ())
+    dense_copy = _pair(sizes, "dense copy", sizes.source, sizes.block, source, rates) if dense else ()
+    return packed + dense_copy + tuple(_served(sizes, name, rates) for name in served)
+
+
+def _served(sizes: ExportSizes, name: str, rates: Rates | None) -> Phase:
+    """A runtime's files, made of the packed export and read back: one stacked weight at a time, a block at most."""
+    written = sizes.packed + sizes.carried
+    seconds = None if rates is None else (3 * written) / rates.read + written / rates.write
+    return Phase(name, name, (Moment({}, {"codes": 2 * sizes.block}),), disk=written, seconds=seconds)
 
 
 def _pair(

@@ -15,8 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.declared import restore_float32
+from moeq.checkpoint.load_report import without_unexpected_keys
 from moeq.checkpoint.loading import align
-from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.sources import stored_in
 from moeq.checkpoint.stream import BlockStream, stream_into
 from moeq.disk.folder import weight_files
@@ -53,7 +54,7 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
     Args:
         directory: Its folder.
-        model: The evaluated model.
+        model: The evaluated model; code that came with it is run from the export's own copy.
 
     Raises:
         ValueError: The files lack tensors of their model.
@@ -65,8 +66,10 @@ def reopen(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
     attention = model.config._attn_implementation
-    opener = model_class(AutoConfig.from_pretrained(directory))
-    reloaded = opener.from_pretrained(directory, attn_implementation=attention)
+    code = runs_code(model)
+    opener = model_class(AutoConfig.from_pretrained(directory, trust_remote_code=code))
+    with without_unexpected_keys():  # whoever verifies compares them with what was carried
+        reloaded = opener.from_pretrained(directory, attn_implementation=attention, trust_remote_code=code)
     mapping = conversions(reloaded)
     unused = unused_tensors(reloaded, stored_in(Path(directory)), mapping)
     restore_float32(reloaded, Path(directory), mapping)
@@ -84,7 +87,7 @@ def _whole(directory: Path | str, model: PreTrainedModel) -> Reopened:
 
 
 def _streamed(folder: Path, model: PreTrainedModel) -> Reopened:
-    skeleton, mapping = empty_model(folder)
+    skeleton, mapping = empty_model(folder, trust_remote_code=runs_code(model))
     skeleton.set_attn_implementation(model.config._attn_implementation)
     stored = stored_in(folder)
     stream = stream_into(skeleton, skeleton.dtype, stored, mapping, wide=is_widened(model))

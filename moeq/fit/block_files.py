@@ -38,6 +38,11 @@ class BlockFile(Mapping[str, QuantizedWeight]):
     records: Mapping[str, Any]
 
     @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the block depends on, by subject."""
+        return dict(self.records["fingerprint"])
+
+    @property
     def grids(self) -> dict[str, Grid]:
         """Grids of its weights, by canonical name."""
         of_weight = self.records["grids"].items()
@@ -133,12 +138,21 @@ def read_block(folder: Path, block: int) -> BlockFile:
     return BlockFile(path, tensors, json.loads(metadata[RECORDS]))
 
 
-def check_fingerprint(file: BlockFile, fingerprint: Mapping[str, str]) -> None:
-    """Raise ValueError where a block was made with another configuration, model or data, naming which."""
-    before = file.records["fingerprint"]
+def check_fingerprint(folder: Path, held: str, before: Mapping[str, str], fingerprint: Mapping[str, str]) -> None:
+    """Refuse a folder with something of a run with another configuration, model or data.
+
+    Args:
+        folder: Of the run.
+        held: What there is of the other one.
+        before: Its fingerprint.
+        fingerprint: That of this run, or what is known of it.
+
+    Raises:
+        ValueError: They differ; it names in what.
+    """
     if changed := [key for key, value in fingerprint.items() if before.get(key) != value]:
         raise ValueError(
-            f"{file.path.parents[1]} holds blocks of a run with another {' and '.join(changed)}; "
+            f"{folder} holds {held} of a run with another {' and '.join(changed)}; "
             "set --trainer.default_root_dir to a new folder, or --model.restart true to start over in this one"
         )
 

@@ -2,13 +2,17 @@
 
 Each finished block is one file in the run folder, with a fingerprint of what it depends on: the configuration, the
 model and the calibration data.  A restarted run with the same fingerprint loads those blocks and starts behind them.
+What a run makes before its first block is finished, a survey and a plan, belongs to the fingerprint in a file of its
+own: another run is refused there, too.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from moeq.disk.atomic import write_json
 from moeq.disk.checked import DamagedFile
 from moeq.distributed import gather_lists, rank_and_world, wait_for_ranks
 from moeq.fit.block_files import BlockFile, Grid, block_path, check_fingerprint, read_block, save_block, take_records
@@ -18,21 +22,34 @@ from moeq.models.adapter import Adapter
 from moeq.quant.spec import Fallback, QuantizedWeight
 
 DAMAGED = "finished block was damaged"
+# The fingerprint of the run that began last in a folder, and what that may have left, which is hours of work.
+FINGERPRINT, PLANS = "fingerprint.json", ("survey.json", "allocation.json")
 
 
 def refuse_other_run(folder: Path, known: Mapping[str, str]) -> None:
-    """Refuse a folder with blocks of another run by what is known before the data are made, which may take hours.
+    """Refuse a folder with blocks, a plan or a survey of another run.
 
     Args:
         folder: Of the run.
-        known: Some of its fingerprint.
+        known: Its fingerprint, or some of it: data may take hours to make.
 
     Raises:
-        ValueError: The first finished block was made with another configuration or model.
+        ValueError: They were made with another configuration, model or data, or nothing says with which.
     """
     if block_path(folder, 0).exists():
         with suppress(DamagedFile):
-            check_fingerprint(read_block(folder, 0), known)
+            check_fingerprint(folder, "blocks", read_block(folder, 0).fingerprint, known)
+            return
+    if left := [name for name in PLANS if (folder / name).exists()]:
+        held = " and ".join(left)
+        try:
+            before = json.loads((folder / FINGERPRINT).read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds {held}, and no {FINGERPRINT} that says of which run; set --trainer.default_root_dir "
+                "to a new folder, or --model.restart true to start over in this one"
+            ) from error
+        check_fingerprint(folder, held, before, known)
 
 
 class Resume:
@@ -42,7 +59,7 @@ class Resume:
         adapter: The model.
         run: Its state; finished blocks are entered into it.
         folder: Of the run.
-        fingerprint: Digests of what the blocks depend on, by subject.
+        fingerprint: Digests of what the blocks depend on, by subject, as far as they are known before the data are.
         restart: Pass over the finished blocks, which ``begin`` deletes.
 
     Attributes:
@@ -58,6 +75,7 @@ class Resume:
         self.sites = [adapter.sites(block) for block in range(len(adapter.blocks))]
         self.first_block = 0
         self.grids: dict[str, Grid] = {}
+        self._before: list[dict[str, str]] = []
         self._restart = restart
 
     def load(self, announce: Callable[[str], None]) -> int:
@@ -69,7 +87,7 @@ class Resume:
             announce: Tells the user something, once for all ranks.
 
         Raises:
-            ValueError: A block belongs to another run.
+            ValueError: A block, a plan or a survey belongs to another run.
         """
         files: list[BlockFile] = []
         damage = ""
@@ -81,7 +99,10 @@ class Resume:
             except DamagedFile as error:
                 damage = str(error)
         for file in files:
-            check_fingerprint(file, self.fingerprint)
+            check_fingerprint(self.folder, "blocks", file.fingerprint, self.fingerprint)
+        if not files:
+            refuse_other_run(self.folder, self.fingerprint)
+        self._before = [file.fingerprint for file in files]
         # A disk may show one rank what it does not show another: all begin where the first of them has to.
         self.first_block = min(gather_lists([len(files)]))
         for file in files[: self.first_block]:
@@ -92,10 +113,24 @@ class Resume:
             self.run.fallbacks.append(Fallback(self.sites[self.first_block][0].weight_names()[0], DAMAGED, damage))
         return self.first_block
 
+    def add_data(self, data: Mapping[str, str]) -> None:
+        """The rest of the fingerprint, once the data are made.
+
+        Raises:
+            ValueError: What is finished was made of other data.
+        """
+        self.fingerprint |= data
+        for before in self._before:
+            check_fingerprint(self.folder, "blocks", before, self.fingerprint)
+        if not self._restart and not self._before:
+            refuse_other_run(self.folder, self.fingerprint)
+
     def begin(self) -> None:
         """Before the first pass: what is to be started over is deleted, now that nothing refuses the run."""
-        if self._restart and rank_and_world()[0] == 0:
-            shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        if rank_and_world()[0] == 0:
+            if self._restart:
+                shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+            write_json(self.folder / FINGERPRINT, self.fingerprint)
         wait_for_ranks()  # no rank writes what another is about to delete
 
     def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:

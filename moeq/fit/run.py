@@ -47,6 +47,7 @@ class Run:
         changed: Unquantized parameters that were changed (norms, routers), on the CPU, by their name in the model.
         reasons: Why parameters are not what the source holds: by name, or by a pattern for many.
         ledger: Tensors of the source's files by what became of them, once exports are written.
+        served: The command that serves each export, and what was verified, by format.
         errors: One row per quantized weight: weight, block, kind, linear, bits, relative_error.
         fallbacks: Everything that was not done as asked.
         seconds: Wall time by step.
@@ -65,6 +66,7 @@ class Run:
     changed: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     ledger: dict[str, int] = field(default_factory=dict)
+    served: dict[str, str] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

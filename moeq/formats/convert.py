@@ -1,9 +1,13 @@
 """Make a runtime's files of a packed export: refused before the work, verified before they have their name."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from moeq.checkpoint.packed import PackedFormat
 from moeq.disk.folder import atomic_folder, check_target
 from moeq.export.finished import Progress, silent
 from moeq.formats.format import Format, FormatReport
@@ -19,6 +23,11 @@ def find_format(name: str) -> Format:
     return found
 
 
+def check_format(name: str, model: PreTrainedModel, grids: Mapping[str, PackedFormat], carrier: CarrierMode) -> None:
+    """Raise ValueError where a format has no right file for a model on these grids; see ``Format.check``."""
+    find_format(name).check(model, grids, carrier)
+
+
 def convert(
     packed: Path | str,
     name: str,
@@ -28,12 +37,12 @@ def convert(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> FormatReport:
-    """Write a packed export in a runtime's format.
+    """Write a packed export in a runtime's format; the folder appears complete and verified, or not at all.
 
     Args:
         packed: Folder of the packed export.
         name: Of the format.
-        directory: Folder to create; it appears complete and verified, or not at all.
+        directory: Folder to create.
         carrier: "exact" keeps every value; "native" takes types of the grids' own widths, see ``moeq.quant.carrier``.
         overwrite: Replace a folder that exists.
         progress: Shows how far it is.
@@ -43,9 +52,27 @@ def convert(
         ExportMismatchError: What was read back differs.
     """
     check_target(directory, overwrite=overwrite)
+    with atomic_folder(directory, overwrite=overwrite) as folder:
+        report = fill_format(packed, name, folder, carrier=carrier, progress=progress)
+    return renamed(report, folder, Path(directory))
+
+
+def fill_format(
+    packed: Path | str, name: str, folder: Path, *, carrier: CarrierMode = "exact", progress: Progress = silent
+) -> FormatReport:
+    """Write the files of a format into an empty folder, and verify them; see ``convert``."""
     chosen, export = find_format(name), open_packed(packed)
     chosen.check(export.model, export.grids, carrier)
-    with atomic_folder(directory, overwrite=overwrite) as folder:
-        chosen.write(export, folder, carrier, progress)
-        report = chosen.verify(export, folder, carrier, progress)
-    return replace(report, path=report.path.replace(str(folder), str(directory)))
+    chosen.write(export, folder, carrier, progress)
+    return chosen.verify(export, folder, carrier, progress)
+
+
+def renamed(report: FormatReport, before: Path, after: Path) -> FormatReport:
+    """A report of a folder that was renamed."""
+    return replace(report, path=report.path.replace(str(before), str(after)))
+
+
+def proof(report: FormatReport) -> str:
+    """What was verified, in words."""
+    same = "bit for bit" if report.largest_error == 0 else f"within {report.largest_error:.2g} of a scale"
+    return f"{report.num_quantized} quantized weights read back by {report.reader}, equal {same}"

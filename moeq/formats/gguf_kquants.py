@@ -15,23 +15,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeq.quant.kinds import SUPER_BLOCK
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL
 from moeq.quant.spec import QuantizedWeight
 
-BLOCK_BYTES = {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+BLOCK_BYTES = {name: (SUPER_BLOCK * kind.bits + kind.overhead_bits) // 8 for name, kind in TWO_LEVEL.items()}
 
 
-def k_blocks(weight: QuantizedWeight) -> Tensor:
+def k_blocks(weight: QuantizedWeight, kind: str) -> Tensor:
     """Bytes of a weight, uint8 [O, I / 256 * bytes of a block]; a CPU tensor.
 
     Args:
-        weight: On a two-level grid.
+        weight: On the two-level grid of the kind.
+        kind: Of ``BLOCK_BYTES``.
 
     Raises:
         ValueError: It is on another grid.
     """
-    if weight.super_scales is None:
-        raise ValueError(f"K-types hold two-level grids, not {weight.bits} bits in uniform groups; quantize on one")
+    if weight.super_scales is None or weight.kind != kind:
+        raise ValueError(f"{kind.upper()} does not hold a weight on {weight.kind}; quantize it on grid {kind}")
     rows = weight.codes_OI.shape[0]
     code_NS = weight.codes_OI.cpu().reshape(-1, SUPER_BLOCK)
     scale_NG = weight.scale_OG.cpu().reshape(len(code_NS), -1).short()

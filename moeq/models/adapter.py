@@ -26,7 +26,7 @@ from moeq.models.experts import (
     stacked_weight,
     write_stacked,
 )
-from moeq.models.families import STAGES, refusal, shared_gate
+from moeq.models.families import STAGES, other_experts, refusal, shared_gate
 from moeq.models.not_quantized import is_router, is_router_part, kept_reason
 from moeq.models.residency import InMemory, Residency
 from moeq.models.sites import Site, linear_sites, routed_sites
@@ -94,8 +94,10 @@ class Adapter:
         }
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not experts:
+            how = other_experts(getattr(model, "config", None))
             raise ValueError(
-                f"{family} has no routed experts, or experts that do not follow the transformers experts interface; "
+                f"{family} has no routed experts, or experts that do not follow the transformers experts interface"
+                f"{f' ({how})' if how else ''}; "
                 "moeq quantizes Mixture-of-Experts models such as qwen2_moe, qwen3_moe, mixtral, deepseek_v3 or olmoe"
             )
         problems = [f"{path} {why}" for path, module in experts.items() if (why := layout_problem(module))]

@@ -43,6 +43,15 @@ REFUSED = {
     "diffusion_gemma": "it fills in blocks of text and does not predict the next token",
 }
 
+# Families whose experts do not follow the interface, and how they differ.
+OTHER_EXPERTS = {
+    "llama4_text": "every expert runs on every token, and the score multiplies its input",
+    "jetmoe": "attention is a mixture as well",
+    "doge": "experts are rows of embeddings",
+    "longcat_flash": "some experts are the identity",
+    "dbrx": "all experts are one 2-D matrix",
+}
+
 # Families whose blocks pass on several residual streams: hidden states [B, T, S, D] or [B, T, S * D].
 SEVERAL_STREAMS = frozenset({"deepseek_v4", "hy_v4", "qwen4_exp_text", "glm5_next_text"})
 
@@ -98,6 +107,11 @@ def refusal(config: Any) -> str | None:
     if getattr(text, "num_kv_shared_layers", 0) or any(getattr(text, "kv_sharing_modes", None) or ()):
         return "its last blocks read the keys and values of earlier ones, which are not kept"
     return None
+
+
+def other_experts(config: Any) -> str | None:
+    """How the experts of a family differ from the interface; None where that is not known."""
+    return OTHER_EXPERTS.get(getattr(_text_config(config), "model_type", ""))
 
 
 def _text_config(config: Any) -> Any:

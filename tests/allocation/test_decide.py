@@ -6,14 +6,18 @@ from typing import Any
 import pytest
 
 from moeq.allocation.allocate import predicted_cost
+from moeq.allocation.constraints import Floor
 from moeq.allocation.decide import AllocationSpec, decide
-from moeq.allocation.evidence import Evidence
-from moeq.allocation.plan import plan_cost, plan_from_json, uniform_plan
-from moeq.allocation.plan_report import allocation_report, allocation_to_json, describe
-from moeq.allocation.problem import Floor
+from moeq.allocation.dry_run import rehearse
+from moeq.allocation.evidence import Evidence, Promise
+from moeq.allocation.patterns import Pattern
+from moeq.allocation.plan import Choice, plan_cost, plan_from_json, uniform_plan
+from moeq.allocation.plan_report import allocation_report, allocation_to_json, cost_summary, describe
+from moeq.allocation.price import file_cost
 from moeq.allocation.rules import make_rule
+from moeq.allocation.runtime import find_runtime
 from moeq.quant.spec import GridSpec
-from tests.allocation.toy import toy_evidence, toy_weights
+from tests.allocation.toy import toy_costs, toy_evidence, toy_weights
 
 WEIGHTS = toy_weights()
 EVIDENCE = toy_evidence(WEIGHTS)
@@ -75,6 +79,57 @@ def test_report_prints_what_each_runtime_costs_and_the_json_reads_back(tmp_path:
     assert plan_from_json(path) == decision.plan
 
 
+def test_a_plan_for_a_runtime_is_reported_at_the_size_of_its_files() -> None:
+    weights = toy_weights(hidden=128, inner=64)
+    grid, choices = GridSpec(bits=2, group_size=64, symmetric=True), [Choice(bits, 64) for bits in (2, 3, 4, 8)]
+    evidence = Evidence(costs={"fisher": toy_costs(weights, choices=choices)})
+    spec = allocate_spec(runtime="llama.cpp", budget=4.0, budget_unit="average_bits", choices=(2, 3, 4, 8))
+    decision = decide(spec, weights, grid, evidence)
+    data, report = allocation_to_json(decision, weights), allocation_report(decision, weights)
+    plain, files = plan_cost(decision.plan, weights), file_cost(decision.plan, weights, find_runtime("llama.cpp"))
+    assert 3.9 < files.average_bits <= 4.0
+    assert (data["average_bits"], data["bytes"]) == (plain.average_bits, plain.bytes)
+    assert (data["file"]["runtime"], data["file"]["carrier"]) == ("llama.cpp", "exact")
+    assert (data["file"]["average_bits"], data["file"]["bytes"]) == (files.average_bits, files.bytes)
+    assert sum(data["file"]["types"].values()) == len(weights)
+    assert f"| all | {plain.code_bits:.3f} | {plain.average_bits:.3f} | {plain.bytes} |" in report
+    row = f"| all, in files for llama.cpp | {files.code_bits:.3f} | {files.average_bits:.3f} | {files.bytes} |"
+    assert row in report
+    assert f"{data['file']['types']['Q2_0']} Q2_0" in report
+    assert f"in files for llama.cpp (exact) {files.average_bits:.3f}" in cost_summary(decision, weights)
+    prices = {price["runtime"]: price for price in data["allocation"]["runtimes"]}
+    assert all("below the smallest plan in files for" in prices.pop(name)["reason"] for name in ("vllm", "sglang"))
+    for price in prices.values():
+        assert price["average_bits"] == pytest.approx(price["used"])
+        assert f"| {price['runtime']} | {price['predicted']:.6g} | " in report
+    assert "Note" not in report
+
+
+def test_asymmetric_grids_that_need_wider_types_are_noted_in_log_and_report() -> None:
+    weights = toy_weights(hidden=128, inner=64)
+    decision = decide(AllocationSpec(runtime="llama.cpp"), weights, GridSpec(bits=4, group_size=64))
+    note = "in files for llama.cpp (exact): 4g64 5.5 (symmetric 4.5)"
+    assert note in cost_summary(decision, weights)
+    assert f"Note: {decision.note}." in allocation_report(decision, weights)
+    assert not decide(AllocationSpec(), weights, GridSpec(bits=4, group_size=64)).note
+    even = GridSpec(bits=4, group_size=64, symmetric=True)
+    assert not decide(AllocationSpec(runtime="llama.cpp"), weights, even).note
+
+
+def test_patterns_that_a_runtime_cannot_read_are_refused_before_a_survey() -> None:
+    grid = GridSpec(bits=2, group_size=32, symmetric=True)
+    promised = Promise(costs=("fisher",), choices=(Choice(2, 32), Choice(4, 32)))
+    experts = "model.layers.0.mlp.experts"
+    for pattern, message in (
+        (Pattern(f"{experts}.1.up_proj", keep=True), "1.up_proj is kept as it is, and llama.cpp reads these 4 weights"),
+        (Pattern(f"{experts}.1.up_proj", bits=8), "0.up_proj: none of the choices 2g32, 4g32 .* must be Q8_0"),
+        (Pattern("*.self_attn.q_proj", bits=4, group_size=16), "q_proj: llama.cpp cannot read 4g16"),
+    ):
+        spec = allocate_spec(runtime="llama.cpp", choices=(2, 4), budget=6.0, patterns=(pattern,))
+        with pytest.raises(ValueError, match=message):
+            rehearse(spec, WEIGHTS, grid, promised)
+
+
 def test_report_says_what_each_rule_gave_to_whom() -> None:
     rules = ({"rule": "attention", "bits": 4}, {"rule": "first_blocks", "num": 1, "bits": 4, "part": "all"})
     spec = AllocationSpec(rules=rules)
@@ -109,6 +164,8 @@ def test_counts_of_widths_in_the_report_cover_every_weight() -> None:
         ({"cost": "fisher"}, "belong to the allocator; set method: allocate"),
         ({"floors": (Floor(4, 1),)}, "belong to the allocator; set method: allocate"),
         ({"runtime": "tgi"}, r"runtime \(tgi\) must be one of"),
+        ({"runtime": "mlx", "carrier": "lossy"}, r"carrier \(lossy\) must be one of exact, native"),
+        ({"carrier": "native"}, r"carrier \(native\) is about files of a runtime; give runtime"),
         (
             {
                 "routed": 2,
@@ -132,7 +189,7 @@ def test_a_plan_by_hand_is_checked_for_names_runtime_and_budget(tmp_path: Path) 
     plan[name] = replace(plan[name], bits=8)
     path = write_plan(tmp_path, plan)
     assert decide(AllocationSpec(plan=str(path)), WEIGHTS, GRID).plan == plan
-    with pytest.raises(ValueError, match=rf"{name} has 8g32, .* gptqmodel reads one width"):
+    with pytest.raises(ValueError, match=rf"{name} has 8g32 .* gptqmodel reads one type"):
         decide(AllocationSpec(plan=str(path), runtime="gptqmodel"), WEIGHTS, GRID)
     takes = plan_cost(plan, WEIGHTS).code_bits
     with pytest.raises(ValueError, match=rf"the plan takes {takes:.6g} code_bits where the budget is 2"):

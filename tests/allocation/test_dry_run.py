@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
+from moeq.allocation.constraints import Floor
 from moeq.allocation.decide import AllocationSpec, decide
 from moeq.allocation.dry_run import placeholder, rehearse
 from moeq.allocation.evidence import Promise, check_evidence
-from moeq.allocation.problem import Floor
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import CHOICES, toy_evidence, toy_weights
 
@@ -29,7 +29,7 @@ def spec(rules: list[dict[str, Any]], given: dict[str, Any]) -> AllocationSpec:
         ([{"rule": "attention"}], {**BUDGET, "budget": 4.0, "floors": (Floor(4, 1),)}),
         # A choice that fits no weight is never looked up, nor is one that the runtime cannot read.
         ([], {**BUDGET, "choices": (2, 4, "4g48")}),
-        ([], {**BUDGET, "runtime": "gptqmodel", "choices": (2, 4, 5)}),
+        ([], {**BUDGET, "runtime": "gptqmodel", "choices": (2, 4, "4g8")}),
     ],
 )
 def test_what_can_be_decided_with_findings_can_be_rehearsed_without(

@@ -1,26 +1,32 @@
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from moeq.allocation.constraints import Budget, Constraints, Floor
 from moeq.allocation.lagrangian import _floor_bound
 from moeq.allocation.plan import Choice, plan_cost
-from moeq.allocation.problem import AllocationProgram, Budget, Constraints, Floor, build_problem
+from moeq.allocation.price import file_cost
+from moeq.allocation.problem import AllocationProgram, build_problem
+from moeq.allocation.runtime import RUNTIMES, check_runtime, find_runtime
 from moeq.allocation.solver import solve
 from moeq.quant.spec import GridSpec, WeightShape
 from tests.allocation.toy import CHOICES, toy_costs, toy_weights
 
 GRID = GridSpec(bits=2, group_size=16)
+EVEN = GridSpec(bits=2, group_size=32, symmetric=True)  # what every runtime can hold
+Q8 = {"model.layers.0.mlp.experts.0.gate_proj": 8}
 
 
 def problem(
     weights: list[WeightShape], budget: Budget, runtime: str = "research", seed: int = 0, **options: object
 ) -> AllocationProgram:
     costs = toy_costs(weights, seed, options.pop("choices", CHOICES))  # type: ignore[arg-type]
-    choices = sorted(next(iter(costs.values())))
-    return build_problem(weights, costs, Constraints(choices, budget, GRID, runtime, **options))  # type: ignore[arg-type]
+    choices, like = sorted(next(iter(costs.values()))), options.pop("like", GRID)
+    return build_problem(weights, costs, Constraints(choices, budget, like, runtime, **options))  # type: ignore[arg-type]
 
 
 def plans_with_floors(task: AllocationProgram) -> Iterator[tuple[float, int]]:
@@ -65,20 +71,21 @@ def test_exact_solver_finds_the_optimum_of_all_combinations(seed: int, floors: t
 @pytest.mark.parametrize(
     ("floors", "bits"), [((Floor(4, 1),), 3.0), ((Floor(8, 2), Floor(4, 1)), 4.4), ((Floor(4, 0),), 3.0)]
 )
-@pytest.mark.parametrize("runtime", ["research", "gptqmodel", "vllm", "uniform_experts"])
+@pytest.mark.parametrize("runtime", ["research", "gptqmodel", "vllm", "llama.cpp"])
 def test_the_bound_of_the_lagrangian_counts_floors_and_stays_below_every_plan(
     runtime: str, floors: tuple[Floor, ...], bits: float
 ) -> None:
-    # Where experts share a width, floors share units inside a block, or over all blocks.
-    num_blocks = 2 if runtime in ("vllm", "uniform_experts") else 1
+    # Where experts share a type, floors share units inside a block.
+    num_blocks = 2 if runtime == "vllm" else 1
     weights, choices = toy_weights(num_blocks=num_blocks, num_experts=2), [Choice(b, 32) for b in (2, 4, 8)]
     kinds = ("routed",) if runtime == "research" else ("routed", "shared")
-    fixed = {w.name: GridSpec(2, 16) for w in weights if w.kind not in kinds}
+    fixed = {w.name: EVEN for w in weights if w.kind not in kinds}
     for seed in range(4):
-        task = problem(weights, Budget(bits), runtime, seed, choices=choices, fixed=fixed, floors=floors)
+        task = problem(weights, Budget(bits), runtime, seed, choices=choices, like=EVEN, fixed=fixed, floors=floors)
         plans = list(plans_with_floors(task))
         optimum = min(cost for cost, size in plans if size <= task.capacity)
-        free = solve(problem(weights, Budget(bits), runtime, seed, choices=choices, fixed=fixed), "lagrangian")
+        freely = problem(weights, Budget(bits), runtime, seed, choices=choices, like=EVEN, fixed=fixed)
+        free = solve(freely, "lagrangian")
         assert free.bound * (1 - 1e-9) <= solve(task, "lagrangian").bound <= optimum * (1 + 1e-9)
         for price in np.geomspace(1e-3, 1e3, 7) * optimum / task.capacity:
             least = min(cost + price * (size - task.capacity) for cost, size in plans)
@@ -133,15 +140,70 @@ def test_active_shares_are_exact_fractions() -> None:
     assert Fraction(int(task.size_UC[routed, 0]), task.parts // 8) == Fraction(codes_and_overhead, 3)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("unit", ["code_bits", "average_bits", "bytes", "active_bytes"])
+def test_a_budget_is_kept_by_the_files_of_every_runtime(runtime: str, unit: str) -> None:
+    weights = toy_weights(hidden=128, inner=64)
+    choices = [Choice(bits, 64) for bits in (2, 3, 4, 5, 8)]
+    files = find_runtime(runtime)
+    least = {w.name: replace(EVEN, group_size=64) for w in weights}
+    value = 1.4 * getattr(file_cost(least, weights, files), unit)
+    task = problem(weights, Budget(value, unit), runtime, choices=choices, like=EVEN)  # type: ignore[arg-type]
+    for solver in ("exact", "lagrangian"):
+        found = solve(task, solver)  # type: ignore[arg-type]
+        chosen = zip(task.units, found.choice_U, strict=True)
+        plan = {w.name: task.choices[c].grid(EVEN) for unit_, c in chosen for w in unit_}
+        check_runtime(plan, weights, files)
+        counted = getattr(file_cost(plan, weights, files), unit)
+        assert 0.9 * value < counted <= value * (1 + 1e-12)
+        assert task.amount(found.size) == pytest.approx(counted, abs=1 if "bytes" in unit else 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choices_of_one_type_compete_at_the_same_size(seed: int) -> None:
+    weights = toy_weights(num_blocks=1, num_experts=2, inner=64)
+    choices = [Choice(2, 64), Choice(3, 64), Choice(4, 64), Choice(4, 32)]
+    fixed = {w.name: replace(EVEN, group_size=64) for w in weights if w.kind == "attention"}
+    budget = Budget(3.0, "average_bits")
+    task = problem(weights, budget, "llama.cpp", seed, choices=choices, like=EVEN, fixed=fixed)
+    numel_U = np.array([sum(w.numel for w in unit) for unit in task.units])
+    assert (task.size_UC == np.outer(numel_U, [2.25, 4.5, 4.5, 4.5])).all()
+    optimum = reference_optimum(task)
+    assert solve(task, "exact").cost == pytest.approx(optimum, rel=1e-5)
+    assert optimum * (1 - 1e-9) <= solve(task, "lagrangian").cost <= 1.05 * optimum
+
+
 def test_each_constraint_can_only_raise_the_predicted_error() -> None:
     weights = toy_weights(num_blocks=3, num_experts=6)
     choices = [Choice(bits, 32) for bits in (2, 4, 8)]  # what every runtime reads
     cost = {
-        runtime: solve(problem(weights, Budget(3.0, "code_bits"), runtime, choices=choices), "exact").cost
-        for runtime in ("research", "gptqmodel", "vllm", "uniform_experts")
+        runtime: solve(problem(weights, Budget(3.0), runtime, choices=choices, like=EVEN), "exact").cost
+        for runtime in RUNTIMES
     }
     assert cost["research"] < cost["gptqmodel"] < cost["vllm"]
-    assert cost["research"] < cost["uniform_experts"]
+    assert cost["research"] < cost["llama.cpp"] < cost["vllm"]
+    assert cost["vllm"] == cost["sglang"]
+    assert cost["llama.cpp"] == cost["mlx"]
+
+
+def test_fixed_weights_give_their_type_to_those_that_share_it() -> None:
+    weights = toy_weights(num_blocks=1, num_experts=3)
+    choices = [Choice(bits, 32) for bits in (2, 3, 4, 8)]
+    fixed = {"model.layers.0.mlp.experts.1.up_proj": replace(EVEN, bits=8), "model.layers.0.self_attn.q_proj": EVEN}
+    for runtime, joined in (("llama.cpp", ".up_proj"), ("vllm", ".experts.")):
+        task = problem(weights, Budget(6.0), runtime, choices=choices, like=EVEN, fixed=fixed)
+        for unit, row in zip(task.units, task.cost_UC, strict=True):
+            shares = unit[0].expert is not None and joined in unit[0].name
+            fused = runtime == "vllm" and unit[0].linear in ("k_proj", "v_proj")
+            allowed = [False, False, False, True] if shares else [True, True, True, not fused]
+            assert np.isfinite(row).tolist() == allowed, unit[0].name
+    with pytest.raises(ValueError, match=r"up_proj and 1 more that llama.cpp reads as one|up_proj: none of .* be Q8_0"):
+        problem(weights, Budget(6.0), "llama.cpp", choices=choices[:3], like=EVEN, fixed=fixed)
+    fixed["model.layers.0.mlp.experts.2.up_proj"] = EVEN
+    with pytest.raises(
+        ValueError, match=r"2.up_proj has 2g32 \(Q4_0\), .*1.up_proj has 8g32 \(Q8_0\): llama.cpp reads"
+    ):
+        problem(weights, Budget(6.0), "llama.cpp", choices=choices, like=EVEN, fixed=fixed)
 
 
 def test_least_bits_and_fixed_weights_are_kept() -> None:
@@ -163,6 +225,17 @@ def test_a_choice_whose_groups_do_not_fit_a_weight_is_not_offered_to_it() -> Non
     task = problem(weights, Budget(8.0, "code_bits"), choices=[Choice(2, 32), Choice(4, 64)])
     for unit, row in zip(task.units, task.cost_UC, strict=True):
         assert np.isfinite(row).tolist() == [True, unit[0].in_features == 64]
+
+
+def test_a_budget_below_the_least_of_a_runtime_names_that_and_what_would_lower_it() -> None:
+    weights = toy_weights(hidden=128, inner=64)
+    choices = [Choice(bits, 64) for bits in (2, 4)]
+    with pytest.raises(
+        ValueError, match=r"below the smallest plan in files for llama.cpp; .* budgets are 2.25 and 2\.2"
+    ):
+        solve(problem(weights, Budget(2.0, "average_bits"), "llama.cpp", choices=choices, like=EVEN))
+    with pytest.raises(ValueError, match=r"budgets are 4.5 and .*: 2g64 4.5 \(symmetric 2.25\), 4g64 5.5"):
+        solve(problem(weights, Budget(3.0, "average_bits"), "llama.cpp", choices=choices))
 
 
 def test_more_budget_never_predicts_more_error() -> None:
@@ -189,7 +262,22 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_reachable_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"choices": [Choice(3, 16)], "runtime": "vllm"}, "vllm reads none of the choices 3g16"),
+        (
+            {"choices": [Choice(3, 16)], "runtime": "vllm"},
+            "vllm reads none of the choices 3g16: compressed-tensors has no type that holds 3 bits, groups of 16",
+        ),
+        (
+            {"choices": [Choice(8, 32)], "runtime": "vllm"},
+            r"vllm reads none of the choices 8g32: .*: 8g32 no type \(symmetric 8.5\); --model.symmetric true",
+        ),
+        (
+            {"choices": [Choice(4, 64)], "runtime": "llama.cpp", "like": EVEN},
+            r"down_proj: none of the choices 4g64 .* divides its in_features \(32\), in a type of llama.cpp's files",
+        ),
+        (
+            {"choices": [Choice(4, 32), Choice(8, 64)], "runtime": "vllm", "like": EVEN, "minimum_bits": Q8},
+            r"experts.0.gate_proj and 11 more that vllm reads as one: none of the choices 4g32, 8g64 has at least 8",
+        ),
         ({"choices": [Choice(3, 64)]}, r"none of the choices 3g64 has at least 0 bits and a group size that divides"),
         ({"floors": [Floor(4, 5)]}, r"floor: 5 experts at 4 bits in block 0, where 4 of 4 can have them"),
         ({"floors": [Floor(6, 1)], "choices": CHOICES[:3]}, "floor: 1 experts at 6 bits in block 0, where 0 of 4"),

@@ -29,7 +29,7 @@ def variant(folder: Path, *steps: str, num_steps: int = 20) -> Path:
         name = each["class_path"].rpartition(".")[2]
         if name in (ROUTER, LEARNED) and name not in steps:
             continue
-        options = {LEARNED: {"num_steps": num_steps}, "Export": {"dense": False}}
+        options = {LEARNED: {"num_steps": num_steps}, "Export": {"formats": ["moeq"]}}
         callbacks.append({**each, "init_args": options[name]} if name in options else each)
     config["trainer"]["callbacks"] = callbacks
     path = folder / f"moequant_{'_'.join(steps) or 'neither'}.yaml"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from callbacks.awq import AWQ
-from tests.test_main import QUIET, fit
+from tests.test_main import QUIET, fit, texts
 from tests.tiny import save_tiny
 
 CONFIG = Path("configs/awq_w4.yaml")
@@ -47,7 +47,7 @@ def logits(folder: Path) -> Tensor:
 )
 def test_at_8_bits_the_export_is_the_original_with_other_norms(family: str, options: list[str], tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path / "model", dtype=torch.float32)
-    fit(config_with(tmp_path), model, tmp_path / "run", "--model.bits=8", *SMALL, *options)
+    fit(config_with(tmp_path), model, tmp_path / "run", "--model.bits=8", *SMALL, *texts(CONFIG), *options)
     assert json.loads((tmp_path / "run/verification.json").read_text())["checkpoint"]["logits_equal"]
     records = json.loads((tmp_path / "run/fallbacks.json").read_text())
     assert {record["reason"] for record in records} <= {

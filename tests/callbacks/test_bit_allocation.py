@@ -14,9 +14,9 @@ from callbacks.bit_allocation import BitAllocation
 from callbacks.expert_usage import ExpertUsage
 from callbacks.rtn import RTN
 from callbacks.survey import Survey
+from moeq.allocation.constraints import Floor
 from moeq.allocation.evidence import Evidence, Promise
 from moeq.allocation.plan import Choice
-from moeq.allocation.problem import Floor
 from moeq.disk.atomic import write_json
 from moeq.module import MoEQuantModule
 from tests.tiny import save_tiny
@@ -79,7 +79,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(model: Path, folder: Path, *callbacks: L.Callback, **options: Any) -> MoEQuantModule:
-    module = MoEQuantModule(name=str(model), bits=2, group_size=16, sequential="block", clip_search=False, **options)
+    given = {"bits": 2, "group_size": 16, "sequential": "block", "clip_search": False, **options}
+    module = MoEQuantModule(name=str(model), **given)
     trainer = L.Trainer(
         default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), logger=False, max_epochs=-1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -157,6 +158,28 @@ def test_rules_without_evidence_are_decided_at_the_start(model: Path, tmp_path: 
     assert {bits[name] for name in bits if "self_attn" in name or "shared_expert" in name} == {4}
     assert sum(bits[name] == 3 for name in bits) == 2 * 3
     assert {"version", "weights", "rules"} < set(json.loads((tmp_path / "allocation.json").read_text()))
+
+
+def test_a_plan_for_a_runtime_is_logged_and_written_at_the_size_of_its_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("callbacks.bit_allocation.rank_zero_info", lines.append)
+    allocation = BitAllocation(runtime="llama.cpp", budget=4.5, budget_unit="average_bits")
+    fit(model, tmp_path, allocation, RTN(), bits=3, group_size=32, symmetric=True)
+    data = json.loads((tmp_path / "allocation.json").read_text())
+    assert data["average_bits"] == 3.5
+    assert data["file"] | {"average_bits": 4.5, "carrier": "exact"} == data["file"]
+    assert data["file"]["types"] == {"Q4_0": len(data["weights"])}
+    assert len(lines) == 1
+    assert "3.500 with scales and zero points" in lines[0]
+    assert "in files for llama.cpp (exact) 4.500" in lines[0]
+
+
+def test_grids_that_a_runtime_does_not_read_are_refused_at_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"q_proj: llama.cpp cannot read 2g16: gguf has no type that holds 2 bits"):
+        fit(model, tmp_path, BitAllocation(runtime="llama.cpp"), RTN(), NoPass())
+    assert not (tmp_path / "allocation.json").exists()
 
 
 def test_needing_a_survey_that_nothing_makes_is_an_error_at_the_start(model: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def variant(folder: Path, rotation: dict[str, Any] | None, dense: bool = True) -
     assert first["class_path"] == "Rotation"
     for each in others:
         if each["class_path"].endswith("Export"):
-            each["init_args"] = {"dense": dense}
+            each["init_args"] = {"formats": ["moeq", "dense"] if dense else ["moeq"]}
     config["trainer"]["callbacks"] = others if rotation is None else [{**first, "init_args": rotation}, *others]
     path = folder / f"moequant_w4_{len(list(folder.glob('*.yaml')))}.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import moeq.checkpoint.stream
 from moeq.checkpoint.loading import align, load_model, stream_model
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import visiting
@@ -143,3 +144,16 @@ def test_a_truncated_file_is_refused_with_a_remedy(folder: Path) -> None:
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="is truncated; export or copy it again"):
         stream_model(str(folder))
+
+
+def test_a_stream_that_is_asked_for_sizes_only_leaves_the_memory_of_the_process_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("map_large_tensors", "keep_fewer_kernels"):
+        monkeypatch.setattr(moeq.checkpoint.stream, name, lambda name=name: calls.append(name))
+    _, stream = stream_model(str(folder))
+    assert stream.block_bytes(0) > 0
+    assert not calls
+    stream.place("cpu")
+    assert calls == ["map_large_tensors", "keep_fewer_kernels"]

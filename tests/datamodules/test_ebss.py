@@ -94,6 +94,24 @@ def test_a_restart_reads_the_ids_back(tmp_path: Path, model: nn.Module, searches
     assert searches == [4, 2]
 
 
+def test_more_ranks_than_batches_are_refused_before_anything_is_sampled(
+    tmp_path: Path, model: nn.Module, searches: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="6 sequences in batches of 2 are 3 batches, fewer than the 4 ranks"):
+        attached(tmp_path, model, world_size=4).calibration_ids()
+    assert searches == []
+    assert not list(tmp_path.rglob("calibration"))
+
+
+def test_the_set_is_named_before_it_is_sampled(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
+    datamodule = attached(tmp_path, model)
+    key = datamodule.data_key()
+    assert searches == []
+    datamodule.calibration_ids()
+    assert ids_file(tmp_path).stem == key
+    assert attached(tmp_path, model, seed=1).data_key() != key
+
+
 def test_runs_share_a_cache_folder(tmp_path: Path, model: nn.Module, searches: list[int]) -> None:
     settings = {"cache_dir": str(tmp_path / "cache")}
     first = attached(tmp_path / "a", model, **settings).calibration_ids()

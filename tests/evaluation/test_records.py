@@ -182,6 +182,21 @@ def test_results_of_another_evaluation_are_set_aside_named_and_found_again(tmp_p
     assert records(tmp_path).finished() == by_key(0, 1, 2)
 
 
+def test_what_is_started_over_is_passed_over_at_once_and_deleted_when_the_run_begins(tmp_path: Path) -> None:
+    records(tmp_path).add([result(1)])
+    records(tmp_path, num_shots=5).add([result(2)])
+    again = Records(tmp_path, "piqa", settings(), 0, restart=True)
+    assert again.finished() == {}
+    assert records(tmp_path).finished() == by_key(1)
+    again.begin()
+    assert records(tmp_path).finished() == {}
+    assert records(tmp_path, num_shots=5).finished() == by_key(2)
+    log = records(tmp_path)
+    log.add([result(3)])
+    log.begin()  # of a run that goes on
+    assert records(tmp_path).finished() == by_key(3)
+
+
 def test_clearing_forgets_all_ranks_of_this_evaluation_alone(tmp_path: Path) -> None:
     records(tmp_path, num_shots=5).add([result(9)])
     for rank in (0, 1):

@@ -127,6 +127,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_file_of_another_original_is_refused(tmp_path: Path) -> None:
     StoredOriginal(tmp_path / "a", of()).store(Scorer(tiny_model("mixtral")).said(planned()))
     other = StoredOriginal(tmp_path / "b", of("sha256:bb"))
+    (tmp_path / "b").mkdir()
     for path in (tmp_path / "a").glob("*.safetensors"):
         shutil.copy(path, tmp_path / "b")
     with pytest.raises(ValueError, match="holds the logits of another original"):
@@ -134,7 +135,7 @@ def test_a_file_of_another_original_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_original_is_refused(tmp_path: Path) -> None:
-    StoredOriginal(tmp_path, of())
+    StoredOriginal(tmp_path, of()).store(Scorer(tiny_model("mixtral")).said(planned()))
     with pytest.raises(ValueError, match="another original \\(model: 'sha256:aa' -> 'sha256:bb'\\); delete it"):
         StoredOriginal(tmp_path, of("sha256:bb"))
     (tmp_path / "manifest.json").write_text("{")
@@ -151,11 +152,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_what_the_disk_has_no_room_for_is_refused_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = StoredOriginal(tmp_path, of())
+    original = StoredOriginal(tmp_path / "run/original", of())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SPARE_BYTES + 5_000_000_000))
     original.check_room(5_000_000_000)
     with pytest.raises(ValueError, match=r"need 5\.2 GB in .* has 5\.0 GB left; lower num_documents"):
         original.check_room(5_200_000_000)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,10 @@ def test_codes_are_packed_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", list(FINGERPRINT))
 def test_a_block_of_another_run_is_refused_by_what_changed(key: str, tmp_path: Path) -> None:
     save_block(tmp_path, 0, finished_run(), ["layers.0.a"], [], FINGERPRINT)
-    with pytest.raises(ValueError, match=f"with another {key}; set --trainer.default_root_dir"):
-        check_fingerprint(read_block(tmp_path, 0), {**FINGERPRINT, key: "changed"})
-    check_fingerprint(read_block(tmp_path, 0), FINGERPRINT)
+    before = read_block(tmp_path, 0).fingerprint
+    with pytest.raises(ValueError, match=f"holds blocks of a run with another {key}; set --trainer.default_root_dir"):
+        check_fingerprint(tmp_path, "blocks", before, {**FINGERPRINT, key: "changed"})
+    check_fingerprint(tmp_path, "blocks", before, FINGERPRINT)
 
 
 def damage(path: Path, position: int) -> None:

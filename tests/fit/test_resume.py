@@ -134,7 +134,7 @@ def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(
     shutil.copytree(whole, folder)
     config = yaml.safe_load(CONFIG.read_text())
     export = next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("Export"))
-    export["init_args"] = {"overwrite": True, "dense": False}
+    export["init_args"] = {"overwrite": True, "formats": ["moeq"]}
     again = tmp_path / "moequant_again.yaml"
     again.write_text(yaml.safe_dump(config))
     weights = folder / "export/model.safetensors"

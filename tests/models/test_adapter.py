@@ -151,6 +151,13 @@ def test_a_dense_model_is_refused_with_its_family_and_the_ones_that_work() -> No
         Adapter(tiny_model("llama"))
 
 
+@pytest.mark.parametrize("family", ["llama4", "longcat_flash"])
+def test_how_other_experts_differ_is_said(family: str) -> None:
+    how = {"llama4": "every expert runs on every token", "longcat_flash": "some experts are the identity"}[family]
+    with pytest.raises(ValueError, match=rf"{family} has no routed experts, or experts that do not .* \({how}"):
+        Adapter(tiny_model(family))
+
+
 def test_a_norm_after_each_expert_is_refused_with_the_reason() -> None:
     model = tiny_model("mixtral")
     model.get_submodule("model.layers.0.mlp.experts").has_post_expert_norm = True

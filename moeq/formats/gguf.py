@@ -1,0 +1,155 @@
+"""GGUF: one file for llama.cpp and what is built on it (Ollama, LM Studio), exactly from codes and scales."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moeq.checkpoint.packed import PackedFormat
+from moeq.disk.folder import write_manifest
+from moeq.export.compare import ExportMismatchError
+from moeq.export.finished import Progress
+from moeq.export.origin import source_folder
+from moeq.formats.format import Format, FormatReport
+from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
+from moeq.formats.gguf_file import StoredTensor, read_file, write_file
+from moeq.formats.gguf_metadata import Metadata, common
+from moeq.formats.gguf_plan import Planned, find_family, plan_file
+from moeq.formats.gguf_tokenizer import tokenizer_metadata
+from moeq.formats.source import PackedExport
+from moeq.quant.carrier import CarrierMode
+from moeq.quant.spec import QuantizedWeight
+
+NAME = "model.gguf"
+# Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
+_FILE_KINDS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18,
+}  # fmt: skip
+
+
+def _check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
+    plan_file(model, grids, mode)
+    _describe(model)
+    source = source_folder(model)
+    if source is not None:
+        tokenizer_metadata(source, model.config)
+
+
+def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> None:
+    plan = plan_file(export.model, export.grids, mode)
+    architecture = find_family(export.model).architecture
+    kind, _ = Counter(each.stored.kind for each in plan for _ in each.weights).most_common(1)[0]
+    metadata = {
+        "general.name": Path(str(export.config.get("_name_or_path") or export.folder.resolve().parent.name)).name,
+        "general.quantized_by": "moeq",
+        "general.quantization_version": 2,
+        **({"general.file_type": _FILE_KINDS[kind]} if kind in _FILE_KINDS else {}),
+        **{f"{architecture}.{key}": value for key, value in _describe(export.model).items()},
+        **tokenizer_metadata(export.folder, export.model.config),
+    }
+    shown = iter(progress(range(len(plan)), "tensors of the file"))
+    tensors = {each.name: (each.stored, lambda each=each: _chunks(export, each, mode, shown)) for each in plan}
+    write_file(folder / NAME, architecture, metadata, tensors)
+    for _ in shown:  # it ends by itself
+        pass
+    write_manifest(folder, {"format": "gguf", "carrier": mode})
+
+
+def _chunks(export: PackedExport, planned: Planned, mode: CarrierMode, shown: Iterator[int]) -> Iterator[Bytes]:
+    """Bytes of a tensor of the file, those of one weight after another."""
+    next(shown)
+    if not planned.has_blocks:
+        for values in planned.values(export):
+            yield floats(planned.stored.kind, values)
+        return
+    for name in planned.weights:
+        try:
+            yield to_bytes(planned.stored.kind, planned.piece.of_codes(export.quantized(name)), mode)
+        except ValueError as error:
+            raise ValueError(f"gguf: {name}: {error}") from error
+
+
+def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
+    plan = plan_file(export.model, export.grids, mode)
+    path = folder / NAME
+    _, stored = read_file(path)
+    if wrong := sorted({each.name for each in plan} ^ stored.keys()):
+        raise ExportMismatchError(f"{path} has other tensors than were written: {', '.join(wrong[:8])}; export again")
+    error, types, num_bytes, numel = 0.0, Counter[str](), 0, 0
+    for index in progress(range(len(plan)), "tensors read back"):
+        planned = plan[index]
+        found = stored[planned.name]
+        if (found.kind, found.shape) != (planned.stored.kind, planned.stored.shape):
+            raise ExportMismatchError(f"{path} has {planned.name} as {found.kind} {found.shape}; export again")
+        error = max(error, _compare(path, export, planned, found))
+        quantized = [name for name in planned.weights if name in export.grids]
+        types.update([found.kind] * len(planned.weights))
+        if quantized:
+            num_bytes += planned.stored.num_bytes
+            numel += torch.Size(planned.stored.shape).numel()
+    return FormatReport(
+        format="gguf",
+        path=str(path),
+        reader=_reader({each.stored.kind for each in plan}),
+        num_quantized=len(export.grids),
+        num_other=sum(1 for each in plan if not each.weights),
+        num_bytes=path.stat().st_size,
+        bits_per_weight=8 * num_bytes / numel if numel else 0.0,
+        types=dict(types),
+        largest_error=error,
+    )
+
+
+def _compare(path: Path, export: PackedExport, planned: Planned, found: StoredTensor) -> float:
+    """Largest error of a tensor that was read back, in scales; raises ExportMismatchError where it is wrong."""
+    largest = 0.0
+    for index, ours in enumerate(planned.values(export)):
+        theirs = found.values(index if len(planned.weights) > 1 else None).reshape(ours.shape)
+        name = planned.weights[index] if planned.weights else planned.tensor
+        if torch.equal(theirs.to(ours.dtype), ours):
+            continue
+        if not planned.has_blocks or found.kind.endswith("_K"):
+            raise ExportMismatchError(f"{path}: {planned.name} is not {name}; export again")
+        largest = max(largest, _rounded(path, theirs, planned.piece.of_codes(export.quantized(name)), name))
+    return largest
+
+
+def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> float:
+    """Largest error in scales of values whose scales or offsets were rounded, which is bounded."""
+    spread = weight.codes_OI.shape[1] // weight.scale_OG.shape[1]
+    scale_OI = weight.scale_OG.float().repeat_interleave(spread, 1)
+    zero: Any = 2 ** (weight.bits - 1)
+    if weight.zero_point_OG is not None:
+        zero = weight.zero_point_OG.float().repeat_interleave(spread, 1)
+    error_OI = (theirs - (weight.codes_OI.float() - zero) * scale_OI).abs()
+    if bool((error_OI > rounding_bound(weight).repeat_interleave(spread, 1)).any()):
+        raise ExportMismatchError(f"{path}: {name} differs by more than the rounding of its scales; export again")
+    return float((error_OI / scale_OI).max())
+
+
+def _describe(model: PreTrainedModel) -> Metadata:
+    try:
+        return common(model.config) | find_family(model).describe(model.config)
+    except ValueError as error:
+        raise ValueError(f"gguf: {error}; export moeq or dense") from error
+
+
+def _reader(kinds: set[str]) -> str:
+    from importlib.metadata import version
+
+    known = f"gguf {version('gguf')}"
+    return f"{known} (Q2_0, which it does not know, by moeq's own)" if "Q2_0" in kinds else known
+
+
+FORMAT = Format(
+    name="gguf",
+    check=_check,
+    write=_write,
+    verify=_verify,
+    serve=lambda folder: f"llama-server -m {folder / NAME}",
+)

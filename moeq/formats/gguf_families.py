@@ -1,0 +1,173 @@
+"""Families of models whose GGUF files were run in llama.cpp against transformers: names, keys, and what is refused.
+
+A name that is not here is the one that the ``gguf`` package's own table of names gives.  Each
+family is run by ``tests/formats/test_gguf_runs.py``; one that was not run is not written.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeq.formats import gguf_metadata as keys
+from moeq.formats import gguf_recurrent as recurrent
+from moeq.formats.gguf_metadata import Describe
+from moeq.formats.gguf_pieces import (
+    Pieces,
+    expert_biases,
+    halves,
+    latent_parts,
+    made,
+    renamed,
+    turned_keys,
+    turned_queries,
+    vector,
+)
+
+# (option, the value that llama.cpp computes with, whatever a file says)
+Fixed = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of transformers is told to llama.cpp.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        describe: Keys beyond the common ones.
+        fixed: Options that llama.cpp has no key for, each with the one value that it computes with; an option that a
+            configuration lacks has it.
+        pieces: Of tensors that do not go as they are: by what follows the number of the block.
+        own_head: llama.cpp does not take the embedding for a head that is missing.
+        refuses: What else a configuration may have that llama.cpp computes otherwise; None where it has nothing.
+    """
+
+    architecture: str
+    describe: Describe
+    fixed: tuple[Fixed, ...]
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    own_head: bool = False
+    refuses: Callable[[Any], str | None] = lambda config: None
+
+
+def _grouped_heads(config: Any) -> str | None:
+    same = config.num_key_value_heads == config.num_attention_heads
+    return None if same else "each head has keys of its own, and here heads share them (num_key_value_heads)"
+
+
+def _grouped_experts(config: Any) -> str | None:
+    if config.topk_method == "group_limited_greedy" and (config.n_group or 1) > 1:
+        return "the best groups by the sum of two scores, and here they are the best by one (group_limited_greedy)"
+    return _unranked(config)
+
+
+def _unranked(config: Any) -> str | None:
+    """llama.cpp knows models without a rank of queries by their 26 or 27 blocks."""
+    if (config.q_lora_rank is None) == (config.num_hidden_layers in (26, 27)):
+        return None
+    return f"with 26 or 27 blocks q_lora_rank is null, otherwise a number, and here it is {config.q_lora_rank}"
+
+
+def _sparse_to_the_end(config: Any) -> str | None:
+    last = config.moe_layer_end_index
+    return None if last >= config.num_hidden_layers - 1 else f"the last block has experts, and here block {last} is it"
+
+
+def _one_full_in(number: int) -> Callable[[Any], str | None]:
+    """Attention in windows but for every so-manieth block."""
+
+    def problem(config: Any) -> str | None:
+        full = [i % number == number - 1 for i in range(config.num_hidden_layers)]
+        kinds = ["full_attention" if each else "sliding_attention" for each in full]
+        return None if list(config.layer_types) == kinds else f"windows in all blocks but one in {number} (layer_types)"
+
+    return problem
+
+
+_SILU: Fixed = ("hidden_act", "silu")
+_NO_BIAS: Fixed = ("attention_bias", False)
+_NO_WINDOW: Fixed = ("sliding_window", None)
+_ALL_SPARSE: tuple[Fixed, ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
+_NEIGHBOURS: Mapping[str, Pieces] = {
+    "self_attn.q_proj": turned_queries("attn_q.weight"),
+    "self_attn.k_proj": turned_keys("attn_k.weight"),
+}
+_LATENT: Mapping[str, Pieces] = {"self_attn.kv_b_proj": latent_parts}
+_GRANITE: Mapping[str, Pieces] = {
+    **_NEIGHBOURS,
+    **{f"block_sparse_moe.experts.{kind}_proj": renamed(f"ffn_{kind}_exps.weight") for kind in ("gate", "up", "down")},
+    "block_sparse_moe.router.weight": renamed("ffn_gate_inp.weight"),
+    "shared_mlp.input_linear": halves("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+}
+_EXPERTS = keys.experts("num_experts", "moe_intermediate_size")
+_LOCAL = keys.experts("num_local_experts", "intermediate_size")
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family("llama", _LOCAL, (_SILU, _NO_BIAS, _NO_WINDOW), _NEIGHBOURS),
+    "qwen2_moe": Family(
+        "qwen2moe", keys.qwen2_moe, (_SILU, ("norm_topk_prob", False), _NO_WINDOW, *_ALL_SPARSE),
+        {"mlp.shared_expert_gate": vector("ffn_gate_inp_shexp.weight")}, own_head=True,
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe", _EXPERTS, (_SILU, _NO_BIAS, ("norm_topk_prob", True), _NO_WINDOW, *_ALL_SPARSE)
+    ),
+    "olmoe": Family(
+        "olmoe", keys.experts("num_experts", "intermediate_size"),
+        (_SILU, _NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True, refuses=_grouped_heads,
+    ),
+    "deepseek_v2": Family(
+        "deepseek2", keys.deepseek, (_SILU, _NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
+        refuses=_grouped_experts,
+    ),
+    "deepseek_v3": Family(
+        "deepseek2", keys.deepseek_v3, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+    ),
+    "glm4_moe_lite": Family(
+        "deepseek2", keys.deepseek_v3, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+    ),
+    "granitemoe": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
+    "granitemoeshared": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
+    "gpt_oss": Family(
+        "gpt-oss", keys.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+        {
+            "mlp.experts.gate_up_proj_bias": expert_biases,
+            "mlp.experts.down_proj_bias": renamed("ffn_down_exps.bias"),
+            "self_attn.sinks": renamed("attn_sinks.weight"),
+        },
+        refuses=_one_full_in(2),
+    ),
+    "glm4_moe": Family("glm4moe", keys.sigmoid_routing, (_SILU,)),
+    "solar_open": Family("glm4moe", keys.sigmoid_routing, (_SILU, _NO_BIAS)),
+    "dots1": Family("dots1", keys.sigmoid_routing, (_SILU, _NO_BIAS), refuses=_grouped_heads),
+    "ernie4_5_moe": Family(
+        "ernie4_5-moe", keys.ernie, (_SILU, ("use_bias", False), ("moe_layer_interval", 1)),
+        {"mlp.gate.moe_statics.e_score_correction_bias": vector("exp_probs_b.bias")}, refuses=_sparse_to_the_end,
+    ),
+    "hunyuan_v1_moe": Family("hunyuan-moe", keys.hunyuan, (_SILU, _NO_BIAS)),
+    "minimax_m2": Family("minimax-m2", keys.minimax_m2, (_SILU,)),
+    "lfm2_moe": Family(
+        "lfm2moe", keys.lfm2,
+        (("conv_bias", False), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0), ("use_expert_bias", True),
+         ("tie_word_embeddings", True)),
+        {
+            "conv.conv.weight": made("shortconv.conv.weight", lambda weight: weight.squeeze(1)),
+            "feed_forward.expert_bias": renamed("exp_probs_b.bias"),
+        },
+    ),
+    "afmoe": Family(
+        "afmoe", keys.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
+        {"mlp.expert_bias": renamed("exp_probs_b.bias")}, refuses=_one_full_in(4),
+    ),
+    "exaone_moe": Family("exaone-moe", keys.exaone, (_SILU, _NO_BIAS)),
+    "qwen3_next": Family(
+        "qwen3next", recurrent.qwen3_next, (_SILU, _NO_BIAS, ("norm_topk_prob", True), *_ALL_SPARSE),
+        recurrent.QWEN3_NEXT, refuses=recurrent.one_full_in_some,
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen35moe", recurrent.qwen3_5, (_SILU, _NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
+    ),
+    "jamba": Family("jamba", recurrent.jamba, (_SILU, ("mamba_proj_bias", False)), recurrent.JAMBA),
+    "granitemoehybrid": Family(
+        "granitehybrid", lambda config: keys.granite(config) | recurrent.granite_hybrid(config),
+        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **recurrent.MAMBA_2},
+    ),
+}  # fmt: skip

@@ -1,0 +1,173 @@
+"""Which tensors a GGUF file of a model has, of which types; whatever has no right place is refused by name."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moeq.checkpoint.packed import PackedFormat
+from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
+from moeq.formats.gguf_families import FAMILIES, Family
+from moeq.formats.gguf_file import FileTensor
+from moeq.formats.gguf_pieces import Piece
+from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
+from moeq.models.adapter import find_blocks
+from moeq.quant.carrier import CarrierMode
+
+# Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
+_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the file.
+
+    Attributes:
+        name: In the file.
+        stored: Its type and shape.
+        weights: Canonical names of the weights that it holds, one or those of all experts; none for other tensors.
+        tensor: Name in the model of a tensor that is no weight, otherwise "".
+        piece: What it is of each of them.
+    """
+
+    name: str
+    stored: FileTensor
+    weights: tuple[str, ...]
+    tensor: str
+    piece: Piece
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it holds codes."""
+        return FILE_TYPES[self.stored.kind].block > 1
+
+    def values(self, export: PackedExport) -> Iterator[Tensor]:
+        """Its values as they are evaluated, one weight after another, in their dtype."""
+        for weight in self.weights:
+            yield self.piece.of_values(export.weight(weight))
+        if self.tensor:
+            yield self.piece.of_values(export.tensor(self.tensor))
+
+
+def find_family(model: PreTrainedModel) -> Family:
+    """How a model is told to llama.cpp; raises ValueError where it cannot be, or would be computed otherwise."""
+    config = model.config
+    name = config.model_type
+    if name not in FAMILIES:
+        raise ValueError(
+            f"gguf: {name} is no family whose files were run in llama.cpp; docs/serving.md lists those that were, "
+            "export moeq or dense"
+        )
+    family = FAMILIES[name]
+    for option, value in family.fixed:
+        given = getattr(config, option, value)
+        if given != value and (given or value):
+            raise ValueError(
+                f"gguf: llama.cpp computes {family.architecture} with {option}: {value}, and this model has {given}; "
+                "no file would be right, export moeq or dense"
+            )
+    if problem := family.refuses(config):
+        raise ValueError(f"gguf: llama.cpp computes {family.architecture} otherwise: {problem}; export moeq or dense")
+    return family
+
+
+def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> list[Planned]:
+    """Tensors of the file of a model, in its order.
+
+    Args:
+        model: Dense; it may have no values.
+        grids: Of quantized weights, by canonical name.
+        mode: Which types may hold a grid.
+
+    Raises:
+        ValueError: A tensor has no name in llama.cpp or a weight no type, or weights that are one tensor of the file
+            need different types.
+    """
+    family, config, state = find_family(model), model.config, model.state_dict()
+    blocks = f"{find_blocks(model)[0]}."
+    planned = []
+    tied = bool(config.tie_word_embeddings)
+    for stack, names in model_stacks(model).items():
+        if tied and stack == "lm_head":
+            continue
+        shape = weight_shape(model, names[0])
+        for piece in _pieces(config, family, blocks, stack, ".weight", shape):
+            kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
+            planned.append(_planned(piece, kind, tuple(names), "", shape))
+    for name in other_names(model):
+        shape, dtype = tuple(state[name].shape), state[name].dtype
+        for piece in _pieces(config, family, blocks, name, "", shape):
+            planned.append(_planned(piece, _kept_type(piece, dtype), (), name, shape))
+    if tied and family.own_head:
+        embedding = next(each for each in planned if each.name == _EMBEDDING)
+        head = Piece(_HEAD)
+        planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
+    return planned
+
+
+def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:
+    made = piece.shape_of(shape)
+    if len(made) < 2 or piece.name.endswith(".bias"):
+        kind = "F32"
+    if len(weights) > 1:
+        made = (len(weights), *made)
+    return Planned(piece.name, FileTensor(kind, made), weights, tensor, piece)
+
+
+def _pieces(
+    config: Any, family: Family, blocks: str, name: str, ending: str, shape: tuple[int, ...]
+) -> Iterator[Piece]:
+    """What the file has of a tensor of the model, with names in the file."""
+    number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
+    if make := family.pieces.get(inside):
+        for piece in make(config, shape):
+            yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
+        return
+    known = f"model.layers.{number}.{inside}" if number else name
+    found = _names(family.architecture, config.num_hidden_layers).get_name(
+        f"{known}{ending}".replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
+    )
+    if found is None:
+        raise ValueError(f"gguf: llama.cpp's {family.architecture} has no tensor for {name}; export moeq or dense")
+    yield Piece(found)
+
+
+def _one_type(
+    stack: str, names: Any, grids: Mapping[str, PackedFormat], piece: Piece, in_features: int, mode: CarrierMode,
+    dtype: torch.dtype,
+) -> str:  # fmt: skip
+    """Type of a tensor that holds some weights."""
+    if piece.values is not None:
+        return _kept_type(piece, dtype)
+    found: dict[str, str] = {}
+    for name in names:
+        if name not in grids:
+            found.setdefault(_kept_type(piece, dtype), name)
+            continue
+        try:
+            found.setdefault(quantized_type(grids[name], in_features, mode), name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if len(found) > 1:
+        types = ", ".join(f"{kind} ({name})" for kind, name in found.items())
+        raise ValueError(
+            f"gguf: the weights of {stack} are one tensor of one type, and would need {types}; plan with "
+            "runtime: llama.cpp, which gives all experts of a projection in a block one type"
+        )
+    return next(iter(found))
+
+
+def _kept_type(piece: Piece, dtype: torch.dtype) -> str:
+    return "F32" if any(part in piece.name for part in _FLOAT32) else float_type(dtype)
+
+
+@cache
+def _names(architecture: str, num_blocks: int) -> gguf.TensorNameMap:
+    number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, num_blocks)

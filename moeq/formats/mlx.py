@@ -1,0 +1,213 @@
+"""MLX: a folder for mlx-lm, whose experts are one tensor for each projection of a block.
+
+``weight`` (uint32, the codes as one stream of bits), ``scales`` and ``biases`` in the dtype of the model, which mean
+``code * scale + bias``.  "exact" writes codes whose zero is in the middle of their range, so that the bias is a power
+of two times the scale and nothing is rounded; "native" keeps each weight's own width, and rounds the biases of those
+that have zero points.
+
+What mlx-lm's classes do not read is left out: draft layers, which the configuration no longer announces.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moeq.checkpoint.packed import PackedFormat
+from moeq.disk.tensor_file import Declared
+from moeq.export.config_file import announce_no_draft
+from moeq.export.finished import Progress
+from moeq.formats.card import Card
+from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks
+from moeq.formats.format import Format, FormatReport
+from moeq.formats.hf_folder import Piece, carried_keys, check_pieces, fill_folder, kept_pieces, renamed, report
+from moeq.formats.mlx_families import MlxFamily, completed, find_family
+from moeq.formats.mlx_reader import check_stacks
+from moeq.formats.source import PackedExport, stacks
+from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup
+from moeq.quant.packing import num_words, pack
+from moeq.quant.spec import QuantizedWeight
+
+_REASON = "MLX holds all experts of a projection of a block in one tensor"
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
+_APART = "dequantized (mlx-lm takes it apart)"
+
+
+def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
+    """Raise ValueError where mlx-lm would read a model on these grids wrongly or not at all."""
+    _carriers(model, grids, mode)
+
+
+def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> None:
+    """Fill an empty folder; see ``Format``."""
+    family, carriers = find_family(export.model), _carriers(export.model, export.grids, mode)
+    paths = _paths(export, family)
+    pieces = _kept(export, family, carriers, paths)
+    for path, names in paths.items():
+        if names[0] in carriers:
+            pieces.append(_stack(export, path, names, carriers[names[0]]))
+    config = completed(json.loads(json.dumps(export.config)), export.model.config, family)
+    announce_no_draft(config)
+    if not family.has_tied_head and config["tie_word_embeddings"]:
+        config["tie_word_embeddings"] = False
+        pieces.append(_untied_head(export))
+    quantization = _quantization(paths, carriers)
+    config |= {"quantization": quantization, "quantization_config": quantization}
+    fill_folder(export, folder, pieces, config, _card(export, carriers), progress)
+
+
+def verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
+    """Read the folder back by MLX in float32, or in numpy where MLX is not installed (it does not run everywhere)."""
+    family, carriers = find_family(export.model), _carriers(export.model, export.grids, mode)
+    paths = _paths(export, family)
+    found = check_stacks(export, folder, {p: n for p, n in paths.items() if n[0] in carriers}, mode, progress)
+    num_other = check_pieces(folder, _kept(export, family, carriers, paths))
+    num_bits = num_weights = 0
+    for name in export.grids:
+        rows, columns = export.shape(name)
+        num_weights += rows * columns
+        dense = 8 * export.dtype(name).itemsize * rows * columns
+        num_bits += carriers[name].num_bits(rows, columns) if name in carriers else dense
+    return report(
+        folder, "mlx", found.reader,
+        types=count_types(_label(carriers.get(name)) for name in export.grids), num_other=num_other,
+        num_bits=num_bits, num_weights=num_weights, largest_error=found.largest_error,
+    )  # fmt: skip
+
+
+def serve(folder: Path) -> str:
+    """The command that generates with a folder."""
+    return f"mlx_lm.generate --model {folder} --prompt Hello"
+
+
+def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> dict[str, Carrier]:
+    """Storage types of the weights that stay quantized."""
+    family = find_family(model)
+    carriers = choose_carriers("mlx", model, grids, mode)
+    for unit in expert_blocks(model):
+        for leaf in dict.fromkeys(name.rpartition(".")[2] for name in unit):
+            check_alike(carriers, [name for name in unit if name.endswith(f".{leaf}")], _REASON)
+    return {name: c for name, c in carriers.items() if name.rpartition(".")[2] not in family.taken_apart}
+
+
+def _paths(export: PackedExport, family: MlxFamily) -> dict[str, Sequence[str]]:
+    """Canonical names of what is one module of mlx-lm, by its path there."""
+    found = {}
+    for names in stacks(export).values():
+        key, leaf = export.key(names[0]), names[0].rpartition(".")[2]
+        path = _EXPERT.sub(f".{family.experts}.{family.leaves.get(leaf, leaf)}", key)
+        found[_renamed(path, family)] = names
+    return found
+
+
+def _renamed(path: str, family: MlxFamily) -> str:
+    for old, new in family.renamed.items():
+        path = path.replace(old, new)
+    return path
+
+
+def _kept(
+    export: PackedExport, family: MlxFamily, carriers: Mapping[str, Carrier], paths: Mapping[str, Sequence[str]]
+) -> list[Piece]:
+    """Everything that is not quantized there: experts as stacks, linears that are taken apart by their values."""
+    made: list[Piece] = []
+    experts: list[str] = []
+    for path, names in paths.items():
+        if names[0] in carriers or (len(names) == 1 and names[0] not in export.grids):
+            continue
+        experts += names
+        made.append(_dense_stack(export, f"{path}.weight", names))
+    others = kept_pieces(export, without=[*carried_keys(export), *export.keys_of(experts)])
+    return made + [renamed(piece, lambda key: _renamed(key, family)) for piece in others]
+
+
+def _dense_stack(export: PackedExport, key: str, names: Sequence[str]) -> Piece:
+    shape, dtype = export.shape(names[0]), export.dtype(names[0])
+
+    def make() -> dict[str, Tensor]:
+        if len(names) == 1:
+            return {key: export.weight(names[0])}
+        stacked_EOI = torch.empty(len(names), *shape, dtype=dtype)
+        for index, weight_OI in enumerate(export.weights(names)):
+            stacked_EOI[index] = weight_OI
+        return {key: stacked_EOI}
+
+    return Piece({key: Declared(dtype, shape if len(names) == 1 else (len(names), *shape))}, make)
+
+
+def _stack(export: PackedExport, path: str, names: Sequence[str], carrier: Carrier) -> Piece:
+    (rows, columns), dtype = export.shape(names[0]), export.dtype(names[0])
+    front = () if len(names) == 1 else (len(names),)
+    groups = columns // (carrier.group_size or columns)
+    declared = {
+        f"{path}.weight": Declared(torch.uint32, (*front, rows, num_words(columns, carrier.bits))),
+        f"{path}.scales": Declared(dtype, (*front, rows, groups)),
+        f"{path}.biases": Declared(dtype, (*front, rows, groups)),
+    }
+
+    def make() -> dict[str, Tensor]:
+        # torch copies int32, not uint32.
+        made = {
+            key: torch.empty(each.shape, dtype=torch.int32 if each.dtype == torch.uint32 else each.dtype)
+            for key, each in declared.items()
+        }
+        for index, name in enumerate(names):
+            for target, part in zip(made.values(), _affine(export.quantized(name), carrier), strict=True):
+                (target[index] if front else target).copy_(part)
+        return {key: tensor.view(declared[key].dtype) for key, tensor in made.items()}
+
+    return Piece(declared, make)
+
+
+def _affine(weight: QuantizedWeight, carrier: Carrier) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes (int32), scales and biases of one weight."""
+    if weight.zero_point_OG is None or carrier.bits > weight.bits:
+        weight = recentre(weight, carrier.bits)
+    weight = regroup(weight, carrier.group_size)
+    zero_OG = 2 ** (carrier.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG.float()
+    bias_OG = (-zero_OG * weight.scale_OG.float()).to(weight.scale_OG.dtype)
+    return pack(weight.codes_OI, carrier.bits), weight.scale_OG, bias_OG
+
+
+def _untied_head(export: PackedExport) -> Piece:
+    """The embedding once more, as the head of a class that has no tied one."""
+    names = {id(tensor): name for name, tensor in export.model.named_parameters()}
+    embedding = names[id(export.model.get_input_embeddings().weight)]
+    stored = export.contents.stored[export.key(embedding)]
+    return Piece({"lm_head.weight": Declared(stored.dtype, stored.shape)}, lambda: {"lm_head.weight": stored.read()})
+
+
+def _quantization(paths: Mapping[str, Sequence[str]], carriers: Mapping[str, Carrier]) -> dict[str, Any]:
+    """``quantization`` of config.json: the most frequent type, and every module that has another, or none."""
+    types = {path: carriers.get(names[0]) for path, names in paths.items()}
+    first = Counter(carrier for carrier in types.values() if carrier is not None).most_common(1)[0][0]
+    others = {path: carrier and _as_read(carrier) for path, carrier in types.items() if carrier != first}
+    return {**_as_read(first), **{path: values or False for path, values in others.items()}}
+
+
+def _as_read(carrier: Carrier) -> dict[str, Any]:
+    return {"group_size": carrier.group_size, "bits": carrier.bits, "mode": "affine"}
+
+
+def _label(carrier: Carrier | None) -> str:
+    return _APART if carrier is None else f"{carrier.bits} bits, groups of {carrier.group_size}"
+
+
+def _card(export: PackedExport, carriers: Mapping[str, Carrier]) -> Card:
+    left = carried_keys(export)
+    return Card(
+        format="mlx",
+        library="mlx",
+        opening='```sh\nmlx_lm.generate --model mlx --prompt "Hello"\nmlx_lm.server --model mlx\n```',
+        types=count_types(_label(carriers.get(name)) for name in export.grids),
+        left_out=f"{len(left)} tensors that mlx-lm does not read, draft layers among them" if left else None,
+    )
+
+
+FORMAT = Format("mlx", check, write, verify, serve)

@@ -1,0 +1,143 @@
+"""Every tensor of a model has a place in its file, or the model is refused by name before anything is written."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moeq.checkpoint.model_class import model_class
+from moeq.checkpoint.names import weight_names
+from moeq.checkpoint.packed import PackedFormat
+from moeq.formats.gguf import FORMAT
+from moeq.formats.gguf_families import FAMILIES
+from moeq.formats.gguf_metadata import common, rope
+from moeq.formats.gguf_plan import plan_file
+from tests.families import FAMILIES as ALL
+from tests.formats.test_gguf_runs import OPTIONS
+from tests.tiny import tiny_config
+
+Q4, Q3, Q8 = PackedFormat(4, 32, True), PackedFormat(3, 32, False), PackedFormat(8, 32, True)
+
+
+def empty(family: str, **overrides: Any) -> Any:
+    config = tiny_config(family, **(OPTIONS.get(family, {}) | overrides))
+    with torch.device("meta"):
+        return model_class(config).from_config(config, dtype=torch.bfloat16)
+
+
+def grids(model: Any, of: dict[str, PackedFormat | None]) -> dict[str, PackedFormat]:
+    """A grid for each weight of the blocks: that of the first ending of ``of`` that fits."""
+    found = {}
+    for name in weight_names(model):
+        grid = next((grid for ending, grid in of.items() if name.endswith(ending)), None)
+        if grid is not None and ".layers." in name:
+            found[name] = grid
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_is_left_out_and_none_written_twice(family: str) -> None:
+    model = empty(family)
+    plan = plan_file(model, {}, "exact")
+    names = [each.name for each in plan]
+    assert len(names) == len(set(names))
+    written = sum(torch.Size(each.stored.shape).numel() for each in plan)
+    assert written == sum(tensor.numel() for tensor in model.state_dict().values()) - _tied(model)
+
+
+def _tied(model: Any) -> int:
+    return model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
+
+
+@pytest.mark.parametrize("family", sorted(set(ALL) - set(FAMILIES)))
+def test_a_family_that_was_not_run_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match=rf"gguf: {family} is no family whose files were run .* docs/serving.md"):
+        FORMAT.check(empty(family), {}, "exact")
+
+
+def test_types_are_those_of_the_grids_and_of_what_is_kept() -> None:
+    model = empty("mixtral")
+    of = {"0.self_attn.q_proj": Q8, "_proj": Q4}
+    kinds = {each.name: each.stored.kind for each in plan_file(model, grids(model, of), "exact")}
+    assert kinds["blk.0.attn_q.weight"] == "Q8_0"
+    assert kinds["blk.1.attn_q.weight"] == kinds["blk.1.ffn_gate_exps.weight"] == "Q4_0"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "BF16"
+
+
+def test_experts_of_one_projection_share_their_type_not_their_grid() -> None:
+    model = empty("mixtral")
+    mixed = grids(model, {"0.gate_proj": Q3, "_proj": Q4})
+    stacks = [each for each in plan_file(model, mixed, "exact") if "exps" in each.name]
+    assert {each.stored.kind for each in stacks} == {"Q4_0"}
+    for other in (Q8, None):
+        wrong = grids(model, {"experts.3.gate_proj": other, "_proj": Q4})
+        with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_proj are one tensor .* runtime: llama.cpp"):
+            FORMAT.check(model, wrong, "exact")
+
+
+def test_a_grid_without_a_type_names_its_weight() -> None:
+    model = empty("mixtral")
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: gguf has no type that holds 4 bits"):
+        FORMAT.check(model, grids(model, {"k_proj": PackedFormat(4, 16, True), "_proj": Q4}), "exact")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe with norm_topk_prob: False, and this model has True"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: True"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("mixtral", {"sliding_window": 32}, "sliding_window: None, and this model has 32"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act: silu"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmoe", {"num_key_value_heads": 2}, "heads share them"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "group_limited_greedy"),
+        ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank is null"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "windows in all blocks but one in 2"),
+        ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_end_index": 1}, "the last block has experts"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor: 1.0"),
+        ("afmoe", {"mup_enabled": False}, "mup_enabled"),
+        (
+            "mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "kind dynamic",
+        ),
+    ],
+)  # fmt: skip
+def test_an_option_that_llama_cpp_computes_otherwise_is_refused(
+    family: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"gguf: .*{message}.*export moeq or dense"):
+        FORMAT.check(empty(family, **options), {}, "exact")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attention_factor": 2.0}, "attention_factor: 1.13863, and this model has 2"),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, "without mscale"),
+        ({"truncate": False}, "rounds the range of yarn"),
+    ],
+)
+def test_a_yarn_that_llama_cpp_computes_otherwise_is_refused(more: dict[str, Any], message: str) -> None:
+    config = tiny_config("qwen3_moe")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    config.rope_parameters = {**yarn, "attention_factor": 1.1386294}
+    assert rope(config, 16)["rope.scaling.factor"] == 4.0
+    config.rope_parameters = yarn | more
+    with pytest.raises(ValueError, match=message):
+        rope(config, 16)
+
+
+def test_a_yarn_of_deepseek_needs_its_two_magnitudes_to_be_equal() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    for more in ({}, {"mscale": 1.0, "mscale_all_dim": 0.7}):
+        with pytest.raises(ValueError, match="mscale equal to mscale_all_dim"):
+            FORMAT.check(empty("deepseek_v3", rope_parameters=yarn | more), {}, "exact")
+
+
+def test_common_keys_are_those_of_the_configuration() -> None:
+    found = common(tiny_config("qwen3_moe", head_dim=32))
+    assert found["attention.key_length"] == 32
+    assert (found["block_count"], found["attention.head_count"], found["attention.head_count_kv"]) == (2, 4, 2)

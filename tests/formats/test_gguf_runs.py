@@ -1,0 +1,95 @@
+"""Files of every family are opened by llama.cpp, which computes what transformers computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeq.formats.convert import convert
+from moeq.formats.gguf_families import FAMILIES
+from tests.formats.gguf_models import IDS, Grid, divergence, transformers_logits, write_dense, write_packed
+from tests.formats.llama_cpp import LlamaCpp, needs_llama_cpp
+
+pytestmark = needs_llama_cpp
+Values = dict[str, Any]
+
+_YARN: Values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+# What differs from ``tests.families``: options that llama.cpp computes with.
+OPTIONS: dict[str, Values] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+    "dots1": {"num_key_value_heads": 4},
+    "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
+}
+# Further options that change what is written or how it is computed.
+VARIANTS: tuple[tuple[str, Values], ...] = (
+    ("mixtral", {"tie_word_embeddings": True, "head_dim": 32}),
+    ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    ("qwen2_moe", {"tie_word_embeddings": True, "qkv_bias": False}),
+    ("olmoe", {"tie_word_embeddings": True}),
+    ("qwen3_moe", {"rope_parameters": _YARN}),
+    ("deepseek_v2", {"q_lora_rank": None, "num_hidden_layers": 26, "n_routed_experts": 2, "n_group": 1}),
+    ("deepseek_v2", {"routed_scaling_factor": 2.0, "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}),
+    ("deepseek_v3", {"n_group": 1, "norm_topk_prob": False}),
+    ("granitemoe", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1,
+                    "logits_scaling": 2.0}),
+    ("gpt_oss", {"rope_parameters": _YARN}),
+    ("glm4_moe", {"use_qk_norm": True, "attention_bias": True}),
+    ("ernie4_5_moe", {"tie_word_embeddings": False, "moe_num_shared_experts": 0}),
+    ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0,
+                                            "factor": 1.0}}),
+    ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
+                    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
+)  # fmt: skip
+_QUICK = ("mixtral", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in _QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_family_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    _compare(family, OPTIONS.get(family, {}), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "options"), VARIANTS)
+def test_options_that_a_file_can_say_are_computed(family: str, options: Values, tmp_path: Path) -> None:
+    _compare(family, OPTIONS.get(family, {}) | options, tmp_path)
+
+
+def _compare(family: str, options: Values, folder: Path) -> None:
+    source, path = write_dense(family, folder, **options)
+    theirs = transformers_logits(source)
+    file = LlamaCpp(path)
+    # Float rounding: logits of these models reach 5, and a wrong order of rows or a key left out moves them by 1.
+    torch.testing.assert_close(file.logits(IDS), theirs, atol=1e-4, rtol=0)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("grid", "carrier", "kind"),
+    [
+        ((2, 64, True), "exact", "Q2_0"),
+        ((3, 32, False), "exact", "Q4_0"),
+        pytest.param((4, None, False), "exact", "Q5_0", marks=pytest.mark.slow),
+        pytest.param((8, 64, True), "exact", "Q8_0", marks=pytest.mark.slow),
+        pytest.param((4, 32, False), "native", "Q4_1", marks=pytest.mark.slow),
+        pytest.param((5, 32, False), "native", "Q5_1", marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_files_are_read_as_the_codes_that_were_solved(
+    grid: Grid, carrier: str, kind: str, tmp_path: Path
+) -> None:
+    options = {"moe_intermediate_size": 64, "num_hidden_layers": 1}
+    export, _ = write_packed("qwen2_moe", tmp_path, lambda name: grid, **options)
+    report = convert(export, "gguf", tmp_path / "gguf", carrier=carrier)
+    assert report.types[kind] == report.num_quantized
+    file = LlamaCpp(tmp_path / "gguf" / "model.gguf")
+    found, same, original = file.logits(IDS), transformers_logits(export), transformers_logits(tmp_path / "source")
+    file.close()
+    # llama.cpp rounds activations to 8 bits, and the embedding and head stay in bfloat16.
+    assert divergence(same, found) < 0.01
+    assert divergence(original, same) > 3 * divergence(same, found) or grid[0] == 8

@@ -1,0 +1,186 @@
+"""Folders for mlx-lm: the logits of transformers, exact values, and refusals of what it computes otherwise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeq.export.compare import ExportMismatchError
+from moeq.formats import mlx_reader
+from moeq.formats.convert import convert
+from moeq.formats.mlx import FORMAT
+from moeq.formats.mlx_families import FAMILIES
+from moeq.formats.source import open_packed
+from tests.formats.packed import (
+    Grid,
+    Tiny,
+    add_draft_layer,
+    config_of,
+    flip_a_bit,
+    is_expert,
+    logits_of,
+    tensors_of,
+    write_tiny_packed,
+)
+
+# In each check; the others are slow.
+FEW = ("qwen2_moe", "mixtral", "deepseek_v3")
+OVERRIDES: dict[str, dict[str, Any]] = {"dots1": {"sliding_window": None}}
+
+
+def mlx_logits(folder: Path, num_tokens: int = 24) -> Tensor:
+    mx = pytest.importorskip("mlx.core", reason="MLX has no build for this system")
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    model, _ = utils.load_model(folder)
+    return torch.from_numpy(np.array(model(mx.array(np.arange(1, num_tokens + 1)[None])).astype(mx.float32)))[0]
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
+def test_mlx_lm_gives_the_logits_of_the_dequantized_model(family: str, tmp_path: Path) -> None:
+    def grid_of(name: str) -> Grid | None:
+        """Down projections on 2 bits, experts of block 0 on 3 with zero points, others kept, the rest on 8 bits."""
+        if not is_expert(name):
+            return (8, None, True)
+        if name.endswith("down_proj"):
+            return (2, 32, True)
+        return (3, 32, False) if ".layers.0." in name else None
+
+    made = write_tiny_packed(family, tmp_path, grid_of, dtype=torch.float32, **OVERRIDES.get(family, {}))
+    report = convert(made.folder, "mlx", tmp_path / "mlx")
+    assert report.num_quantized == len(made.quantized)
+    assert report.largest_error < 1e-4
+    assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("reader", ["mlx", "numpy"])
+def test_values_in_bfloat16_are_equal_bit_for_bit_to_each_reader(
+    reader: str, tiny: Callable[..., Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reader == "numpy":
+        monkeypatch.setattr(mlx_reader, "find_spec", lambda name: None)
+    else:
+        pytest.importorskip("mlx.core", reason="MLX has no build for this system")
+    report = convert(tiny("qwen2_moe", "mixed").folder, "mlx", tmp_path / "mlx")
+    assert report.largest_error == 0.0
+    assert report.reader.startswith(reader)
+    assert report.types == {"5 bits, groups of 32": 24, "2 bits, groups of 32": 24, "8 bits, groups of 64": 8}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_the_numpy_reader_reads_bit_by_bit(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    words = torch.randint(-(2**31), 2**31, (3, 2 * bits), generator=generator, dtype=torch.int64).to(torch.int32)
+    scales, biases = torch.rand(3, 2, generator=generator), torch.rand(3, 2, generator=generator)
+    read = mlx_reader.dequantize_bits(words.view(torch.uint32), scales, biases, bits)
+    for row in range(3):
+        stream = "".join(f"{word & (2**32 - 1):032b}"[::-1] for word in words[row].tolist())
+        for column in range(64):
+            code = int(stream[column * bits : (column + 1) * bits][::-1], 2)
+            expected = np.float32(code) * scales[row, column // 32].numpy() + biases[row, column // 32].numpy()
+            assert read[row, column].item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 7])
+def test_native_keeps_the_width_and_reports_how_far_biases_are_rounded(bits: int, tmp_path: Path) -> None:
+    made = write_tiny_packed("olmoe", tmp_path, lambda name: (bits, 32, False), num_hidden_layers=1)
+    report = convert(made.folder, "mlx", tmp_path / "mlx", carrier="native")
+    assert report.types == {f"{bits if bits < 7 else 8} bits, groups of 32": len(made.quantized)}
+    if bits < 7:
+        assert 0 < report.largest_error <= 2 ** (bits + 1) * torch.finfo(torch.bfloat16).eps
+    else:
+        assert report.largest_error == 0.0
+
+
+def test_a_tied_head_is_written_where_its_class_has_none(tmp_path: Path) -> None:
+    made = write_tiny_packed(
+        "qwen2_moe", tmp_path, lambda name: (4, 32, True), dtype=torch.float32, tie_word_embeddings=True
+    )
+    convert(made.folder, "mlx", tmp_path / "mlx")
+    assert config_of(tmp_path / "mlx")["tie_word_embeddings"] is False
+    tensors = tensors_of(tmp_path / "mlx")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
+
+
+def test_draft_layers_are_left_out_and_not_announced(tmp_path: Path) -> None:
+    made = write_tiny_packed("qwen3_moe", tmp_path, lambda name: (4, 32, True), prepare=add_draft_layer)
+    convert(made.folder, "mlx", tmp_path / "mlx")
+    assert config_of(tmp_path / "mlx")["num_nextn_predict_layers"] == 0
+    assert not [key for key in tensors_of(tmp_path / "mlx") if ".layers.2." in key]
+    assert "| left out | 2 tensors" in (tmp_path / "mlx" / "README.md").read_text()
+    mlx_logits(tmp_path / "mlx")
+
+
+def test_what_mlx_lm_takes_apart_is_written_dequantized(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
+    made = tiny("deepseek_v3", "3 bits")
+    report = convert(made.folder, "mlx", tmp_path / "mlx")
+    assert report.types["dequantized (mlx-lm takes it apart)"] == 2
+    name = "model.layers.0.self_attn.kv_b_proj"
+    assert torch.equal(tensors_of(tmp_path / "mlx")[f"{name}.weight"], made.model.get_parameter(f"{name}.weight"))
+
+
+def test_the_configuration_names_every_module_that_is_not_as_most_are(
+    tiny: Callable[..., Tiny], tmp_path: Path
+) -> None:
+    convert(tiny("qwen2_moe", "mixed").folder, "mlx", tmp_path / "mlx")
+    values = config_of(tmp_path / "mlx")["quantization"]
+    tensors = tensors_of(tmp_path / "mlx")
+    for key, scales in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        if leaf == "scales":
+            said = values.get(path, values)
+            columns = 32 * tensors[f"{path}.weight"].shape[-1] // said["bits"]
+            assert columns == scales.shape[-1] * said["group_size"]
+    assert values["model.layers.0.self_attn.q_proj"] is False
+
+
+def test_transformers_refuses_the_folder(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
+    convert(tiny("qwen2_moe", "3 bits").folder, "mlx", tmp_path / "mlx")
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mlx")
+
+
+def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
+    packed = tiny("qwen2_moe", "3 bits").folder
+    convert(packed, "mlx", tmp_path / "mlx")
+    for key, named in (
+        ("model.layers.1.mlp.switch_mlp.up_proj.weight", r"layers\.1\.mlp\.experts\.0\.up_proj"),
+        ("model.layers.1.input_layernorm.weight", r"layers\.1\.input_layernorm"),
+    ):
+        flip_a_bit(tmp_path / "mlx", key)
+        with pytest.raises(ExportMismatchError, match=named):
+            FORMAT.verify(open_packed(packed), tmp_path / "mlx", "exact", lambda blocks, label: blocks)
+        flip_a_bit(tmp_path / "mlx", key)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "mixed", "message"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": True}, False, "norm_topk_prob: True of qwen2_moe is not what mlx-lm computes"),
+        ("mixtral", {"sliding_window": 64}, False, "sliding_window: 64 of mixtral"),
+        ("ernie4_5_moe", {}, False, "mlx-lm is not known to read ernie4_5_moe rightly"),
+        (
+            "qwen3_moe",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            False,
+            "rotary embeddings of type linear for qwen3_moe",
+        ),
+        ("olmoe", {}, True, r"experts\.3\.up_proj is affine8 .*: MLX holds all experts of a projection"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_refused_by_name(
+    family: str, overrides: dict[str, Any], mixed: bool, message: str, tmp_path: Path
+) -> None:
+    made = write_tiny_packed(
+        family, tmp_path, lambda name: (8 if mixed and name.endswith("3.up_proj") else 4, 32, True), **overrides
+    )
+    with pytest.raises(ValueError, match=message):
+        convert(made.folder, "mlx", tmp_path / "mlx")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "packed"}
