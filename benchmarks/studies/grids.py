@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from benchmarks.lab.sets import calibration_set
@@ -22,6 +23,8 @@ from benchmarks.lab.trial import fit
 from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
+from callbacks.learned_rounding import LearnedRounding
+from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.patterns import Pattern
 from moeq.allocation.plan import Choice, plan_cost
 from moeq.fit.solve import Unit
@@ -34,8 +37,11 @@ from moeq.quant.two_level_search import ROUNDS, choose_two_level
 
 KEPT = Pattern("*.experts.*.down_proj", keep=True)
 # How codes and scales are chosen; "llama.cpp" is its quantizer's search, "imat" with the Hessian's diagonal.
-ARMS = ("llama.cpp", "llama.cpp, imat", "GPTQ on llama.cpp's scales", "GPTQ on descended scales", "GPTQ, refitted")
-UNIFORM_ARM = "GPTQ"
+ARMS = (
+    "llama.cpp", "llama.cpp, imat", "GPTQ on llama.cpp's scales", "GPTQ on descended scales", "GPTQ, refitted",
+    "refitted, router, learned",
+)  # fmt: skip
+UNIFORM_ARMS = ("GPTQ", "GPTQ, router, learned")
 WITHOUT_DATA = ARMS[:1]
 GRIDS = {"q4_k": "4g32 symmetric", "q3_k": "3g32", "q2_k": "2g32"}  # each beside a uniform one of about its size
 
@@ -51,7 +57,7 @@ class CommittedGPTQ(GPTQ):
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         dtype, grid = module.adapter.storage_dtype, unit.grid
-        if self.arm in (UNIFORM_ARM, "GPTQ, refitted"):
+        if self.arm in UNIFORM_ARMS or "refitted" in self.arm:
             return super().solve(module, unit, weight_EOI, hessian_EII)
         importance_EI = None if self.arm == "llama.cpp" else hessian_EII.diagonal(dim1=1, dim2=2)
         rounds = ROUNDS if "descended" in self.arm else 0
@@ -87,7 +93,8 @@ class Grids(Study[Case]):
         "Mean KL over the domains (worst domain) in thousandths of a nat, +- over seeds; bits with scales and zero "
         "points. In columns: rounding on the scales of llama.cpp's search, without and with importances (the Hessian's "
         "diagonal); GPTQ on the latter; on scales that were descended on by the same importances; and these with "
-        "integers that are fitted to the codes by the whole Hessian, which is what a run does."
+        "integers that are fitted to the codes by the whole Hessian, which is what a run does; at last with refitted "
+        "routers and learned rounding. Uniform grids come with GPTQ, and with these two."
     )
     quick: ClassVar = {"seeds": [0], "grids": ["q3_k"]}
 
@@ -98,7 +105,7 @@ class Grids(Study[Case]):
         parser.add_argument("--sets", type=Path, default=Path("runs/calibration_data"), help="sampled sets")
 
     def cases(self) -> list[Case]:
-        arms = [(grid, arm) for grid in self.options.grids for arm in (ARMS if grid in GRIDS else (UNIFORM_ARM,))]
+        arms = [(grid, arm) for grid in self.options.grids for arm in (ARMS if grid in GRIDS else UNIFORM_ARMS)]
         return [
             Case(seed, grid, arm)
             for seed in self.options.seeds
@@ -109,7 +116,9 @@ class Grids(Study[Case]):
     def measure(self, case: Case) -> Row:
         self.options.sets.mkdir(parents=True, exist_ok=True)
         ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.sets)
-        steps = [BitAllocation(patterns=[KEPT]), HessianCalibration(), CommittedGPTQ(case.arm)]
+        steps: list[Callback] = [BitAllocation(patterns=[KEPT]), HessianCalibration(), CommittedGPTQ(case.arm)]
+        if "learned" in case.arm:
+            steps += [RouterCalibration(), LearnedRounding()]
         module = fit(ids_NL, steps, name=MODEL, affinity_power=1.0, damping=0.1, **case.settings)
         bits = plan_cost(module.run.plan, module.weight_shapes()).average_bits
         return {"domains": self.yardstick.row(module.model), "bits": bits}
@@ -118,7 +127,7 @@ class Grids(Study[Case]):
         lines = []
         for grid, group in grouped(rows, lambda row: row["grid"]).items():
             by_arm = grouped(group, lambda row: row["arm"])
-            cells = [_cell(by_arm.get(arm, [])) for arm in (*ARMS, UNIFORM_ARM)]
+            cells = [_cell(by_arm.get(arm, [])) for arm in (*ARMS, *UNIFORM_ARMS)]
             lines.append([grid, f"{group[0]['bits']:.2f}", *cells])
         return markdown(["grid", "bits", *ARMS, UNIFORM_ARM], lines)
 

@@ -64,7 +64,9 @@ class Choice:
             return cls.of(GridSpec.of_kind(label))  # type: ignore[arg-type]
         bits, separator, group_size = label.partition("g")
         if not bits.isdecimal() or (separator and not group_size.isdecimal()):
-            raise ValueError(f"choice ({label!r}) must be bits, bits and group size, or a two-level grid; write '4', '4g64', 'q4_k'")
+            raise ValueError(
+                f"choice ({label!r}) must be bits, bits and group size, or a two-level grid; write '4', '4g64', 'q4_k'"
+            )
         return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
@@ -196,8 +198,9 @@ def _two_level_misfits(kind: str, found: Mapping[int, list[str]]) -> str:
     if in_features % UNIFORM_BESIDE_TWO_LEVEL:
         remedy = "keep: true"
     return (
-        f"grid ({kind}) needs in_features in multiples of {SUPER_BLOCK}, which are not {', nor '.join(_by_shape(found))}"
-        f"; give these weights a grid of their own by patterns of BitAllocation: [{{pattern: '{pattern}', {remedy}}}]"
+        f"grid ({kind}) needs in_features in multiples of {SUPER_BLOCK}, which are not "
+        f"{', nor '.join(_by_shape(found))}; give these weights a grid of their own by patterns of "
+        f"BitAllocation: [{{pattern: '{pattern}', {remedy}}}]"
     )
 
 
@@ -250,7 +253,11 @@ def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scal
 
 def plan_to_json(plan: Mapping[str, GridSpec], cost: PlanCost, kept: Sequence[str] = ()) -> dict[str, Any]:
     """JSON form of a plan and of what is kept; ``plan_from_json`` and ``kept_from_json`` read them back."""
-    data = {"version": PLAN_VERSION, **asdict(cost), "weights": {name: _grid_to_json(grid) for name, grid in plan.items()}}
+    data = {
+        "version": PLAN_VERSION,
+        **asdict(cost),
+        "weights": {name: _grid_to_json(grid) for name, grid in plan.items()},
+    }
     return data | ({"kept": list(kept)} if kept else {})
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moeq.disk.checked import read_checked, write_checked
 from moeq.fit.run import Run
-from moeq.quant.packing import pack, unpack
 from moeq.quant.kinds import Kind
+from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import Fallback, QuantizedWeight, SuperScales
 
 # Bits, group size and kind of the grid of a weight.

@@ -27,8 +27,8 @@ from moeq.quant.spec import QuantizedWeight
 NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
 _FILE_KINDS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-    "Q5_K": 16, "Q6_K": 18,
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
 }  # fmt: skip
 
 

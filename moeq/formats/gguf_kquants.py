@@ -1,7 +1,7 @@
 """Blocks of llama.cpp's K-types from codes on the two-level grid of the same name: bytes, exactly.
 
-A block holds a super-block of 256 weights; N blocks of a weight follow each other row by row.  Layouts: ggml-common.h of
-llama.cpp (``block_q2_K`` to ``block_q6_K``), little-endian float16.
+A block holds a super-block of 256 weights; N blocks of a weight follow each other row by row.  Layouts: ggml-common.h
+of llama.cpp (``block_q2_K`` to ``block_q6_K``), little-endian float16.
 
     Q2_K   84 bytes   scales 16 (low half s, high half m), codes 64, d, dmin
     Q3_K  110         third bits 32, codes 64, scales 12, d

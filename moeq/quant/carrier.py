@@ -77,7 +77,7 @@ def choose_carrier(format_name: FormatName, grid: GridSpec, in_features: int, mo
 
 
 def _two_level(format_name: FormatName, grid: GridSpec, in_features: int) -> Carrier:
-    """The K-type of a two-level grid, which no format but GGUF has; the mode does not matter, as it holds every value."""
+    """The K-type of a two-level grid, which no format but GGUF has; it holds every value, whatever the mode."""
     if format_name != "gguf":
         raise ValueError(f"{format_name} has no type that holds {grid.label}: two-level grids are gguf's alone")
     grid.num_groups(in_features)  # raises where rows are no whole super-blocks

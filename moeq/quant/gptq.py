@@ -65,7 +65,8 @@ def gptq_solve(
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
             solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
-            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none beforehand.
+            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none
+            beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or

@@ -26,8 +26,8 @@ class GridSpec:
         bits: Bits per code, 2 to 8.
         group_size: Consecutive in-features that share a scale; None is one group per output channel.
         symmetric: Fixed zero point in the middle of the grid, no zero point stored.
-        clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level grid,
-            search scales and minima by weighted squares.
+        clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level
+            grid, search scales and minima by weighted squares.
         kind: Uniform groups, or a two-level grid, from which bits, groups and symmetry follow (``of_kind``).
     """
 
@@ -107,7 +107,9 @@ def choose_grid(kind: Kind, bits: int, group_size: int | None, *, symmetric: boo
     grid, usual = GridSpec.of_kind(kind, clip_search=clip_search), GridSpec()
     for name, given in (("bits", bits), ("group_size", group_size), ("symmetric", symmetric)):
         if given not in (getattr(usual, name), getattr(grid, name)):
-            raise ValueError(f"{name} ({given}) follows from grid ({kind}), {grid.label}; leave it out, or grid: uniform")
+            raise ValueError(
+                f"{name} ({given}) follows from grid ({kind}), {grid.label}; leave it out, or grid: uniform"
+            )
     return grid
 
 

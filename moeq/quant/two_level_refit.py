@@ -1,13 +1,13 @@
 """Integer scales and minima of a two-level grid, once more, for the codes that a solve has chosen.
 
 Before the solve they can only be chosen for each weight alone; once the codes are known, the output error is a
-quadratic function of them. With the rest of a row fixed, changing the scale of a group by a and its minimum by b
+quadratic function of them.  With the rest of a row fixed, changing the scale of a group by a and its minimum by b
 changes the row by a d L - b dmin 1 on the group (L its levels), and tr(D H D^T) by
 
-    a^2 d^2 L H_gg L^T - 2 a b d dmin L H_gg 1^T + b^2 dmin^2 1 H_gg 1^T - 2 (a d L - b dmin 1) (D H)_g^T,   D = W - real
+    a^2 d^2 L H_gg L^T - 2 a b d dmin L H_gg 1^T + b^2 dmin^2 1 H_gg 1^T - 2 (a d L - b dmin 1) (D H)_g^T
 
-of which each group in turn takes the least over whole a and b within one of 0. Every step lowers the error or leaves
-everything as it was; codes, d and dmin stay. O I^2 operations per round, a fraction of the solve.
+with D = W - real, of which each group in turn takes the least over whole a and b within one of 0.  Every step lowers
+the error or leaves everything as it was; codes, d and dmin stay.  O I^2 operations per round, a fraction of the solve.
 
 Shapes: E experts, O out features, I in features, G groups per row, S weights of a group.
 """

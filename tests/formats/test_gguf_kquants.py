@@ -9,31 +9,16 @@ from gguf.quants import dequantize as gguf_dequantize
 from moeq.formats.gguf_kquants import BLOCK_BYTES, k_blocks
 from moeq.quant.carrier import choose_carrier
 from moeq.quant.grid import dequantize_weight
-from moeq.quant.kinds import TWO_LEVEL
-from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
+from moeq.quant.kinds import TWO_LEVEL, Kind
+from moeq.quant.spec import GridSpec, QuantizedWeight
+from tests.two_level import weight_with_every_number
 
 ROWS, BLOCKS = 5, 3
 
 
-def weight_with_every_number(kind: str) -> QuantizedWeight:
-    """Codes, integers and halves at random over all that the layout can hold."""
-    known, generator = TWO_LEVEL[kind], torch.Generator().manual_seed(len(kind))
-
-    def integers(low: int, high: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(low, high + 1, (ROWS, columns), generator=generator).to(dtype)
-
-    groups = BLOCKS * known.num_groups
-    minimum = None if known.symmetric else integers(0, known.highest_scale, groups, torch.int8)
-    half = torch.randn(2, ROWS, BLOCKS, generator=generator).half()
-    supers = SuperScales(kind, half[0], None if known.symmetric else half[1], torch.float32)
-    scale = integers(known.lowest_scale, known.highest_scale, groups, torch.int8)
-    codes = integers(0, 2**known.bits - 1, BLOCKS * 256, torch.uint8)
-    return QuantizedWeight(codes, scale, minimum, known.bits, known.group_size, supers)
-
-
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_the_reader_of_gguf_finds_every_value_bit_for_bit(kind: str) -> None:
-    weight = weight_with_every_number(kind)
+def test_the_reader_of_gguf_finds_every_value_bit_for_bit(kind: Kind) -> None:
+    weight = weight_with_every_number(kind, rows=ROWS, supers=BLOCKS)
     blocks = k_blocks(weight, kind)
     assert blocks.shape == (ROWS, BLOCKS * BLOCK_BYTES[kind])
     read = gguf_dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind.upper()])
@@ -41,9 +26,9 @@ def test_the_reader_of_gguf_finds_every_value_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_another_code_scale_or_minimum_is_another_block(kind: str) -> None:
+def test_another_code_scale_or_minimum_is_another_block(kind: Kind) -> None:
     """No two numbers share a place: changing one changes the bytes, and every byte belongs to some number."""
-    weight = weight_with_every_number(kind)
+    weight = weight_with_every_number(kind, rows=ROWS, supers=BLOCKS)
     seen = torch.zeros(BLOCKS * BLOCK_BYTES[kind], dtype=torch.bool)
     before = k_blocks(weight, kind)[0]
     for tensor in weight.tensors().values():
