@@ -129,7 +129,7 @@ class Grids(Study[Case]):
             by_arm = grouped(group, lambda row: row["arm"])
             cells = [_cell(by_arm.get(arm, [])) for arm in (*ARMS, *UNIFORM_ARMS)]
             lines.append([grid, f"{group[0]['bits']:.2f}", *cells])
-        return markdown(["grid", "bits", *ARMS, UNIFORM_ARM], lines)
+        return markdown(["grid", "bits", *ARMS, *UNIFORM_ARMS], lines)
 
 
 def _cell(rows: Sequence[Row]) -> str:
