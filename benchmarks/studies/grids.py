@@ -42,7 +42,7 @@ ARMS = (
     "refitted, router, learned",
 )  # fmt: skip
 UNIFORM_ARMS = ("GPTQ", "GPTQ, router, learned")
-WITHOUT_DATA = ARMS[:1]
+WITHOUT_DATA, ONE_SEED = ARMS[:1], ("GPTQ on descended scales",)
 GRIDS = {"q4_k": "4g32 symmetric", "q3_k": "3g32", "q2_k": "2g32"}  # each beside a uniform one of about its size
 
 
@@ -106,12 +106,10 @@ class Grids(Study[Case]):
 
     def cases(self) -> list[Case]:
         arms = [(grid, arm) for grid in self.options.grids for arm in (ARMS if grid in GRIDS else UNIFORM_ARMS)]
-        return [
-            Case(seed, grid, arm)
-            for seed in self.options.seeds
-            for grid, arm in arms
-            if arm not in WITHOUT_DATA or seed == self.options.seeds[0]
-        ]
+        once = self.options.seeds[0]
+        cases = [Case(seed, *arm) for seed in self.options.seeds for arm in arms]
+        found = [case for case in cases if case.seed == once or case.arm not in (*WITHOUT_DATA, *ONE_SEED)]
+        return sorted(found, key=lambda case: "learned" in case.arm)  # what takes longest comes last
 
     def measure(self, case: Case) -> Row:
         self.options.sets.mkdir(parents=True, exist_ok=True)

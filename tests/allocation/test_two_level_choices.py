@@ -50,8 +50,8 @@ def test_patterns_give_two_level_grids_and_take_them_back() -> None:
 def test_all_weights_whose_rows_are_no_super_blocks_are_named_with_a_way_out() -> None:
     with pytest.raises(
         ValueError,
-        match=r"grid \(q3_k\) needs in_features in multiples of 256, which are not 128 of .*down_proj.*give these weights "
-        r".*\{pattern: '.*down_proj', bits: 4, group_size: 32\}",
+        match=r"grid \(q3_k\) needs in_features in multiples of 256, which are not 128 of .*down_proj.*give these "
+        r"weights .*\{pattern: '.*down_proj', bits: 4, group_size: 32\}",
     ):
         uniform_plan(WEIGHTS, Q3)
     odd = [replace(weight, in_features=80) for weight in WEIGHTS[:1]]
