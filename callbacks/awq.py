@@ -27,7 +27,6 @@ class AWQ(SolveStep):
     """
 
     needs_hessians = True
-    solves_two_level = False  # rows of weights are divided afterwards, which their scales would round
 
     def __init__(
         self,

@@ -17,8 +17,6 @@ class HQQ(SolveStep):
         norm: Exponent of the error that is minimised, above 0 and at most 1.
     """
 
-    solves_two_level = False
-
     def __init__(self, norm: float = 0.7) -> None:
         self.norm = norm
 

@@ -64,7 +64,7 @@ class SolveStep(Step):
     """
 
     needs_hessians: ClassVar[bool] = False
-    solves_two_level: ClassVar[bool] = True
+    solves_two_level: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self, module: MoEQuantModule) -> Solver:

@@ -26,16 +26,10 @@ from moeq.module import MoEQuantModule
 from moeq.trainer_options import numeric_switches
 from tests.fit.test_damaged_blocks import Own
 from tests.same_bytes import assert_same_bytes, written
-from tests.tiny import save_tiny
+from tests.two_level import save_wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-# Rows of 256, but those of the experts' down projections.
-WIDE = {"hidden_size": 256, "num_attention_heads": 8, "shared_expert_intermediate_size": 256, "num_experts": 4}
 NARROW = Pattern("*.experts.*.down_proj", bits=4)
-
-
-def save_wide(folder: Path) -> Path:
-    return save_tiny("qwen2_moe", folder, num_hidden_layers=2, **WIDE)
 
 
 def fit(steps: list[Callback], model: Path, folder: Path, **options: object) -> MoEQuantModule:

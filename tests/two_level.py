@@ -1,10 +1,24 @@
 """What tests of two-level grids share: weights with every number that a grid can hold, and their values."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from moeq.quant.kinds import TWO_LEVEL, Kind
 from moeq.quant.spec import QuantizedWeight, SuperScales
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def save_wide(folder: Path) -> Path:
+    """A tiny model with rows of 256, but for those of the experts' down projections, which have 32."""
+    wide = {"hidden_size": 256, "num_attention_heads": 8, "shared_expert_intermediate_size": 256, "num_experts": 4}
+    model = tiny_model("qwen2_moe", dtype=torch.bfloat16, **wide)
+    for matrix in (parameter for parameter in model.parameters() if parameter.ndim >= 2):
+        matrix.mul_(0.5)  # four times the inputs of other tiny models, outputs of the same size
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def weight_with_every_number(
