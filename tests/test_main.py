@@ -77,8 +77,10 @@ def small_groups(config: Path) -> list[str]:
     if on_two_levels(config):
         return []
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
-    return [f"--model.group_size={16 if runtimes == {'research'} else 32}"]
+    options = [each.get("init_args", {}) for each in callbacks]
+    served = any(each.get("runtime", "research") != "research" for each in options)
+    served |= any(set(each.get("formats", ())) - {"moeq", "dense"} for each in options)
+    return [f"--model.group_size={32 if served else 16}"]
 
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:

@@ -77,7 +77,7 @@ class Choice:
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of so many weights divide into its groups, or super-blocks."""
-        unit = self.group_size if self.kind == "uniform" else SUPER_BLOCK
+        unit = self.grid(GridSpec()).unit
         return unit is None or in_features % unit == 0
 
 
@@ -170,8 +170,7 @@ def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape
     misfits: dict[str, dict[int, list[str]]] = {}
     sizes = set()
     for name, grid in plan.items():
-        in_features = shapes[name].in_features
-        size = grid.group_size if grid.two_level is None else SUPER_BLOCK
+        size, in_features = grid.unit, shapes[name].in_features
         if size is not None and in_features % size:
             misfits.setdefault(grid.kind, {}).setdefault(in_features, []).append(name)
             sizes.add(size)

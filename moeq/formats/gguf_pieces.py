@@ -33,20 +33,32 @@ class Piece:
     values: Callable[[Tensor], Tensor] | None = None
 
     def of_codes(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """These rows and columns of a quantized weight.
-
-        Raises:
-            ValueError: Columns of a group go to different places.
-        """
+        """These rows and columns of a quantized weight; see ``check_groups``."""
         assert self.values is None
         if self.rows is not None:
             weight = weight.each(lambda part: part[self.rows])
         if (columns := self.columns) is not None:
             num = len(columns)
-            weight = weight.each(
-                lambda part: part[:, columns if part.shape[1] == num else _whole_groups(columns, part.shape[1])]
-            )
+
+            def moved(part: Tensor) -> Tensor:
+                """Codes, or numbers of groups or super-blocks, each with its columns."""
+                size = num // part.shape[1]
+                return part[:, columns.view(-1, size)[:, 0] // size]
+
+            weight = weight.each(moved)
         return weight
+
+    def check_groups(self, group_size: int | None) -> None:
+        """Raise ValueError where columns of one group of scales go to different places."""
+        if self.columns is None or group_size is None:
+            return
+        columns_GS = self.columns.view(-1, group_size)
+        first_G1 = columns_GS[:, :1] // group_size * group_size
+        if not torch.equal(columns_GS, first_G1 + torch.arange(group_size)):
+            raise ValueError(
+                f"llama.cpp has its columns in another order, which takes groups of {group_size} apart; halve them, or "
+                "take a group per channel"
+            )
 
     def of_values(self, tensor: Tensor) -> Tensor:
         """The piece of a tensor of the model, without the shape where rows are all that is asked for."""
@@ -63,16 +75,6 @@ class Piece:
         if self.values is not None:
             return tuple(self.values(torch.empty(shape, device="meta")).shape)
         return shape if self.rows is None else (len(self.rows), *shape[1:])
-
-
-def _whole_groups(columns: Tensor, num_groups: int) -> Tensor:
-    """Order of the groups of a row whose columns come in an order."""
-    size = len(columns) // num_groups
-    columns_GS = columns.view(num_groups, size)
-    groups_G = columns_GS[:, 0] // size
-    if not torch.equal(columns_GS, groups_G.unsqueeze(1) * size + torch.arange(size)):
-        raise ValueError(f"llama.cpp has its columns in another order, which takes groups of {size} apart; halve them")
-    return groups_G
 
 
 # (configuration, shape of the tensor of the model) -> what the file has of it.

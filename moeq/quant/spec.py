@@ -65,6 +65,11 @@ class GridSpec:
         return TWO_LEVEL.get(self.kind)
 
     @property
+    def unit(self) -> int | None:
+        """Consecutive in-features that stay together: a group, or a super-block; None is the whole row."""
+        return self.group_size if self.two_level is None else SUPER_BLOCK
+
+    @property
     def label(self) -> str:
         """For people."""
         if self.two_level is not None:
