@@ -158,4 +158,4 @@ def check_runtime(
 
 
 def _choice(grid: GridSpec) -> Choice:
-    return Choice(grid.bits, grid.group_size)
+    return Choice.of(grid)

@@ -152,7 +152,7 @@ def _one_type(
             continue
         try:
             found.setdefault(quantized_type(grids[name], in_features, mode), name)
-            piece.check_groups(grids[name].group_size)
+            piece.check_groups(grids[name].spec.unit)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if len(found) > 1:
