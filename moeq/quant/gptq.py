@@ -143,6 +143,7 @@ def _solve_together(
             qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
+        assert grid.group_size is not None  # else it is static
         columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
         qparams = _moved_qparams(columns, grid.group_size)
