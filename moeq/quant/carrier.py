@@ -20,6 +20,14 @@ from moeq.quant.spec import GridSpec, QuantizedWeight
 
 FormatName = Literal["compressed-tensors", "gguf", "mlx", "gptq"]
 CarrierMode = Literal["exact", "native"]
+# Linears of one module that vLLM and SGLang merge into one, by what it is called here: q, k and v; the two first
+# projections of latent attention; gate and up; what linear attention reads with.
+MERGED_LINEARS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
+    "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
+    "gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up",
+    "in_proj_qkv": "in_proj", "in_proj_z": "in_proj",
+}  # fmt: skip
 FORMATS: tuple[FormatName, ...] = ("compressed-tensors", "gguf", "mlx", "gptq")
 
 
