@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from moeq.checkpoint.packed import PackedFormat
     from moeq.export.finished import FinishedModel
     from moeq.export.made import Made
+    from moeq.formats.exports import Written
 
 # Stands in the run folder from the first export to the end of the run: what a killed run left may be replaced.
 UNFINISHED = "export.unfinished"
@@ -133,10 +133,10 @@ class Export(Step):
             )
         replace = self._may_replace(module.run_dir)
         write_json(module.run_dir / UNFINISHED, {"pid": os.getpid()})
-        verification = self._write(module, replace, hidden)
-        write_json(module.run_dir / "verification.json", verification)
-        run.seconds["export"] = time.perf_counter() - start
-        gaps = {kind: found.get("max_logit_difference", 0.0) for kind, found in verification.items()}
+        written = self._write(module, replace, hidden)
+        write_json(module.run_dir / "verification.json", written.verification)
+        run.seconds["export"], run.served = time.perf_counter() - start, written.commands
+        gaps = {kind: found.get("max_logit_difference", 0.0) for kind, found in written.verification.items()}
         inexact = {kind: gap for kind, gap in gaps.items() if gap}
         for kind, gap in inexact.items():
             detail = f"all tensors equal, logits within {gap:.3g}: the processor's sums have no fixed order"
@@ -144,85 +144,55 @@ class Export(Step):
         packed = module.run_dir / "export"
         rank_zero_info(f"Export: {packed} written, reloaded and equal{' up to rounding of logits' if inexact else ''}")
 
-    def _write(self, module: MoEQuantModule, replace: bool, hidden: bool) -> dict[str, dict[str, Any]]:
-        """Write both folders from the block files; returns what was written and compared.
-
-        A folder gets its name once it is verified.
-        """
+    def _write(self, module: MoEQuantModule, replace: bool, hidden: bool) -> "Written":
         from tqdm import tqdm
 
-        from moeq.disk.folder import atomic_folder
-        from moeq.export.dense import fill_dense
         from moeq.export.finished import FinishedModel, Progress
-        from moeq.export.moeq_format import fill_packed
         from moeq.export.source_report import source_fallbacks
-        from moeq.export.verify import verify_dense, verify_packed
-        from moeq.formats.convert import fill_format, find_format, proof, renamed
-
-        run, packed, dense = module.run, module.run_dir / "export", module.run_dir / "dense"
-        module.adapter.residency.place("cpu")
-        source = FinishedModel(module.adapter, module.walk.resume, self.draft)
-        run.fallbacks += source_fallbacks(source.origin)
-        run.reasons |= source.origin.left_out
-        grids = _grids(module)
-        cost = plan_cost(run.plan, module.weight_shapes())
-        metadata = {
-            "method": module.hparams["label"], "source": module.hparams["name"], "bits": cost.code_bits,
-            "average_bits": cost.average_bits,
-        }  # fmt: skip
-        seconds = {"seconds": sum(run.seconds.values())}
-        probe = torch.arange(64).remainder(module.model.config.get_text_config().vocab_size).reshape(2, 32)
+        from moeq.formats.exports import ExportRequest, write_exports
 
         def bar(kind: str) -> Progress:
             return lambda blocks, label: tqdm(blocks, desc=f"{kind} export, {label}", unit="block", disable=hidden)
 
-        meter, made, verified = run.meter, _made(module, cost), {}
-        with ExitStack() as folders:
-            partial = {"export": folders.enter_context(atomic_folder(packed, overwrite=replace))}
-            with meter.phase("export", "export"):
-                verified["written"] = fill_packed(
-                    source, module.tokenizer, grids, partial["export"], metadata=metadata, measured=seconds, made=made,
-                    progress=bar("packed"),
-                ).to_dict()  # fmt: skip
-            with meter.phase("export verified", "export verified"):
-                found = verify_packed(partial["export"], source, probe, progress=bar("packed"))
-                verified["checkpoint"] = found.to_dict()
-            if self.dense:
-                partial["dense"] = folders.enter_context(atomic_folder(dense, overwrite=replace))
-                with meter.phase("dense copy", "dense copy"):
-                    fill_dense(source, module.tokenizer, partial["dense"], made=made, progress=bar("dense"))
-                with meter.phase("dense copy verified", "dense copy verified"):
-                    found = verify_dense(partial["dense"], source, probe, progress=bar("dense"))
-                    verified["dense"] = found.to_dict()
-            run.ledger = self._account(module, source, partial)
-            reports = {}
-            for name in self.served:
-                folder = folders.enter_context(atomic_folder(module.run_dir / name, overwrite=replace))
-                with meter.phase(name, name):
-                    report = fill_format(partial["export"], name, folder, carrier=self.carrier, progress=bar(name))
-                reports[name] = renamed(report, folder, module.run_dir / name)
-        run.served = {
-            name: f"{find_format(name).serve(module.run_dir / name)}  # {proof(report)}"
-            for name, report in reports.items()
-        }
-        places = {"checkpoint": packed, "written": packed, "dense": dense}
-        verified = {kind: {**found, "directory": str(places[kind])} for kind, found in verified.items()}
-        return verified | {name: report.to_dict() for name, report in reports.items()}
+        run, hparams = module.run, module.hparams
+        module.adapter.residency.place("cpu")
+        source = FinishedModel(module.adapter, module.walk.resume, self.draft)
+        run.fallbacks += source_fallbacks(source.origin)
+        run.reasons |= source.origin.left_out
+        cost = plan_cost(run.plan, module.weight_shapes())
+        metadata = {
+            "method": hparams["label"], "source": hparams["name"], "bits": cost.code_bits,
+            "average_bits": cost.average_bits,
+        }  # fmt: skip
+        request = ExportRequest(
+            module.run_dir, self.dense, self.served, self.carrier, replace, metadata, sum(run.seconds.values()),
+            _made(module, cost),
+        )  # fmt: skip
+        return write_exports(
+            source, module.tokenizer, _grids(module), _probe(module), request,
+            account=lambda folders: self._account(module, source, folders),
+            measure=lambda name: run.meter.phase(name, name), bar=bar,
+        )  # fmt: skip
 
-    def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> dict[str, int]:
-        """Write ledger.json, whatever it says; returns the counts of a ledger in which nothing is amiss."""
+    def _account(self, module: MoEQuantModule, source: "FinishedModel", folders: Mapping[str, Path]) -> None:
+        """Write ledger.json, whatever it says; raises where something is amiss."""
         from moeq.export.accounting import make_ledger
 
         run, origin = module.run, source.origin
         if origin.folder is None:
-            return {}
+            return
         grids = {name: grid.label for name, grid in run.plan.items()}
         asked = None if module.hparams["dtype"] == "auto" else getattr(torch, module.hparams["dtype"])
         reasons, code = {**run.reasons, **origin.left_out}, bool(module.hparams["trust_remote_code"])
         ledger, stored = make_ledger(origin.folder, folders, grids, reasons, asked, trust_remote_code=code)
         write_json(module.run_dir / "ledger.json", ledger.to_dict(stored))
         ledger.check()
-        return ledger.counts
+        run.ledger = ledger.counts
+
+
+def _probe(module: MoEQuantModule) -> torch.Tensor:
+    """Tokens to compare logits on, [2, 32]."""
+    return torch.arange(64).remainder(module.model.config.get_text_config().vocab_size).reshape(2, 32)
 
 
 def _grids(module: MoEQuantModule) -> "dict[str, PackedFormat]":

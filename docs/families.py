@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.checkpoint.model_class import model_class  # noqa: E402
+from moeq.formats import gguf_families, mlx_families  # noqa: E402
 from moeq.models.adapter import Adapter  # noqa: E402
 from moeq.models.families import HAND_ON, OTHER_EXPERTS  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
@@ -44,7 +45,9 @@ text; all else of its files is in both exports as it was, and they open by the c
 "Draft layers" are keys under which files of the family hold layers for speculative decoding, "published as" is how its
 weights are published where that is not in 16 bits. `tests/export/test_accounting.py` walks each family and wrapper from
 its files through the ledger to both exports: in bfloat16, in float32, with draft layers, in FP8 where it is published
-so; MXFP4 and int4 on `gpt_oss` and `deepseek_v3`, whose layout Kimi has.
+so; MXFP4 and int4 on `gpt_oss` and `deepseek_v3`, whose layout Kimi has. "Also written for" are runtimes that gave the
+logits of transformers for files of a tiny model of the family (`tests/formats`); compressed-tensors and GPTQ are not
+bound to families ([serving](serving.md)).
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
@@ -59,7 +62,7 @@ added to the residual stream; a constant factor or norm that a block applies aft
 """
 COLUMNS = (
     "family", "routed experts", "what differs", "shared experts", "attention and other mixers", "dense", "kept",
-    "rotation", "wrappers", "draft layers", "published as",
+    "rotation", "wrappers", "draft layers", "published as", "also written for",
 )  # fmt: skip
 WRAPPER_COLUMNS = (
     "wrapper", "opened by", "language model", "beside it", "routed experts", "what differs", "shared experts",
@@ -81,6 +84,8 @@ REASONS = {
     "muse_spark": "a norm follows each expert",
     "ernie4_5_vl_moe": "its files number the experts of text and those of images through, and only text is calibrated",
 }
+# Runtimes whose files are written for families that were run there.
+RUNTIMES = {"llama.cpp": gguf_families.FAMILIES, "MLX": mlx_families.FAMILIES}
 UNTESTED = {
     "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",
     "dbrx": f"no experts interface; {OTHER_EXPERTS['dbrx']}",
@@ -93,7 +98,8 @@ def row(family: str) -> tuple[str, dict[str, str]]:
     adapter = Adapter(tiny_model(family))
     cells, kept = _structure(adapter)
     wrappers = [name for name, values in WRAPPERS.items() if values["text_config"]["model_type"] == family]
-    return _line([family, *cells, _rotation(adapter), _join(wrappers), *_published(family)]), kept
+    runtimes = ", ".join(name for name, known in RUNTIMES.items() if family in known)
+    return _line([family, *cells, _rotation(adapter), _join(wrappers), *_published(family), runtimes]), kept
 
 
 def wrapper_row(family: str) -> tuple[str, dict[str, str]]:

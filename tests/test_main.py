@@ -64,8 +64,10 @@ def texts(config: Path, other: str | None = None) -> list[str]:
 def small_groups(config: Path) -> str:
     """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    runtimes = {each.get("init_args", {}).get("runtime", "research") for each in callbacks}
-    return f"--model.group_size={16 if runtimes == {'research'} else 32}"
+    options = [each.get("init_args", {}) for each in callbacks]
+    served = any(each.get("runtime", "research") != "research" for each in options)
+    served |= any(set(each.get("formats", ())) - {"moeq", "dense"} for each in options)
+    return f"--model.group_size={32 if served else 16}"
 
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:

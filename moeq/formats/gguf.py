@@ -1,5 +1,6 @@
 """GGUF: one file for llama.cpp and what is built on it (Ollama, LM Studio), exactly from codes and scales."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.packed import PackedFormat
-from moeq.disk.folder import write_manifest
+from moeq.disk.folder import MANIFEST, write_manifest
 from moeq.export.compare import ExportMismatchError
 from moeq.export.finished import Progress
 from moeq.export.origin import source_folder
+from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
@@ -27,6 +29,14 @@ from moeq.quant.spec import QuantizedWeight
 NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
 _FILE_KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+
+_OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp and what is built on it:
+
+```sh
+llama-server -m gguf/{NAME}
+```"""
+_LIMITS = ("Exact agreement with what was measured: llama.cpp rounds activations to 8 bits where weights have codes.",)
+_LEFT_OUT = "tensors of the source that its model does not compute with, draft layers among them"
 
 
 def _check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
@@ -54,7 +64,10 @@ def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
     write_file(folder / NAME, architecture, metadata, tensors)
     for _ in shown:  # it ends by itself
         pass
-    write_manifest(folder, {"format": "gguf", "carrier": mode})
+    types = dict(Counter(planned.stored.kind for planned in plan for _ in planned.weights).most_common())
+    write_card(export, folder, Card("gguf", "gguf", _OPENING, types, _LIMITS, _LEFT_OUT))
+    made_of = json.loads((export.folder / MANIFEST).read_text(encoding="utf8"))
+    write_manifest(folder, {**{key: value for key, value in made_of.items() if key != "files"}, "kind": "gguf"})
 
 
 def _chunks(export: PackedExport, planned: Planned, mode: CarrierMode, shown: Iterator[int]) -> Iterator[Bytes]:
@@ -97,7 +110,7 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
         num_other=sum(1 for each in plan if not each.weights),
         num_bytes=path.stat().st_size,
         bits_per_weight=8 * num_bytes / numel if numel else 0.0,
-        types=dict(types),
+        types=dict(types.most_common()),
         largest_error=error,
     )
 

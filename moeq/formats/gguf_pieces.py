@@ -33,23 +33,31 @@ class Piece:
     values: Callable[[Tensor], Tensor] | None = None
 
     def of_codes(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """These rows and columns of a quantized weight.
-
-        Raises:
-            ValueError: Columns of a group go to different places.
-        """
+        """These rows and columns of a quantized weight; see ``check_groups``."""
         assert self.values is None
         parts = [weight.codes_OI, weight.scale_OG, weight.zero_point_OG]
         if self.rows is not None:
             parts = [None if part is None else part[self.rows] for part in parts]
         if self.columns is not None:
-            groups_G = _whole_groups(self.columns, weight.scale_OG.shape[1])
+            groups_G = self.columns.view(weight.scale_OG.shape[1], -1)[:, 0] // (weight.group_size or len(self.columns))
             order = (self.columns, groups_G, groups_G)
             parts = [None if part is None else part[:, places] for part, places in zip(parts, order, strict=True)]
         codes_OI, scale_OG, zero_OG = parts
         assert codes_OI is not None
         assert scale_OG is not None
         return replace(weight, codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG)
+
+    def check_groups(self, group_size: int | None) -> None:
+        """Raise ValueError where columns of one group of scales go to different places."""
+        if self.columns is None or group_size is None:
+            return
+        columns_GS = self.columns.view(-1, group_size)
+        first_G1 = columns_GS[:, :1] // group_size * group_size
+        if not torch.equal(columns_GS, first_G1 + torch.arange(group_size)):
+            raise ValueError(
+                f"llama.cpp has its columns in another order, which takes groups of {group_size} apart; halve them, or "
+                "take a group per channel"
+            )
 
     def of_values(self, tensor: Tensor) -> Tensor:
         """The piece of a tensor of the model, without the shape where rows are all that is asked for."""
@@ -66,16 +74,6 @@ class Piece:
         if self.values is not None:
             return tuple(self.values(torch.empty(shape, device="meta")).shape)
         return shape if self.rows is None else (len(self.rows), *shape[1:])
-
-
-def _whole_groups(columns: Tensor, num_groups: int) -> Tensor:
-    """Order of the groups of a row whose columns come in an order."""
-    size = len(columns) // num_groups
-    columns_GS = columns.view(num_groups, size)
-    groups_G = columns_GS[:, 0] // size
-    if not torch.equal(columns_GS, groups_G.unsqueeze(1) * size + torch.arange(size)):
-        raise ValueError(f"llama.cpp has its columns in another order, which takes groups of {size} apart; halve them")
-    return groups_G
 
 
 # (configuration, shape of the tensor of the model) -> what the file has of it.

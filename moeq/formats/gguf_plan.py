@@ -49,8 +49,8 @@ class Planned:
 
     def values(self, export: PackedExport) -> Iterator[Tensor]:
         """Its values as they are evaluated, one weight after another, in their dtype."""
-        for weight in self.weights:
-            yield self.piece.of_values(export.weight(weight))
+        for weight_OI in export.weights(self.weights):
+            yield self.piece.of_values(weight_OI)
         if self.tensor:
             yield self.piece.of_values(export.tensor(self.tensor))
 
@@ -152,6 +152,7 @@ def _one_type(
             continue
         try:
             found.setdefault(quantized_type(grids[name], in_features, mode), name)
+            piece.check_groups(grids[name].group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if len(found) > 1:

@@ -1,7 +1,8 @@
 """GPTQ's layout, for GPTQModel: each weight as it was solved, down to single experts of other widths.
 
-Under the key of the source's files: ``qweight`` (int32, codes packed along in-features, transposed), ``qzeros`` (the
-zero points packed along out-features; less one in the layout "gptq", as they are in "gptq_v2"), ``scales`` (float16)
+Under the names that modules have in transformers, for which GPTQModel looks (files of Mixtral call them otherwise, and
+what it does not find stays as it was made): ``qweight`` (int32, codes packed along in-features, transposed), ``qzeros``
+(zero points packed along out-features; less one in the layout "gptq", as they are in "gptq_v2"), ``scales`` (float16)
 and ``g_idx`` (the group of each in-feature).  Zero points are integers of the codes' width, so that asymmetric grids
 need no wider type; one such grid makes the whole folder "gptq_v2", whose readers use the zero points of every weight.
 
@@ -10,7 +11,7 @@ Source: GPTQModel 7.7 (nn_modules/qlinear, quantization/config.py).
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.names import dense_weight, weight_names
+from moeq.checkpoint.names import dense_weight, split_expert_name
 from moeq.checkpoint.packed import PackedFormat
 from moeq.checkpoint.sources import raw_tensors
 from moeq.disk.tensor_file import Declared
@@ -33,6 +34,7 @@ from moeq.formats.hf_folder import (
     check_values,
     fill_folder,
     kept_pieces,
+    renamed,
     report,
     unreadable_draft,
 )
@@ -44,6 +46,12 @@ from moeq.quant.grid import dequantize_weight
 from moeq.quant.packing import num_words, pack
 from moeq.quant.spec import QuantizedWeight
 
+# transformers reads the key before it reads weights, and stops with this text: it would look for linears alone, and
+# make the experts anew.
+_BARRIER = {
+    "transformers_weights": "none. transformers reads no experts of this layout and would make random ones: open the "
+    "folder with GPTQModel"
+}
 # In- and out-features of a weight are multiples: words of 32 bits then hold whole codes of every width.
 _MULTIPLE = 32
 
@@ -62,9 +70,9 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
     carriers, symmetric = _carriers(export.model, export.grids, mode), _is_symmetric(export)
     config: dict[str, Any] = json.loads(json.dumps(export.config))
     dropped = unreadable_draft(export, config)
-    pieces = kept_pieces(export, dropped)
+    pieces = _kept(export, dropped)
     pieces += [_piece(export, name, carrier, symmetric) for name, carrier in carriers.items()]
-    config["quantization_config"] = _quantization(export, carriers, symmetric)
+    config |= {"quantization_config": _quantization(export, carriers, symmetric), **_BARRIER}
     # Where GPTQModel looks first.
     own = {"quantize_config.json": json.dumps(config["quantization_config"], indent=2) + "\n"}
     fill_folder(export, folder, pieces, config, _card(carriers, bool(dropped)), progress, own)
@@ -76,17 +84,17 @@ def verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
     carriers, stored = _carriers(export.model, export.grids, mode), raw_tensors(folder)
     names, num_bits, num_weights = list(carriers), 0, 0
     for index in progress(range(len(names)), "reading"):
-        key, (rows, columns) = export.key(names[index]), export.shape(names[index])
-        parts = {part: stored[f"{key}.{part}"].read() for part in ("qweight", "qzeros", "scales", "g_idx")}
+        name, (rows, columns) = names[index], export.shape(names[index])
+        parts = {part: stored[f"{name}.{part}"].read() for part in ("qweight", "qzeros", "scales", "g_idx")}
         # Scales and numbers are exact, and so is their product: nothing is rounded before it is compared.
-        theirs = dequantize_weight(export.quantized(names[index]), torch.float32)
-        check_values(folder, key, dequantize_words(parts, config, key), theirs)
-        num_bits += carriers[names[index]].num_bits(rows, columns)
+        theirs = dequantize_weight(export.quantized(name), torch.float32)
+        check_values(folder, name, dequantize_words(parts, config, name), theirs)
+        num_bits += carriers[name].num_bits(rows, columns)
         num_weights += rows * columns
     return report(
         folder, "gptq", "numpy, after GPTQModel's description",
         types=count_types(_label(carrier) for carrier in carriers.values()),
-        num_other=check_pieces(folder, kept_pieces(export, unreadable_draft(export, {}))),
+        num_other=check_pieces(folder, _kept(export, unreadable_draft(export, {}))),
         num_bits=num_bits, num_weights=num_weights, largest_error=0.0,
     )  # fmt: skip
 
@@ -114,14 +122,39 @@ def _is_symmetric(export: PackedExport) -> bool:
     return all(grid.symmetric for grid in export.grids.values())
 
 
+def _kept(export: PackedExport, dropped: Sequence[str]) -> list[Piece]:
+    """Everything that is not quantized, under the names of the model in transformers; what it does not have, as it is.
+
+    Raises:
+        ValueError: A tensor of the files is not simply a parameter of the model.
+    """
+    experts = expert_modules(export.model)
+    names = [n for n in export.weight_names if n not in export.grids and split_expert_name(n, experts) is not None]
+    pieces = [_dense(export, name) for name in names]
+    parameter_of = export.contents.parameter_of
+    others = kept_pieces(export, [*dropped, *export.keys_of(names)])
+    for key in (key for piece in others for key in piece.declared):
+        if key in parameter_of and export.contents.sources[parameter_of[key]].converter is not None:
+            raise ValueError(
+                f"{key} is stored otherwise than {parameter_of[key]} of the model, and GPTQModel reads parameters as "
+                "they are; choose compressed-tensors, gguf or mlx"
+            )
+    return pieces + [renamed(piece, lambda key: parameter_of.get(key, key)) for piece in others]
+
+
+def _dense(export: PackedExport, name: str) -> Piece:
+    key = f"{name}.weight"
+    return Piece({key: Declared(export.dtype(name), export.shape(name))}, lambda: {key: export.weight(name)})
+
+
 def _piece(export: PackedExport, name: str, carrier: Carrier, symmetric: bool) -> Piece:
-    key, (rows, columns) = export.key(name), export.shape(name)
+    rows, columns = export.shape(name)
     groups = 1 if carrier.group_size is None else columns // carrier.group_size
     declared = {
-        f"{key}.qweight": Declared(torch.int32, (num_words(columns, carrier.bits), rows)),
-        f"{key}.qzeros": Declared(torch.int32, (groups, num_words(rows, carrier.bits))),
-        f"{key}.scales": Declared(torch.float16, (groups, rows)),
-        f"{key}.g_idx": Declared(torch.int32, (columns,)),
+        f"{name}.qweight": Declared(torch.int32, (num_words(columns, carrier.bits), rows)),
+        f"{name}.qzeros": Declared(torch.int32, (groups, num_words(rows, carrier.bits))),
+        f"{name}.scales": Declared(torch.float16, (groups, rows)),
+        f"{name}.g_idx": Declared(torch.int32, (columns,)),
     }
 
     def make() -> dict[str, Tensor]:
@@ -154,14 +187,14 @@ def _quantization(export: PackedExport, carriers: Mapping[str, Carrier], symmetr
     for name, carrier in carriers.items():
         by_type.setdefault(carrier, []).append(name)
     first = Counter(carriers.values()).most_common(1)[0][0]
-    kept = [name for name in weight_names(export.model) if name not in carriers]
-    universe = _spelled(export, export.weight_names)
+    kept = [name for name in export.weight_names if name not in carriers]
+    universe = export.weight_names
     dynamic: dict[str, dict[str, Any]] = {}
     for carrier, names in by_type.items():
         if carrier != first:
-            rules = patterns(_spelled(export, names), universe)
+            rules = patterns(names, universe)
             dynamic |= {f"+:^{rule}$": {**_as_read(carrier), "sym": symmetric} for rule in rules}
-    dynamic |= {f"-:^{rule}$": {} for rule in patterns(_spelled(export, kept), universe)}
+    dynamic |= {f"-:^{rule}$": {} for rule in patterns(kept, universe)}
     return {
         **_as_read(first),
         "sym": symmetric,
@@ -173,11 +206,6 @@ def _quantization(export: PackedExport, carriers: Mapping[str, Carrier], symmetr
         "dynamic": dynamic or None,
         "meta": {"quantizer": ["moeq"]},
     }
-
-
-def _spelled(export: PackedExport, names: Iterable[str]) -> list[str]:
-    """Names as the modules and as the files have them."""
-    return [spelling for name in names for spelling in sorted({name, export.key(name)})]
 
 
 def _as_read(carrier: Carrier) -> dict[str, Any]:

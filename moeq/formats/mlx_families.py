@@ -3,13 +3,13 @@
 A family is here once its tiny random model, opened by mlx-lm, has given the logits of transformers.  A setting that
 its class does not read is held to the value that the class computes with.  Left out, as read wrongly or rounded on the
 way (mlx-lm 0.32): ernie4_5_moe and jamba (other logits than transformers), qwen3_next and qwen3_5_moe (one is added to
-norms in the dtype of the files), gpt_oss (expects MXFP4), deepseek_v2 (opens with YaRN alone).
+norms in the dtype of the files), gpt_oss (expects MXFP4).
 
 Source: mlx_lm/models/*.py of mlx-lm 0.32.2.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -68,8 +68,14 @@ FAMILIES: dict[str, MlxFamily] = {
         computed={**_SILU, "attention_bias": (False,), "use_sliding_window": (False,)},
     ),
     "olmoe": MlxFamily(keys=("num_experts",), computed={**_SILU, "clip_qkv": (None,)}),
-    "deepseek_v3": _LATENT,
+    "deepseek_v3": replace(_LATENT, rope_types=("default", "yarn")),
     "glm4_moe_lite": _LATENT,
+    "deepseek_v2": MlxFamily(
+        keys=("topk_method",),
+        computed={**_SILU, "norm_topk_prob": (False, None)},
+        has_tied_head=False,
+        rope_types=("yarn",),
+    ),
     "glm4_moe": MlxFamily(
         keys=("rope_scaling", "partial_rotary_factor", "use_qk_norm"), computed=_SILU, has_tied_head=False
     ),
@@ -109,17 +115,25 @@ def find_family(model: PreTrainedModel) -> MlxFamily:
                 f"{key}: {value} of {config.model_type} is not what mlx-lm computes ({values[0]}), and it would not "
                 "say so; choose gguf or compressed-tensors"
             )
-    if (kind := rope_of(config).get("rope_type", "default")) not in family.rope_types:
-        raise ValueError(
-            f"mlx-lm is not known to compute rotary embeddings of type {kind} for {config.model_type}; choose gguf or "
-            "compressed-tensors"
-        )
+    for kind in _rope_types(config):
+        if kind not in family.rope_types:
+            raise ValueError(
+                f"mlx-lm is not known to compute rotary embeddings of type {kind} for {config.model_type}; choose gguf "
+                "or compressed-tensors"
+            )
     return family
 
 
 def rope_of(config: Any) -> dict[str, Any]:
     """Rotary parameters of a configuration whose blocks share them."""
     return dict(getattr(config, "rope_parameters", None) or {})
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Types of the rotary embeddings of all blocks, which may differ by kind of attention."""
+    rope = rope_of(config)
+    each = [values for values in rope.values() if isinstance(values, dict) and "rope_type" in values] or [rope]
+    return {values.get("rope_type", "default") for values in each}
 
 
 def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict[str, Any]:
@@ -132,6 +146,8 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict
     """
     rope = rope_of(config)
     added: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    if rope.get("rope_type", "default") != "default":
+        added["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     if "rope_theta" in rope:
         added["rope_theta"] = rope["rope_theta"]
     for key in family.keys:

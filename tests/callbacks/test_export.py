@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moeq.disk.folder import check_integrity
 from moeq.export.layout import LayoutWriter
@@ -94,3 +95,39 @@ def test_logits_that_are_equal_up_to_rounding_alone_are_on_record(
     records = json.loads((tmp_path / "run/fallbacks.json").read_text())
     found = [record["weight"] for record in records if record["reason"] == "logits equal up to rounding"]
     assert found == (["checkpoint", "dense"] if gap else [])
+
+
+def with_formats(folder: Path, group_size: int, *formats: str) -> Path:
+    """The configuration of rounding to nearest, symmetric, with formats of runtimes."""
+    config = yaml.safe_load(RTN.read_text())
+    config["model"] |= {"group_size": group_size, "symmetric": True}
+    for each in config["trainer"]["callbacks"]:
+        if each["class_path"] == "Export":
+            each["init_args"] = {"formats": ["moeq", *formats]}
+    path = folder / f"rtn_{group_size}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_run_ends_with_verified_files_of_runtimes_and_the_commands_that_serve_them(
+    source: Path, tmp_path: Path
+) -> None:
+    fit(with_formats(tmp_path, 32, "gguf", "mlx"), source, tmp_path / "run", "--model.group_size=32")
+    verification = json.loads((tmp_path / "run/verification.json").read_text())
+    plan = json.loads((tmp_path / "run/allocation.json").read_text())
+    for name in ("gguf", "mlx"):
+        assert verification[name]["num_quantized"] == len(plan["weights"])
+        assert verification[name]["largest_error"] == 0.0
+        assert verification[name]["path"].startswith(str(tmp_path / "run" / name))
+    assert verification["gguf"]["types"]["Q4_0"] == len(plan["weights"])
+    summary = (tmp_path / "run/summary.md").read_text()
+    assert f"llama-server -m {tmp_path / 'run/gguf/model.gguf'}" in summary
+    assert f"--model {tmp_path / 'run/mlx'}" in summary
+    assert not (tmp_path / "run/dense").exists()
+
+
+def test_a_plan_that_a_format_cannot_hold_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    config = with_formats(tmp_path, 16, "gguf")
+    with pytest.raises(SystemExit, match=r"moeq: .*gguf.*groups that are multiples of 32"):
+        fit(config, source, tmp_path / "run", "--model.group_size=16")
+    assert not list((tmp_path / "run").glob("[!.l]*"))

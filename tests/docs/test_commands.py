@@ -118,6 +118,7 @@ def test_what_a_command_names_exists(command: Command) -> None:
 def _check_program(words: list[str]) -> None:
     """A script or a module that does something when it is run."""
     path = ROOT / (f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0])
+    path = path if path.is_file() else path.with_suffix("") / "__main__.py"
     assert path.is_file()
     assert 'if __name__ == "__main__":' in path.read_text(encoding="utf8")
 

@@ -115,7 +115,7 @@ def test_an_export_that_was_cut_short_is_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moeq.export.dense.fill_dense", power_cut)
+        patch.setattr("moeq.formats.exports.fill_dense", power_cut)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(CONFIG, model, unexported)
     assert not (unexported / "export").exists()

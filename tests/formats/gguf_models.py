@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeq.checkpoint.loading import load_model
 from moeq.checkpoint.names import dense_weight, weight_names
+from moeq.disk.folder import write_manifest
 from moeq.export.contents import read_contents
 from moeq.export.finished import silent
 from moeq.export.moeq_format import write_checkpoint
@@ -26,6 +27,7 @@ IDS = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(3))
 def write_dense(family: str, folder: Path, **overrides: Any) -> tuple[Path, Path]:
     """A tiny model in float32 and its file in F32: (folder of the source, file)."""
     source = save_tiny(family, folder / "source", dtype=torch.float32, **overrides)
+    write_manifest(source, {})
     export = PackedExport(source, read_contents(source))
     (folder / "gguf").mkdir()
     FORMAT.check(export.model, export.grids, "exact")

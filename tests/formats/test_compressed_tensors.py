@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moeq.disk.folder import check_integrity
 from moeq.export.compare import ExportMismatchError
@@ -105,7 +105,7 @@ def test_attention_may_have_another_scheme_than_experts_in_transformers_too(tmp_
     assert torch.equal(logits_of(opened), logits_of(made.model))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
 def test_native_keeps_widths_and_zero_points(bits: int, tmp_path: Path) -> None:
     made = write_tiny_packed("olmoe", tmp_path, lambda name: (bits, 32, False), num_hidden_layers=1)
     report = convert(made.folder, NAME, tmp_path / "ct", carrier="native")
@@ -184,3 +184,23 @@ def test_the_configuration_of_the_source_stays_as_it_was(tiny: Callable[..., Tin
     assert list(config_of(tmp_path / "ct").items())[: len(source)] == list(source.items())
     assert (tmp_path / "ct" / "tokenizer.json").read_bytes() == (made.folder / "tokenizer.json").read_bytes()
     assert FORMAT.serve(Path("ct")) == "vllm serve ct"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["kimi_k25", "qwen3_5_moe"])
+def test_towers_of_wrappers_stay_as_they_are_even_where_their_names_end_as_those_of_blocks(
+    family: str, tmp_path: Path
+) -> None:
+    def grid_of(name: str) -> Grid | None:
+        """Of the language model, what fits."""
+        inside = "language_model.layers." in name and not name.endswith(("kv_b_proj", "in_proj_a", "in_proj_b"))
+        return (4 if is_expert(name) else 8, 32, True) if inside else None
+
+    made = write_tiny_packed(family, tmp_path, grid_of)
+    convert(made.folder, NAME, tmp_path / "ct")
+    config = config_of(tmp_path / "ct")
+    towers = [name for name in open_packed(made.folder).weight_names if "language_model" not in name]
+    assert towers
+    assert all(scheme_of(config, name) is None for name in towers)
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "ct", dtype=torch.bfloat16)
+    assert torch.equal(logits_of(opened), logits_of(made.model))

@@ -1,5 +1,6 @@
 """A packed export becomes one GGUF file: written whole, read back by gguf, equal weight by weight."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,14 @@ def test_keys_describe_the_model_and_how_it_was_made(written: tuple) -> None:
     assert tensors["blk.1.ffn_gate_exps.weight"].shape == (8, 32, 64)
 
 
-def test_the_folder_has_a_manifest(written: tuple) -> None:
-    assert sorted(path.name for path in written[2].iterdir()) == sorted([NAME, MANIFEST])
+def test_the_folder_has_a_card_and_a_manifest(written: tuple) -> None:
+    folder = written[2]
+    assert {path.name for path in folder.iterdir()} == {NAME, MANIFEST, "README.md"}
+    card = (folder / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "| gguf | 24 weights as Q4_0, 10 weights as Q8_0, 9 weights as BF16 |" in card
+    assert "llama-server -m gguf/model.gguf" in card
+    assert set(json.loads((folder / MANIFEST).read_text())["files"]) == {NAME}
 
 
 def test_one_expert_is_in_memory_at_a_time(written: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
     ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0,
                                             "factor": 1.0}}),
     ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    ("qwen3_5_moe_text", {"linear_num_value_heads": 8, "tie_word_embeddings": True}),
+    ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
                     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
 )  # fmt: skip
