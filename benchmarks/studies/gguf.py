@@ -2,16 +2,17 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.gguf --json benchmarks/results/gguf.json
 
-The bundled model; every quantizer gets the same token ids, which the model wrote itself (EBSS, corpus mode, 64 sequences
-of 256 tokens, another set for each seed).  Embedding and head are BF16, routers and norms F32 in every file.  llama.cpp
-computes the logits of each file, and those of the unquantized model (F32) that they are compared with.  AutoRound runs
-in an environment of its own (``--autoround``, see benchmarks/peers/README.md); without one its rows are left out.
+The bundled model; every quantizer gets the same token ids, which the model wrote itself (EBSS, corpus mode, 64
+sequences of 256 tokens, another set for each seed).  Embedding and head are BF16, routers and norms F32 in every file.
+llama.cpp computes the logits of each file, and those of the unquantized model (F32) that they are compared with.
+AutoRound runs in an environment of its own (``--autoround``, see benchmarks/peers/README.md); without one its rows are
+left out.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
@@ -28,7 +29,17 @@ from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
 from benchmarks.studies.files_report import draw, report
-from benchmarks.studies.gguf_arms import BUDGETS, GRIDS, OWN, UNIFORM, make_survey, run_autoround, steps_of
+from benchmarks.studies.gguf_arms import (
+    BUDGETS,
+    GRIDS,
+    LEARNED,
+    OWN,
+    OWN_LEARNED,
+    UNIFORM,
+    make_survey,
+    run_autoround,
+    steps_of,
+)
 from moeq.checkpoint.loading import load_model, load_tokenizer
 from moeq.export.contents import read_contents
 from moeq.export.finished import silent
@@ -37,7 +48,7 @@ from moeq.formats.gguf_plan import plan_file
 from moeq.formats.source import PackedExport
 from tests.formats.llama_cpp import LlamaCpp
 
-NUM_WINDOWS = 16  # per domain
+NUM_WINDOWS = 8  # per domain
 LLAMA, IMATRIX, AUTOROUND, DENSE = "llama.cpp", "llama.cpp, imatrix", "AutoRound", "unquantized"
 NEED_IMATRIX = ("IQ2_XS", "IQ3_XXS")  # llama.cpp refuses the first without; the second is not meant to be
 AUTOROUND_TYPES = ("q4_0", "q4_k_s", "q2_k_s")
@@ -68,6 +79,7 @@ class Gguf(Study[Case]):
         parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of allocated files")
         parser.add_argument("--types", nargs="*", default=[*MIXTURES, "Q2_0"], help="of llama.cpp and uniform ones")
         parser.add_argument("--grids", nargs="*", default=list(GRIDS), help="K-quants that moeq solves")
+        parser.add_argument("--learned", nargs="*", default=list(LEARNED), help="kinds with learned rounding, too")
         parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="interpreter that has auto-round")
 
     def cases(self) -> list[Case]:
@@ -82,6 +94,7 @@ class Gguf(Study[Case]):
                 cases += [Case(seed, AUTOROUND, kind) for kind in AUTOROUND_TYPES if o.autoround]
             own = [*(f"{budget:g}" for budget in o.budgets), *(kind for kind in UNIFORM if kind in o.types), *o.grids]
             cases += [Case(seed, OWN, kind) for kind in own]
+            cases += [Case(seed, OWN_LEARNED, kind) for kind in o.learned]
         return cases
 
     @cached_property
@@ -126,6 +139,7 @@ class Gguf(Study[Case]):
         """Calibration ids of a seed."""
         return calibration_set(self.yardstick, "corpus", 64, seed, self.options.folder)
 
+    @cache  # noqa: B019  one study per process
     def importance(self, seed: int) -> dict[str, Tensor]:
         """Of the tensors of the file, on the ids that moeq gets."""
         plan = plan_file(self.dense.model, {}, "exact")
@@ -155,14 +169,14 @@ class Gguf(Study[Case]):
             importance = self.importance(case.seed) if case.quantizer == IMATRIX else None
             quantize_file(self.dense_file, folder / NAME, case.kind, importance)
             return folder / NAME
-        survey = self.options.folder / f"survey-{case.seed}.json"
-        ids_NL = self.ids(case.seed)
-        make_survey(survey, self.yardstick.model, ids_NL, case.seed)
-        steps, settings = steps_of(case.kind, survey)
+        survey, ids_NL = self.options.folder / "survey.json", self.ids(case.seed)
+        if case.kind not in (*UNIFORM, *GRIDS):
+            make_survey(survey, self.yardstick.model, self.ids(0))
+        steps, settings = steps_of(case.kind, survey, learned=case.quantizer == OWN_LEARNED)
         return fit_file(ids_NL, steps, "gguf", folder, **settings) / NAME
 
     def report(self, rows: Sequence[Row]) -> str:
-        return report(rows, OWN, IMATRIX)
+        return report(rows, (OWN, OWN_LEARNED), IMATRIX)
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         draw(rows, path)
