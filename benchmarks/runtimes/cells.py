@@ -4,18 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moeq.checkpoint.names import weight_names
+from transformers import PreTrainedModel
+
+from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.models.experts import expert_modules
-from moeq.checkpoint.names import dense_weight
 from moeq.quant.carrier import CarrierMode, FormatName
 from moeq.quant.spec import GridSpec
-from transformers import PreTrainedModel
 
 REFERENCE = "reference"
 UNQUANTIZED = "unquantized"
 # Grid of a weight by canonical name and number of its block; None keeps it.
 GridOf = Callable[[str, int], GridSpec | None]
-_KEPT = ("lm_head", "gate", "router", "shared_expert_gate")  # last parts of names
+# Last parts of names.  llama.cpp has the columns of ``linear_attn.out_proj`` in another order, which takes groups of 32
+# apart in models as small as these.
+_KEPT = ("lm_head", "gate", "wg", "router", "shared_expert_gate", "linear_attn.out_proj")
 _OUTPUTS = ("o_proj", "out_proj", "dense")  # of attention: no runtime merges them with another linear
 _MULTIPLE = 32
 
@@ -107,7 +109,9 @@ def grids_of(model: PreTrainedModel, key: str, grids: dict[str, GridOf]) -> dict
     names = [
         name
         for name in weight_names(model)
-        if name.rpartition(".")[2] not in _KEPT and dense_weight(model, name, experts).shape[1] % _MULTIPLE == 0
+        if not name.endswith(tuple(f".{part}" for part in _KEPT))
+        and name not in _KEPT
+        and dense_weight(model, name, experts).shape[1] % _MULTIPLE == 0
     ]
     if key == UNQUANTIZED:
         linears = [name for name in names if ".experts." not in name]

@@ -46,7 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    chosen = [each for each in runtimes(options.environments) if options.runtimes is None or each.name in options.runtimes]
+    chosen = [
+        each for each in runtimes(options.environments) if options.runtimes is None or each.name in options.runtimes
+    ]
     rows: list[Row] = []
     for model in models(options):
         rows += measure(model, chosen, options)

@@ -8,7 +8,13 @@ import torch
 
 from benchmarks.lab.tables import Row
 from benchmarks.runtimes.cells import REFERENCE, REFERENCE_GRIDS, TINY_GRIDS, UNQUANTIZED, Cell
-from benchmarks.runtimes.exports import Source, log_probabilities, open_reference, write_packed
+from benchmarks.runtimes.exports import (
+    Source,
+    dequantized_in_file,
+    log_probabilities,
+    open_reference,
+    write_packed,
+)
 from benchmarks.runtimes.judge import agreement, bound, judge
 from benchmarks.runtimes.opened import Answer, Job, is_kept_from_transformers
 from benchmarks.runtimes.rounding import rounding_of
@@ -29,7 +35,7 @@ class Measurement:
     def __init__(self, source: Source, folder: Path) -> None:
         self._source, self._folder = source, folder
         self._exports: dict[str, PackedExport] = {}
-        self._ours: dict[tuple[str, bool], torch.Tensor] = {}
+        self._ours: dict[tuple[str, str, frozenset[str]], torch.Tensor] = {}
 
     def cells(self) -> list[Cell]:
         """What is exported; grids with zero points in both modes."""
@@ -60,9 +66,9 @@ class Measurement:
         """The folder of a cell, or why moeq refuses it."""
         folder = self._folder / f"{cell.format}_{cell.carrier}_{cell.grids.replace(' ', '_').replace(',', '')}"
         try:
-            convert(self._export(cell.grids).folder, cell.format, folder, carrier=cell.carrier)
+            convert(self._export(cell.grids).folder, cell.format, folder, carrier=cell.carrier, overwrite=True)
         except ValueError as error:
-            return str(error)
+            return str(error).replace(str(self._folder), "FOLDER")
         return folder
 
     def _open(self, runtime: Runtime, folders: dict[Cell, Path]) -> Iterable[Row]:
@@ -86,7 +92,7 @@ class Measurement:
     def _judge(self, cell: Cell, runtime: Runtime, answer: Answer, own_noise: float) -> Row:
         if isinstance(answer, str):
             return _row(cell, runtime, "refused by the runtime", reason=answer)
-        ours_NLV = self._log_probabilities(cell.grids, rounded=runtime.rounded)
+        ours_NLV = self._log_probabilities(cell, runtime)
         alike_NLV = self._in_arithmetic(cell, runtime)
         try:
             found, rest = agreement(ours_NLV, answer), agreement(alike_NLV, answer)
@@ -95,19 +101,22 @@ class Measurement:
         predicted = agreement(ours_NLV, alike_NLV).kl
         largest = bound([own_noise, predicted])
         numbers = {
-            **asdict(found), "bound": largest, "own_noise": own_noise, "predicted_noise": predicted, "rest": rest.kl
+            **asdict(found),
+            "bound": largest,
+            "own_noise": own_noise,
+            "predicted_noise": predicted,
+            "rest": rest.kl,
         }
         return _row(cell, runtime, judge(found, largest)) | numbers
 
     def _in_arithmetic(self, cell: Cell, runtime: Runtime) -> torch.Tensor:
         """What transformers computes in the arithmetic of a runtime."""
         if runtime.arithmetic == "float32":
-            return self._log_probabilities(cell.grids, rounded=runtime.rounded)
-        export, ids_NL = self._export(cell.grids), self._source.ids_NL
+            return self._log_probabilities(cell, runtime)
+        export, ids_NL, rounded = self._export(cell.grids), self._source.ids_NL, self._rounded(cell, runtime)
         if runtime.arithmetic == "bfloat16":
-            model = open_reference(self._source, export, rounded=True, dtype="bfloat16")
-            return log_probabilities(model, ids_NL)
-        model = open_reference(self._source, export, rounded=False)
+            return log_probabilities(open_reference(self._source, export, cell, rounded, "bfloat16"), ids_NL)
+        model = open_reference(self._source, export, cell, rounded)
         with rounding_of(model, export, cell.carrier):
             return log_probabilities(model, ids_NL)
 
@@ -117,11 +126,18 @@ class Measurement:
             self._exports[key] = write_packed(self._source, key, self._folder / name)
         return self._exports[key]
 
-    def _log_probabilities(self, key: str, *, rounded: bool) -> torch.Tensor:
-        if (key, rounded) not in self._ours:
-            model = open_reference(self._source, self._export(key), rounded=rounded)
-            self._ours[key, rounded] = log_probabilities(model, self._source.ids_NL)
-        return self._ours[key, rounded]
+    def _log_probabilities(self, cell: Cell, runtime: Runtime) -> torch.Tensor:
+        """What transformers computes in float32 with the values that a runtime has."""
+        rounded = self._rounded(cell, runtime)
+        key = (cell.grids, cell.format if cell.carrier == "native" else "", rounded)
+        if key not in self._ours:
+            model = open_reference(self._source, self._export(cell.grids), cell, rounded)
+            self._ours[key] = log_probabilities(model, self._source.ids_NL)
+        return self._ours[key]
+
+    def _rounded(self, cell: Cell, runtime: Runtime) -> frozenset[str]:
+        export = self._export(cell.grids)
+        return frozenset(export.grids) if runtime.rounded else dequantized_in_file(export, cell)
 
 
 def _row(cell: Cell, runtime: Runtime, verdict: str, *, reason: str = "") -> Row:

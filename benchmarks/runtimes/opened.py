@@ -49,7 +49,7 @@ def run_mlx(jobs: Sequence[Job]) -> list[Answer]:
 
 
 def run_transformers(jobs: Sequence[Job]) -> list[Answer]:
-    """transformers with compressed-tensors, in bfloat16."""
+    """Transformers with compressed-tensors, in bfloat16."""
     return [_answer(_transformers, job) for job in jobs]
 
 

@@ -10,12 +10,13 @@ from benchmarks.runtimes.judge import FACTOR, FLOOR, VERDICTS
 TITLE = "Exports in the runtimes that they are for"
 _LEGEND = f"""\
 Right: the mean divergence (KL, nats per token) of a runtime from transformers in float32 on exactly the dequantized
-weights is at most {FACTOR:g} times the noise of its arithmetic, plus {FLOOR:g}. The noise is the larger of two: the divergence of
-the runtime's own run of the unquantized model (all but one linear, which has 8 bits), and the divergence from float32 of
-transformers itself in the arithmetic of the runtime: llama.cpp takes activations as 8-bit integers where a weight is
-quantized and in bfloat16 elsewhere, transformers, vLLM and GPTQModel compute in bfloat16, mlx-lm is run in float32.
-"Rest" is the divergence of the runtime from transformers in the runtime's arithmetic: what the file itself could be
-guilty of. Refused by moeq: no file is written, or its configuration stops a runtime that would read it wrongly."""
+weights is at most {FACTOR:g} times the noise of its arithmetic, plus {FLOOR:g}. The noise is the larger of two: the
+divergence of the runtime's own run of the unquantized model (all but one linear, which has 8 bits), and the divergence
+from float32 of transformers itself in the arithmetic of the runtime: llama.cpp takes activations as 8-bit integers
+where a weight is quantized and in bfloat16 elsewhere, transformers, vLLM and GPTQModel compute in bfloat16, mlx-lm is
+run in float32. "Rest" is the divergence of the runtime from transformers in the runtime's arithmetic: what the file
+itself could be guilty of. Refused by moeq: no file is written, or its configuration stops a runtime that would read it
+wrongly. Absent: the runtime is not installed."""
 
 
 def report(rows: Sequence[Row]) -> str:

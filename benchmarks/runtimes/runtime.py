@@ -75,6 +75,7 @@ def runtimes(environments: Path) -> list[Runtime]:
             partial(run, "vllm"),
         ),
         Runtime(
-            "GPTQModel", "gptq", "bfloat16", True, GPTQ_FAMILIES, *apart("gptqmodel", "gptqmodel"), partial(run, "gptqmodel")
+            "GPTQModel", "gptq", "bfloat16", True, GPTQ_FAMILIES, *apart("gptqmodel", "gptqmodel"),
+            partial(run, "gptqmodel"),
         ),
     ]  # fmt: skip

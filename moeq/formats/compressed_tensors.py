@@ -73,7 +73,7 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
     config["quantization_config"] = quantization_config(
         carriers,
         {name: sorted({name, export.key(name)}) for name in carriers},
-        [*_matrices(kept), *(name for name in export.weight_names if name not in carriers)],
+        [*_matrices(kept), *_kept_modules(export)],
         _block_paths(export),
     )
     refused = _transformers_misreads(export.model, carriers)
@@ -139,6 +139,13 @@ def _transformers_misreads(model: PreTrainedModel, carriers: Mapping[str, Carrie
     """Whether transformers would open the folder and read experts wrongly."""
     found = {carriers.get(name) for unit in expert_blocks(model) for name in unit}
     return len(found) > 1 or None in found
+
+
+def _kept_modules(export: PackedExport) -> list[str]:
+    """Names in the model of modules whose weight is not quantized; files may have other names for them."""
+    others = [name.removesuffix(".weight") for name in export.other_names if name.endswith(".weight")]
+    matrices = [name for name in others if export.model.get_parameter(f"{name}.weight").ndim > 1]
+    return [*matrices, *(name for name in export.weight_names if name not in export.grids)]
 
 
 def _matrices(pieces: Iterable[Piece]) -> list[str]:

@@ -12,7 +12,7 @@ Sources: vllm/model_executor/layers/quantization/compressed_tensors, sglang (the
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moeq.formats.patterns import patterns
@@ -54,7 +54,8 @@ def quantization_config(
         }
         for index, (scheme, names) in enumerate(schemes.items())
     }
-    outside = sorted({_component(name) for name in kept if not _in_blocks(name, prefixes)})
+    roots = {"model", "language_model", *(part for prefix in prefixes for part in prefix.split(".")[:-1])}
+    outside = sorted({_component(name, roots) for name in kept if not _in_blocks(name, prefixes)})
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -109,6 +110,6 @@ def _tail(name: str, prefixes: Sequence[str]) -> str:
     return name
 
 
-def _component(name: str) -> str:
+def _component(name: str, roots: Collection[str]) -> str:
     """The first part of a name that tells what stands beside the blocks: "visual", "lm_head"."""
-    return next((part for part in name.split(".") if part not in ("model", "language_model")), name)
+    return next((part for part in name.split(".") if part not in roots), name)

@@ -89,6 +89,22 @@ def test_every_weight_has_the_scheme_of_its_codes_where_blocks_and_kinds_differ(
     assert all(scheme_of(config, name) is None for name in kept)
 
 
+@pytest.mark.parametrize("family", ["phimoe", "nemotron_h"])
+def test_what_files_call_otherwise_than_modules_has_the_same_scheme_by_both_names(family: str, tmp_path: Path) -> None:
+    made = write_tiny_packed(family, tmp_path, lambda name: (4, 32, True))
+    convert(made.folder, NAME, tmp_path / "ct")
+    config, export = config_of(tmp_path / "ct"), open_packed(made.folder)
+    for name in export.grids:
+        assert scheme_of(config, name) == scheme_of(config, export.key(name)) == (4, 32)
+    others = [name for name, parameter in export.model.named_parameters() if parameter.ndim == 2]
+    kept = {name.removesuffix(".weight") for name in others if name in export.other_names}
+    assert kept
+    for name in kept:
+        assert (
+            scheme_of(config, name) is scheme_of(config, export.key(f"{name}.weight").removesuffix(".weight")) is None
+        )
+
+
 def test_transformers_refuses_blocks_that_differ_since_it_would_read_them_wrongly(
     tiny: Callable[..., Tiny], tmp_path: Path
 ) -> None:
