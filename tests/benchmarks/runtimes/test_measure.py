@@ -14,7 +14,6 @@ from benchmarks.runtimes.opened import Answer, Job
 from benchmarks.runtimes.runtime import Runtime
 from moeq.quant.spec import GridSpec
 
-
 CELL = Cell("qwen3_moe", "4", "compressed-tensors")
 
 
