@@ -19,8 +19,9 @@ from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
-from moeq.formats.gguf_metadata import Metadata, common
+from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
+from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
@@ -100,6 +101,7 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
         if (found.kind, found.shape) != (planned.stored.kind, planned.stored.shape):
             raise ExportMismatchError(f"{path} has {planned.name} as {found.kind} {found.shape}; export again")
         error = max(error, _compare(path, export, planned, found))
+        found.forget()
         quantized = [name for name in planned.weights if name in export.grids]
         types.update([found.kind] * len(planned.weights))
         if quantized:
@@ -147,9 +149,13 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
-        return common(model.config) | find_family(model).describe(model.config)
+        keys = common(model.config) | find_family(model).describe(model.config)
+        windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        if windows and "attention.sliding_window" not in keys:
+            raise ValueError("llama.cpp computes this family without windows, and its layer_types has some")
     except ValueError as error:
         raise ValueError(f"gguf: {error}; export moeq or dense") from error
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _reader(kinds: set[str]) -> str:

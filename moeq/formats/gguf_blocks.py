@@ -121,6 +121,8 @@ def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
     """Scales in float16; the scale of a group whose values are all zero does not matter."""
     scale_OB = weight.scale_OG.float()
     half_OB = scale_OB.half()
+    if torch.equal(half_OB.float(), scale_OB):
+        return half_OB
     zero = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG.unsqueeze(2)
     used_OB = (_blocks(weight.codes_OI, weight) != zero).any(2)
     if not bool((half_OB.isfinite() | ~used_OB).all()):

@@ -144,6 +144,7 @@ def _solve_together(
     else:
         assert grid.group_size is not None
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
+        assert grid.group_size is not None  # else it is static
         columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
         qparams = _moved_qparams(columns, grid.group_size)

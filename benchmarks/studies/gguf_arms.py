@@ -1,0 +1,91 @@
+"""What ``gguf.py`` asks of moeq and AutoRound for each kind of file."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.lab.study import MODEL
+from callbacks.bit_allocation import BitAllocation
+from callbacks.gptq import GPTQ
+from callbacks.hessian_calibration import HessianCalibration
+from callbacks.learned_rounding import LearnedRounding
+from callbacks.router_calibration import RouterCalibration
+from moeq.allocation.patterns import Pattern
+from moeq.allocation.plan import parse_choices
+from moeq.disk.atomic import write_json
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.survey.survey_spec import SurveySpec
+from moeq.survey.surveyor import survey_model
+
+OWN, OWN_LEARNED = "moeq", "moeq, learned"
+DAMPING = 0.1
+# Bits and group size of moeq's grid for a type.
+UNIFORM = {"Q2_0": (2, 64), "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}
+CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "4g32", "5g32", "8g32")
+# The sizes of llama.cpp's files of this model: Q2_K, Q3_K_S, Q3_K_M, Q4_0, Q4_K_S, Q4_K_M; and less.
+BUDGETS = (2.5, 3.19, 3.72, 4.08, 4.5, 4.78, 5.21)
+LEARNED = ("3.19", "4.5")
+# Types that moeq solves on their own grids, and what the experts' down projections get, whose rows hold no 256.
+GRIDS = {"Q2_K": ("q2_k", 4), "Q3_K": ("q3_k", 4), "Q4_K": ("q4_k", 5)}
+SCRIPT = Path(__file__).resolve().parents[1] / "peers" / "quantize_autoround_gguf.py"
+
+
+def steps_of(kind: str, survey: Path, *, learned: bool) -> tuple[list[Callback], dict[str, Any]]:
+    """Callbacks and settings of the module for a file.
+
+    Args:
+        kind: A type of ``UNIFORM``, or a budget in bits of the file per weight.
+        survey: For budgets.
+        learned: Whether the rounding is learned after GPTQ.
+    """
+    common = {"affinity_power": 1.0, "damping": DAMPING}
+    settings: dict[str, Any] = {**common, "bits": 4, "group_size": 32, "symmetric": True}
+    if kind in UNIFORM:
+        settings["bits"], settings["group_size"] = UNIFORM[kind]
+        plan = BitAllocation()
+    elif kind in GRIDS:
+        grid, bits = GRIDS[kind]
+        settings = {**common, "grid": grid}
+        plan = BitAllocation(patterns=[Pattern("*.experts.*.down_proj", bits=bits, group_size=32)])
+    else:
+        plan = BitAllocation(
+            survey=str(survey), method="allocate", cost="fisher", budget=float(kind), budget_unit="average_bits",
+            choices=CHOICES, runtime="llama.cpp",
+        )  # fmt: skip
+    steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
+    if learned:
+        steps.append(LearnedRounding())
+    return steps, settings
+
+
+def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
+    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
+    if path.is_file():
+        return
+    spec = SurveySpec(
+        costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
+        grid=GridSpec(4, 32, symmetric=True),
+    )  # fmt: skip
+    write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
+
+
+def run_autoround(python: Path, kind: str, ids_NL: Tensor, dense: Path, folder: Path) -> Path:
+    """The file that AutoRound writes, embedding and head as in the dense one.
+
+    Raises:
+        RuntimeError: It failed; the end of what it printed is in the message.
+    """
+    ids, output = folder / "ids.safetensors", folder / "autoround.gguf"
+    save_file({"ids": ids_NL.contiguous()}, ids)
+    files = ["--model", MODEL, "--ids", str(ids), "--dense", str(dense), "--output", str(output)]
+    command = [str(python.absolute()), str(SCRIPT), "--type", kind, *files]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    if done.returncode:
+        raise RuntimeError(f"AutoRound {kind} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+    return output
