@@ -17,8 +17,9 @@ from benchmarks.runtimes.exports import (
 )
 from benchmarks.runtimes.judge import agreement, bound, judge
 from benchmarks.runtimes.opened import Answer, Job, is_kept_from_transformers
-from benchmarks.runtimes.rounding import rounding_of
+from benchmarks.runtimes.rounding import rounding_by_token, rounding_of
 from benchmarks.runtimes.runtime import Runtime
+from moeq.checkpoint.loading import DType
 from moeq.export.contents import read_contents
 from moeq.formats.convert import convert
 from moeq.formats.source import PackedExport
@@ -117,10 +118,12 @@ class Measurement:
         if runtime.arithmetic == "float32":
             return self._log_probabilities(cell, runtime)
         export, ids_NL, rounded = self._export(cell, runtime), self._source.ids_NL, self._rounded(cell, runtime)
+        dtype: DType = "float32" if runtime.arithmetic == "rounded blocks" else "bfloat16"
+        model = open_reference(self._source, export, cell, rounded, dtype)
         if runtime.arithmetic == "bfloat16":
-            return log_probabilities(open_reference(self._source, export, cell, rounded, "bfloat16"), ids_NL)
-        model = open_reference(self._source, export, cell, rounded)
-        with rounding_of(model, export, cell.carrier):
+            return log_probabilities(model, ids_NL)
+        by_token = runtime.arithmetic == "rounded tokens"
+        with rounding_by_token(model, export) if by_token else rounding_of(model, export, cell.carrier):
             return log_probabilities(model, ids_NL)
 
     def _export(self, cell: Cell, runtime: Runtime) -> PackedExport:

@@ -13,10 +13,10 @@ Right: the mean divergence (KL, nats per token) of a runtime from transformers i
 weights is at most {FACTOR:g} times the noise of its arithmetic, plus {FLOOR:g}. The noise is the larger of two: the
 divergence of the runtime's own run of the unquantized model (all but one linear, which has 8 bits), and the divergence
 from float32 of transformers itself in the arithmetic of the runtime: llama.cpp takes activations as 8-bit integers
-where a weight is quantized and in bfloat16 elsewhere, transformers, vLLM and GPTQModel compute in bfloat16, mlx-lm is
-run in float32. "Rest" is the divergence of the runtime from transformers in the runtime's arithmetic: what the file
-itself could be guilty of. Refused by moeq: no file is written, or its configuration stops a runtime that would read it
-wrongly. Absent: the runtime is not installed."""
+where a weight is quantized and in bfloat16 elsewhere, transformers, vLLM and GPTQModel compute in bfloat16 (vLLM with
+activations as 8-bit integers where a weight has 4 bits), mlx-lm is run in float32. "Rest" is the divergence of the
+runtime from transformers in the runtime's arithmetic: what the file itself could be guilty of. Refused by moeq: no file
+is written, or its configuration stops a runtime that would read it wrongly. Absent: the runtime is not installed."""
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -46,7 +46,8 @@ def cells(rows: Sequence[Row], reasons: dict[str, int]) -> str:
     for row in rows:
         numbers = ["-"] * 5
         if "kl" in row:
-            numbers = [f"{row['kl']:.1e}", f"{row['bound']:.1e}", f"{row['rest']:.1e}", f"{100 * row['top1']:.2f}",
+            numbers = [f"{row['kl']:.1e}", f"{row['bound']:.1e}", f"{row['rest']:.1e}" if "rest" in row else "-",
+                       f"{100 * row['top1']:.2f}",
                        f"{row['worst']:.1e}"]  # fmt: skip
         exact = row["carrier"] if "zero points" in row["grids"] else "-"
         lines.append((row["runtime"], row["grids"], exact, _said(row, reasons), *numbers))

