@@ -86,12 +86,25 @@ TINY_GRIDS: dict[str, GridOf] = {
     "8": _uniform(8, 32),
     "2 and 4 by block": _by_block(_grid(2, 32), _grid(4, 32)),
 }
+
+
+def _rope_of_kinds(full: float, sliding: float, factor: float) -> dict[str, Any]:
+    """Rotary parameters of blocks of both kinds."""
+    shared = {"rope_type": "default", "partial_rotary_factor": factor}
+    return {
+        "full_attention": {**shared, "rope_theta": full},
+        "sliding_attention": {**shared, "rope_theta": sliding},
+    }
+
+
 # Options of tiny models, other than those of ``tests.families``, with which runtimes compute.
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4, "sliding_window": None},
+    "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},
+    "mimo_v2_flash": {"rope_parameters": _rope_of_kinds(5e6, 1e4, 0.5)},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 

@@ -16,7 +16,7 @@ from moeq.quant.carrier import FormatName
 # that of vLLM: bfloat16, the same.
 Arithmetic = Literal["float32", "bfloat16", "rounded blocks", "rounded tokens"]
 # With which GPTQModel, which takes half a minute to start, is run.
-GPTQ_FAMILIES = (REFERENCE, "mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+GPTQ_FAMILIES = (REFERENCE, "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "lfm2_moe")
 
 
 @dataclass(frozen=True)

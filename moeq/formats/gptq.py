@@ -52,12 +52,18 @@ _BARRIER = {
     "transformers_weights": "none. transformers reads no experts of this layout and would make random ones: open the "
     "folder with GPTQModel"
 }
+# Families whose quantized folders GPTQModel 7.7 opens and computes as something else (``benchmarks/runtimes``).
+_MISREAD = ("lfm2_moe",)
 # In- and out-features of a weight are multiples: words of 32 bits then hold whole codes of every width.
 _MULTIPLE = 32
 
 
 def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
     """Raise ValueError where GPTQModel would read a model on these grids wrongly or not at all."""
+    if (family := model.config.model_type) in _MISREAD:
+        raise ValueError(
+            f"GPTQModel opens {family} and computes something else; choose compressed-tensors, gguf or mlx"
+        )
     _carriers(model, grids, mode)
 
 

@@ -120,6 +120,7 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
         ("olmoe", torch.float32, (4, 32, True), "scales of .* are not exact in float16"),
         ("olmoe", torch.bfloat16, (4, 8, True), "gptq has no type that holds 4 bits, groups of 8"),
         ("gpt_oss", torch.bfloat16, (4, 32, True), "has biases"),
+        ("lfm2_moe", torch.bfloat16, (4, 32, True), "GPTQModel opens lfm2_moe and computes something else"),
     ],
 )
 def test_what_the_layout_does_not_hold_is_refused_by_name(
