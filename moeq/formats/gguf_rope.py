@@ -17,6 +17,8 @@ def rope(config: Any, head: int) -> Metadata:
     values = dict(config.rope_parameters or {})
     kind = values.get("rope_type", "default")
     turned = int(head * values.get("partial_rotary_factor", 1.0))
+    if turned % 2:
+        raise ValueError(f"llama.cpp turns an even number of dimensions of a head, and this model turns {turned}")
     keys: Metadata = {"rope.dimension_count": turned, "rope.freq_base": float(values["rope_theta"])}
     if kind == "default":
         return keys

@@ -1,5 +1,6 @@
 """Every tensor of a model has a place in its file, or the model is refused by name before anything is written."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,13 @@ def test_a_yarn_of_deepseek_needs_its_two_magnitudes_to_be_equal() -> None:
     for more in ({}, {"mscale": 1.0, "mscale_all_dim": 0.7}):
         with pytest.raises(ValueError, match="mscale equal to mscale_all_dim"):
             FORMAT.check(empty("deepseek_v3", rope_parameters=yarn | more), {}, "exact")
+
+
+def test_an_odd_number_of_turned_dimensions_is_refused() -> None:
+    config = SimpleNamespace(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.35}, rope_scaling=None)
+    with pytest.raises(ValueError, match="turns an even number of dimensions of a head, and this model turns 5"):
+        rope(config, 16)
+    assert rope(config, 24)["rope.dimension_count"] == 8
 
 
 def test_common_keys_are_those_of_the_configuration() -> None:
