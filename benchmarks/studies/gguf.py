@@ -51,7 +51,7 @@ from tests.formats.llama_cpp import LlamaCpp
 NUM_WINDOWS = 8  # per domain
 LLAMA, IMATRIX, AUTOROUND, DENSE = "llama.cpp", "llama.cpp, imatrix", "AutoRound", "unquantized"
 NEED_IMATRIX = ("IQ2_XS", "IQ3_XXS")  # llama.cpp refuses the first without; the second is not meant to be
-AUTOROUND_TYPES = ("q4_0", "q4_k_s", "q2_k_s")
+AUTOROUND_TYPES = ("q4_0", "q4_k_s", "q2_k_s")  # of its formats
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Gguf(Study[Case]):
         parser.add_argument("--grids", nargs="*", default=list(GRIDS), help="K-quants that moeq solves")
         parser.add_argument("--learned", nargs="*", default=list(LEARNED), help="kinds with learned rounding, too")
         parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="interpreter that has auto-round")
+        parser.add_argument("--steps", type=int, nargs="+", default=[0, 200], help="of AutoRound's tuning per block")
 
     def cases(self) -> list[Case]:
         """The unquantized file, then seed by seed; what uses no data comes once."""
@@ -91,8 +92,9 @@ class Gguf(Study[Case]):
             cases += [Case(seed, IMATRIX, kind) for kind in theirs]
             if seed == o.seeds[0]:
                 cases += [Case(seed, LLAMA, kind) for kind in theirs if kind not in NEED_IMATRIX]
-                cases += [Case(seed, AUTOROUND, kind) for kind in AUTOROUND_TYPES if o.autoround]
-            own = [*(f"{budget:g}" for budget in o.budgets), *(kind for kind in UNIFORM if kind in o.types), *o.grids]
+                tuned = [f"{kind}, {steps} steps" for steps in o.steps for kind in AUTOROUND_TYPES]
+                cases += [Case(seed, AUTOROUND, kind) for kind in tuned if o.autoround]
+            own = [*o.grids, *(f"{budget:g}" for budget in o.budgets), *(kind for kind in UNIFORM if kind in o.types)]
             cases += [Case(seed, OWN, kind) for kind in own]
             cases += [Case(seed, OWN_LEARNED, kind) for kind in o.learned]
         return cases
