@@ -42,6 +42,7 @@ class AWQ(SolveStep):
 
     def check(self, module: MoEQuantModule) -> None:
         """Refuse before any work a bound on memory that cuts a stage into several passes."""
+        super().check(module)
         refuse_chunks(module.walk.schedule)
 
     def solve_pass(self, module: MoEQuantModule) -> None:

@@ -13,7 +13,7 @@ from moeq.allocation.plan import check_plan, kept_from_json, plan_from_json
 from moeq.allocation.plan_report import allocation_report, allocation_to_json, cost_summary
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json, write_text
-from moeq.fit.block_files import block_path
+from moeq.fit.block_files import Grid, block_path
 from moeq.module import MoEQuantModule
 
 
@@ -64,7 +64,7 @@ class BitAllocation(Step):
         sites = [site for block in range(resume.first_block) for site in module.adapter.sites(block)]
         for name in (name for site in sites for name in site.weight_names()):
             grid = run.plan.get(name)
-            planned, done = None if grid is None else (grid.bits, grid.group_size), resume.grids.get(name)
+            planned, done = None if grid is None else (grid.bits, grid.group_size, grid.kind), resume.grids.get(name)
             if planned != done:
                 raise ValueError(
                     f"{name} was {_said(done)} before this run continued, the plan in {module.run_dir} now says "
@@ -100,8 +100,10 @@ class BitAllocation(Step):
             write_text(module.run_dir / "allocation.md", allocation_report(decision, weights))
 
 
-def _said(grid: tuple[int, int | None] | None) -> str:
+def _said(grid: Grid | None) -> str:
     """Such as "quantized to 3 bits in groups of 64"."""
     if grid is None:
         return "kept"
+    if grid[2] != "uniform":
+        return f"quantized to {grid[2].upper()}"
     return f"quantized to {grid[0]} bits" + (f" in groups of {grid[1]}" if grid[1] is not None else "")

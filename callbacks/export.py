@@ -198,7 +198,7 @@ def _probe(module: MoEQuantModule) -> torch.Tensor:
 def _grids(module: MoEQuantModule) -> "dict[str, PackedFormat]":
     from moeq.checkpoint.packed import PackedFormat
 
-    return {n: PackedFormat(grid.bits, grid.group_size, grid.symmetric) for n, grid in module.run.plan.items()}
+    return {name: PackedFormat.of(grid) for name, grid in module.run.plan.items()}
 
 
 def _made(module: MoEQuantModule, cost: PlanCost) -> "Made":

@@ -28,8 +28,8 @@ class Survey(Step):
     """Writes survey.json and sets ``run.evidence``; put it before BitAllocation.
 
     Args:
-        choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128" and "4g0"
-            (no groups).
+        choices: What a weight may get: bits (groups of ``--model.group_size``), or labels such as "4g128", "4g0"
+            (no groups) and "q3_k" (a two-level grid of llama.cpp).
         **settings: Those of ``SurveyOptions``.
     """
 

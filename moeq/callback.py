@@ -60,9 +60,11 @@ class SolveStep(Step):
 
     Attributes:
         needs_hessians: Whether the solver reads ``run.hessians``.
+        solves_two_level: Whether the solver takes two-level grids (``moeq.quant.kinds``).
     """
 
     needs_hessians: ClassVar[bool] = False
+    solves_two_level: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self, module: MoEQuantModule) -> Solver:
@@ -80,6 +82,17 @@ class SolveStep(Step):
             raise ValueError(f"{name} and {others[0]} both quantize every weight; keep one of them in the callbacks")
         if self.needs_hessians and not any(getattr(step, "gathers_hessians", False) for step in steps):
             raise ValueError(f"{name} needs Hessians, which no callback gathers; add HessianCalibration to the list")
+
+    @override
+    def check(self, module: MoEQuantModule) -> None:
+        """Refuse two-level grids where the solver does not take them."""
+        two_level = {name: grid for name, grid in module.run.plan.items() if grid.two_level is not None}
+        if two_level and not self.solves_two_level:
+            name, grid = next(iter(two_level.items()))
+            raise ValueError(
+                f"{type(self).__name__} does not solve two-level grids, and {name} is to have {grid.kind}; use RTN or "
+                "GPTQ, or grid: uniform"
+            )
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -43,7 +43,8 @@ from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
 from moeq.preflight.meter import resident_bytes
 from moeq.preflight.phases import Forecast
-from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape
+from moeq.quant.kinds import Kind
+from moeq.quant.spec import GridSpec, Routing, SolveSpec, WeightShape, choose_grid
 from moeq.report.task_report import task_scalars
 from moeq.tasks.documents import Document
 from moeq.trainer_options import numeric_switches, refuse_limit, refuse_trainer
@@ -72,6 +73,8 @@ class MoEQuantModule(L.LightningModule):
         bits: Bits per weight, 2 to 8.
         group_size: In-features that share a scale; null is one scale per output channel.
         symmetric: Symmetric grids, without zero points.
+        grid: "uniform" groups of the three options above, or a two-level grid of llama.cpp, q2_k to q6_k, from which
+            they follow; its rows are multiples of 256.
         clip_search: Search the clipping range of each group (2.4-norm).
         damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal; the papers have 0.01, and 0.1 holds
             better where the calibration data are few or of other domains.
@@ -103,6 +106,7 @@ class MoEQuantModule(L.LightningModule):
         bits: int = 4,
         group_size: int | None = GridSpec.group_size,
         symmetric: bool = False,
+        grid: Kind = "uniform",
         clip_search: bool = True,
         damping: float = SolveSpec.damping,
         act_order: bool = True,
@@ -119,7 +123,7 @@ class MoEQuantModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.grid = GridSpec(bits, group_size, symmetric, clip_search)
+        self.grid = choose_grid(grid, bits, group_size, symmetric=symmetric, clip_search=clip_search)
         self.solve_spec = SolveSpec(damping, act_order)
         self.walk_spec = WalkSpec(sequential, routing, math.inf if hessian_gib == "auto" else hessian_gib, hidden_gib)
         if affinity_power < 0:
@@ -262,6 +266,8 @@ class MoEQuantModule(L.LightningModule):
         trainer: Any = self.trainer
         batches = [trainer.limit_train_batches, getattr(trainer.datamodule, "batch_size", None)]
         settings = {**self.settings, "batches": batches, **numeric_switches()}
+        if settings["grid"] == "uniform":  # fingerprints of runs without a two-level grid stay what they were
+            del settings["grid"]
         identity = model_identity(settings["name"], settings["revision"])
         return run_fingerprint(settings, trainer.callbacks, identity, self.model.dtype)
 

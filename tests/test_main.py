@@ -17,6 +17,7 @@ from moeq.report.results import read_results
 from moeq.tasks.registry import GROUPS, expand, task_names
 from tests.evaluation_data import write_evaluation_data
 from tests.tiny import save_tiny
+from tests.two_level import save_wide
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 EVAL_CONFIGS = [path for path in CONFIGS if "eval" in path.stem]
@@ -29,6 +30,11 @@ SHORT_TEXT = "assets/reference-moe/texts/arithmetic.txt"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wide(tmp_path_factory.mktemp("wide") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -61,20 +67,27 @@ def texts(config: Path, other: str | None = None) -> list[str]:
     return [f"--data.{name}={other or given[name]}" for name in ("path", "compare_text") if given.get(name)]
 
 
-def small_groups(config: Path) -> str:
+def on_two_levels(config: Path) -> bool:
+    """Whether a configuration asks for a grid whose groups are its own."""
+    return "grid" in yaml.safe_load(config.read_text())["model"]
+
+
+def small_groups(config: Path) -> list[str]:
     """Groups that fit into the rows of a tiny model; those below 32 are none that runtimes read."""
+    if on_two_levels(config):
+        return []
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
     options = [each.get("init_args", {}) for each in callbacks]
     served = any(each.get("runtime", "research") != "research" for each in options)
     served |= any(set(each.get("formats", ())) - {"moeq", "dense"} for each in options)
-    return f"--model.group_size={32 if served else 16}"
+    return [f"--model.group_size={32 if served else 16}"]
 
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
     """Run fit."""
     main(
         [
-            "fit", "--config", str(config), f"--model.name={model}", small_groups(config),
+            "fit", "--config", str(config), f"--model.name={model}", *small_groups(config),
             f"--trainer.default_root_dir={folder}", *small_data(config), *QUIET, *options,
         ]
     )  # fmt: skip
@@ -117,7 +130,7 @@ def logged(folder: Path) -> dict[str, float]:
 # What an edit needs runs the short ones.
 LONG_CONFIGS = (
     "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
-    "gguf_mixed", "mlx_mixed",
+    "gguf_mixed", "mlx_mixed", "gguf_q3k",
 )  # fmt: skip
 
 
@@ -128,8 +141,9 @@ LONG_CONFIGS = (
         for path in FIT_CONFIGS
     ],
 )
-def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_path: Path) -> None:
-    fit_and_draw(config, tiny, tmp_path, *texts(config))
+def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, wide: Path, tmp_path: Path) -> None:
+    model = wide if on_two_levels(config) else tiny
+    fit_and_draw(config, model, tmp_path, *texts(config))
     steps = [step["class_path"] for step in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
     assert (tmp_path / "figures").is_dir() == any(step.endswith("Figures") for step in steps)
     for name in ("config.yaml", "manifest.json", "allocation.json", "errors.csv", "fallbacks.json", "summary.md"):
@@ -137,7 +151,7 @@ def test_fit_config_quantizes_exports_and_records(config: Path, tiny: Path, tmp_
     verification = json.loads((tmp_path / "verification.json").read_text())
     assert verification["checkpoint"]["logits_equal"]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    original = AutoModelForCausalLM.from_pretrained(tiny)
+    original = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.arange(1, 30)[None]
     difference = (reloaded(ids).logits - original(ids).logits).abs().max()
     assert 0 < difference < original(ids).logits.abs().max()

@@ -114,7 +114,7 @@ def predicted_cost(plan: Mapping[str, GridSpec], costs: CostTable) -> float | No
     """Predicted damage of any plan, to compare it with an allocated one; None where the table lacks a choice of it."""
     total = 0.0
     for name, grid in plan.items():
-        cost = costs.get(name, {}).get(Choice(grid.bits, grid.group_size))
+        cost = costs.get(name, {}).get(Choice.of(grid))
         if cost is None:
             return None
         total += cost

@@ -46,7 +46,8 @@ class AllocationSpec:
         routed: Bits of routed experts.
         plan: Path of an allocation.json; the other bits must then be left out.
         patterns: What weights of a name get: {pattern: "*.self_attn.*", bits: 8}, {pattern: "*.down_proj", group_size:
-            32} or {pattern: "model.layers.0.*", keep: true}, which leaves them as they are; the last that matches wins.
+            32}, {pattern: "*.o_proj", grid: q6_k}, or {pattern: "model.layers.0.*", keep: true}, which leaves them as
+            they are; the last that matches wins.
         rules: Rules such as {rule: first_blocks, num: 2, bits: 4}; each raises the bits of what it selects.  For the
             allocator they are least widths.
         method: "rules", or "allocate": the least predicted damage within a budget.
@@ -54,8 +55,8 @@ class AllocationSpec:
         budget: Limit of the allocator; of rules or a given plan, checked.
         budget_unit: "code_bits" per weight, or what the runtime's files hold: "average_bits" per weight, "bytes", or
             "active_bytes" (of one token's weights).
-        choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128" and
-            "4g0" (no groups).
+        choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128",
+            "4g0" (no groups) and "q3_k" (a two-level grid of llama.cpp).
         runtime: What must read the result, and whose files the budget is about: "research" (moeq's own), "llama.cpp",
             "mlx", "vllm", "sglang" or "gptqmodel"; docs/allocation.md says what they read.
         carrier: Types of those files: "exact" (every value is held, some by types wider than the grids) or "native" (of
@@ -168,7 +169,7 @@ def decide(
         check_plan(plan, weights, kept)
     else:
         base, wishes = base_plan(spec, weights, grid)
-        told = {name for name, wish in wishes.items() if wish.bits is not None}
+        told = {name for name, wish in wishes.items() if wish.bits is not None or wish.two_level is not None}
         plan, effects = apply_rules(base, spec.parsed_rules, planned(base, weights), evidence, told)
         kept = kept_names(wishes, weights)
     runtime = find_runtime(spec.runtime)
@@ -206,7 +207,7 @@ def make_constraints(
     assert spec.limit is not None
     base, wishes = base_plan(spec, weights, grid)
     check_kept(kept_names(wishes, weights), weights, find_runtime(spec.runtime))
-    told = {name for name, wish in wishes.items() if wish.bits is not None}
+    told = {name for name, wish in wishes.items() if wish.bits is not None or wish.two_level is not None}
     return Constraints(
         choices=parse_choices(spec.choices, grid.group_size),
         budget=spec.limit,

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import translate
 
+from moeq.quant.kinds import TWO_LEVEL, Kind
 from moeq.quant.spec import MAX_BITS, MIN_BITS, GridSpec
+
+UNIFORM_BESIDE_TWO_LEVEL = 32  # in-features that share a scale
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,26 @@ class Pattern:
         bits: Bits of these weights; null says nothing of them.
         group_size: In-features that share a scale, 0 for one scale per output channel; null says nothing of them.
         keep: Leave these weights as they are.
+        grid: A two-level grid, such as "q6_k"; null says nothing of it.
     """
 
     pattern: str
     bits: int | None = None
     group_size: int | None = None
     keep: bool = False
+    grid: Kind | None = None
 
     def __post_init__(self) -> None:
-        told = self.bits is not None or self.group_size is not None
+        uniform = self.bits is not None or self.group_size is not None
+        told = uniform or self.grid is not None
         if told == self.keep:
             what = "says both that weights are kept and how they are quantized" if told else "says nothing"
             raise ValueError(f"pattern {self.pattern!r} {what}; give bits, group_size or both, or keep: true")
+        if self.grid is not None and (uniform or self.grid not in TWO_LEVEL):
+            raise ValueError(
+                f"pattern {self.pattern!r}: grid ({self.grid}) must be one of {', '.join(TWO_LEVEL)}, without bits and "
+                "group_size, which follow from it; give bits and group_size alone for a uniform grid"
+            )
         if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(
                 f"pattern {self.pattern!r}: bits ({self.bits}) must be between {MIN_BITS} and {MAX_BITS}; keep: true "
@@ -49,21 +60,35 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Wish:
-    """What all patterns together say of one weight; None where they say nothing, 0 as in ``Pattern``."""
+    """What all patterns together say of one weight; None where they say nothing, 0 as in ``Pattern``.
+
+    Bits or a group size take back a two-level grid that an earlier pattern gave, and the other way round.
+    """
 
     bits: int | None = None
     group_size: int | None = None
     keep: bool = False
+    two_level: Kind | None = None
 
     def after(self, pattern: Pattern) -> "Wish":
         """What is said once one more pattern has matched."""
         if pattern.keep:
             return Wish(keep=True)
+        if pattern.grid is not None:
+            return Wish(two_level=pattern.grid)
         bits = self.bits if pattern.bits is None else pattern.bits
         return Wish(bits, self.group_size if pattern.group_size is None else pattern.group_size)
 
     def grid(self, like: GridSpec) -> GridSpec:
-        """A grid with the bits and group size that are said, else those of another."""
+        """A grid with the bits and group size that are said, else those of another.
+
+        Where the other one is two-level, what is said is on a symmetric uniform grid, in groups of 32 unless a size is
+        said: the blocks of the runtime for which two-level grids are made.
+        """
+        if self.two_level is not None:
+            return GridSpec.of_kind(self.two_level, clip_search=like.clip_search)
+        if like.two_level is not None and (self.bits is not None or self.group_size is not None):
+            like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, symmetric=True, clip_search=like.clip_search)
         bits = like.bits if self.bits is None else self.bits
         group_size = like.group_size if self.group_size is None else self.group_size or None
         return replace(like, bits=bits, group_size=group_size)

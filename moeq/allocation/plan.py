@@ -15,7 +15,8 @@ from functools import total_ordering
 from pathlib import Path
 from typing import Any
 
-from moeq.allocation.patterns import Wish, kinds_of
+from moeq.allocation.patterns import UNIFORM_BESIDE_TWO_LEVEL, Wish, kinds_of
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind
 from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
@@ -31,33 +32,53 @@ class Choice:
     Attributes:
         bits: Bits per code.
         group_size: In-features that share a scale; None is one scale per output channel.
+        kind: Of the grid; bits and group size follow from a two-level one (``of_kind``).
     """
 
     bits: int
     group_size: int | None = None
+    kind: Kind = "uniform"
+
+    @classmethod
+    def of(cls, grid: GridSpec) -> "Choice":
+        """That of a grid."""
+        return cls(grid.bits, grid.group_size, grid.kind)
 
     def __lt__(self, other: "Choice") -> bool:
         return self._key() < other._key()
 
-    def _key(self) -> tuple[int, float]:
-        return self.bits, 0.0 if self.group_size is None else 1.0 / self.group_size
+    def _key(self) -> tuple[int, float, str]:
+        return self.bits, 0.0 if self.group_size is None else 1.0 / self.group_size, self.kind
 
     @property
     def label(self) -> str:
-        """Bits, and the group size where there are groups: "4", "4g64"."""
+        """Bits, and the group size where there are groups: "4", "4g64"; the name of a two-level grid: "q4_k"."""
+        if self.kind != "uniform":
+            return self.kind
         return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
 
     @classmethod
     def from_label(cls, label: str) -> "Choice":
         """The inverse of ``label``, "4g0" being "4"; raises ValueError for any other text."""
+        if label in TWO_LEVEL:
+            return cls.of(GridSpec.of_kind(label))  # type: ignore[arg-type]
         bits, separator, group_size = label.partition("g")
         if not bits.isdecimal() or (separator and not group_size.isdecimal()):
-            raise ValueError(f"choice ({label!r}) must be bits or bits and group size; write '4' or '4g64'")
+            raise ValueError(
+                f"choice ({label!r}) must be bits, bits and group size, or a two-level grid; write '4', '4g64', 'q4_k'"
+            )
         return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
-        """The grid of this choice, symmetric and clipped as ``like``."""
-        return replace(like, bits=self.bits, group_size=self.group_size)
+        """The grid of this choice, symmetric (unless its kind says) and clipped as ``like``."""
+        if self.kind != "uniform":
+            return GridSpec.of_kind(self.kind, clip_search=like.clip_search)
+        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search)
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of so many weights divide into its groups, or super-blocks."""
+        unit = self.grid(GridSpec()).unit
+        return unit is None or in_features % unit == 0
 
 
 def parse_choices(entries: Sequence[int | str], group_size: int | None) -> tuple[Choice, ...]:
@@ -145,31 +166,55 @@ def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], kep
 
 
 def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape]) -> None:
-    """Name all weights whose in-features their group size does not divide, by shape, and the ways out."""
-    misfits: dict[int, list[str]] = {}
+    """Name all weights whose in-features their groups or super-blocks do not divide, by shape, and the ways out."""
+    misfits: dict[str, dict[int, list[str]]] = {}
     sizes = set()
     for name, grid in plan.items():
-        size, in_features = grid.group_size, shapes[name].in_features
+        size, in_features = grid.unit, shapes[name].in_features
         if size is not None and in_features % size:
-            misfits.setdefault(in_features, []).append(name)
+            misfits.setdefault(grid.kind, {}).setdefault(in_features, []).append(name)
             sizes.add(size)
+    for kind, of_kind in misfits.items():
+        if kind != "uniform":
+            raise ValueError(_two_level_misfits(kind, of_kind))
     if not misfits:
         return
-    kinds = {in_features: kinds_of(names) for in_features, names in misfits.items()}
-    listed = [
-        f"{size} of {', '.join(kind + (f' ({num} x)' if num > 1 else '') for kind, num in found.items())}"
-        for size, found in kinds.items()
-    ]
-    divisors = [d for d in (16, 32, 64, 128) if not any(in_features % d for in_features in misfits)]
+    found = misfits["uniform"]
+    divisors = [d for d in (16, 32, 64, 128) if not any(in_features % d for in_features in found)]
     choice = f"one of {divisors} or null" if divisors else "null (one group per channel)"
-    in_features, (first, *_) = next(iter(misfits.items()))
-    pattern = next(iter(kinds[in_features])) if len(misfits[in_features]) > 1 else first
+    pattern, in_features = _first_pattern(found)
     example = next((d for d in (128, 64, 32, 16) if in_features % d == 0), 0)
     raise ValueError(
         f"group_size ({', '.join(map(str, sorted(sizes)))}) must divide in_features; it does not divide "
-        f"{', nor '.join(listed)}; choose {choice} for the model, or for these weights alone by patterns of "
+        f"{', nor '.join(_by_shape(found))}; choose {choice} for the model, or for these weights alone by patterns of "
         f"BitAllocation: [{{pattern: '{pattern}', group_size: {example}}}]"
     )
+
+
+def _two_level_misfits(kind: str, found: Mapping[int, list[str]]) -> str:
+    pattern, in_features = _first_pattern(found)
+    remedy = f"bits: 4, group_size: {UNIFORM_BESIDE_TWO_LEVEL}"
+    if in_features % UNIFORM_BESIDE_TWO_LEVEL:
+        remedy = "keep: true"
+    return (
+        f"grid ({kind}) needs in_features in multiples of {SUPER_BLOCK}, which are not "
+        f"{', nor '.join(_by_shape(found))}; give these weights a grid of their own by patterns of "
+        f"BitAllocation: [{{pattern: '{pattern}', {remedy}}}]"
+    )
+
+
+def _by_shape(found: Mapping[int, list[str]]) -> list[str]:
+    """Such as "128 of model.layers.*.mlp.experts.*.down_proj (64 x)", for each number of in-features."""
+    return [
+        f"{size} of {', '.join(kind + (f' ({num} x)' if num > 1 else '') for kind, num in kinds_of(names).items())}"
+        for size, names in found.items()
+    ]
+
+
+def _first_pattern(found: Mapping[int, list[str]]) -> tuple[str, int]:
+    """A pattern of the first weights, or the name of the only one, and their in-features."""
+    in_features, names = next(iter(found.items()))
+    return (next(iter(kinds_of(names))) if len(names) > 1 else names[0]), in_features
 
 
 def planned(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> list[WeightShape]:
@@ -179,8 +224,7 @@ def planned(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape]) -> lis
 
 def storage_bits(weight: WeightShape, grid: GridSpec, scale_bits: int = 16) -> tuple[int, int]:
     """Bits of the codes, and of scales and zero points, of one weight."""
-    num_groups = weight.out_features * grid.num_groups(weight.in_features)
-    return weight.numel * grid.bits, num_groups * (scale_bits + (0 if grid.symmetric else grid.bits))
+    return weight.numel * grid.bits, weight.out_features * grid.overhead_bits(weight.in_features, scale_bits)
 
 
 def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scale_bits: int = 16) -> PlanCost:
@@ -208,7 +252,11 @@ def plan_cost(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], scal
 
 def plan_to_json(plan: Mapping[str, GridSpec], cost: PlanCost, kept: Sequence[str] = ()) -> dict[str, Any]:
     """JSON form of a plan and of what is kept; ``plan_from_json`` and ``kept_from_json`` read them back."""
-    data = {"version": PLAN_VERSION, **asdict(cost), "weights": {name: asdict(grid) for name, grid in plan.items()}}
+    data = {
+        "version": PLAN_VERSION,
+        **asdict(cost),
+        "weights": {name: _grid_to_json(grid) for name, grid in plan.items()},
+    }
     return data | ({"kept": list(kept)} if kept else {})
 
 
@@ -231,6 +279,11 @@ def plan_from_json(path: Path) -> dict[str, GridSpec]:
         return {name: _grid_from_json(name, grid) for name, grid in data["weights"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an allocation that moeq can read: {error}") from error
+
+
+def _grid_to_json(grid: GridSpec) -> dict[str, Any]:
+    """Its attributes; the kind where it is not uniform."""
+    return {name: value for name, value in asdict(grid).items() if (name, value) != ("kind", "uniform")}
 
 
 def _grid_from_json(name: str, grid: Mapping[str, Any]) -> GridSpec:

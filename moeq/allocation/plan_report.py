@@ -157,7 +157,7 @@ def _widths_table(decision: Decision, weights: Sequence[WeightShape], key: Any) 
     numel, bits = Counter[tuple[str, object]](), Counter[tuple[str, object]]()
     for weight in planned(decision.plan, weights):
         grid = decision.plan[weight.name]
-        counts[key(weight)][Choice(grid.bits, grid.group_size)] += 1
+        counts[key(weight)][Choice.of(grid)] += 1
         numel[key(weight)] += weight.numel
         bits[key(weight)] += weight.numel * grid.bits
     widths = sorted({choice for counter in counts.values() for choice in counter})

@@ -81,7 +81,7 @@ def symmetry_note(grids: Iterable[tuple[WeightShape, GridSpec]], runtime: Runtim
     found: dict[str, str] = {}
     for weight, grid in grids if runtime.format is not None else ():
         even, size = GridSpec(grid.bits, grid.group_size, symmetric=True), (weight.out_features, weight.in_features)
-        label = Choice(grid.bits, grid.group_size).label
+        label = Choice.of(grid).label
         if grid.symmetric or label in found or not runtime.holds(even, weight.in_features, mode):
             continue
         cheaper, takes = runtime.carrier(even, weight.in_features, mode), "no type"

@@ -18,16 +18,10 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from moeq.allocation.plan import Choice, storage_bits
-from moeq.quant.carrier import Carrier, CarrierMode, FormatName, choose_carrier
+from moeq.quant.carrier import MERGED_LINEARS, Carrier, CarrierMode, FormatName, choose_carrier
 from moeq.quant.spec import GridSpec, WeightShape
 
 RuntimeName = Literal["research", "llama.cpp", "vllm", "sglang", "mlx", "gptqmodel"]
-# Linears that vLLM merges into one: q, k and v; the two first projections of multi-head latent attention; gate and up.
-VLLM_FUSED = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
-    "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
-    "gate_proj": "gate_up", "up_proj": "gate_up",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ def _by_fused_module(weight: WeightShape) -> Hashable:
     if weight.expert is not None:
         return weight.block
     parent, _, leaf = weight.name.rpartition(".")
-    return parent, VLLM_FUSED.get(leaf, leaf)
+    return parent, MERGED_LINEARS.get(leaf, leaf)
 
 
 # vLLM computes 4 and 8 bits by Marlin, 2 by Humming; SGLang has the former only.
@@ -164,4 +158,4 @@ def check_runtime(
 
 
 def _choice(grid: GridSpec) -> Choice:
-    return Choice(grid.bits, grid.group_size)
+    return Choice.of(grid)

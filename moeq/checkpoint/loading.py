@@ -210,7 +210,7 @@ def _file_bytes(path: Path, compute: ComputeDType, device: torch.device | str) -
     """Bytes in memory of the tensors of a file; scales are never widened."""
     total = path.stat().st_size
     for name, tensor in stored_tensors(path).items():
-        if tensor.dtype in (torch.bfloat16, torch.float16) and not name.endswith("weight_scale"):
+        if tensor.dtype in (torch.bfloat16, torch.float16) and not name.endswith(("weight_scale", "weight_min")):
             extra = compute_dtype(compute, tensor.dtype, device).itemsize - tensor.dtype.itemsize
             total += extra * math.prod(tensor.shape)
     return total

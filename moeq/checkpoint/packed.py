@@ -5,11 +5,14 @@ had in the evaluated model: the same numbers whatever dtype the checkpoint is op
 eager loop of the family's own experts module on weights that are made as it asks for them, so that gate function,
 biases, layout and order of operations are the family's, and its output equals the dense model's bit for bit.
 
-Shape suffixes: O out, I in, G groups, W words; N tokens, D hidden, K top-k in the comments.
+On a two-level grid (``moeq.quant.kinds``) ``weight_scale`` and ``weight_min`` are d and dmin, float16, and the integers
+of the groups are packed as codes are, in ``weight_sub_scale`` and ``weight_sub_min``.
+
+Shape suffixes: O out, I in, G groups, B super-blocks, W words; N tokens, D hidden, K top-k in the comments.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,20 +20,41 @@ from torch import Tensor, nn
 
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.grid import dequantize_weight
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind
 from moeq.quant.packing import num_words, pack, unpack
-from moeq.quant.spec import QuantizedWeight
+from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
 
+# Parameters of a packed weight, of which each kind of grid has some.
+PARTS = (
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_min", "weight_sub_scale", "weight_sub_min",
+    "weight_shape",
+)  # fmt: skip
 # Weights that a core dequantizes at once.
 CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """Grid of one packed weight: bits per code, in-features per scale (None: the row), symmetric or not."""
+    """Grid of one packed weight: bits per code, in-features per scale (None: the row), symmetric or not, its kind."""
 
     bits: int
     group_size: int | None
     symmetric: bool
+    kind: Kind = "uniform"
+
+    @classmethod
+    def of(cls, grid: GridSpec) -> "PackedFormat":
+        """That of weights on a grid."""
+        return cls(grid.bits, grid.group_size, grid.symmetric, grid.kind)
+
+    @property
+    def spec(self) -> GridSpec:
+        """The grid, as the solvers know it."""
+        return GridSpec(self.bits, self.group_size, self.symmetric, kind=self.kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``config.json`` has it: a kind is told where it is not uniform."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "uniform")}
 
 
 def dequantize_codes(weight: QuantizedWeight) -> Tensor:
@@ -38,18 +62,14 @@ def dequantize_codes(weight: QuantizedWeight) -> Tensor:
 
     On a CPU some rows at a time, so that what is between stays in the cache of its cores: half the time.
     """
-    dtype, (rows, columns) = weight.scale_OG.dtype, weight.codes_OI.shape
+    dtype, (rows, columns) = weight.dtype, weight.codes_OI.shape
     step = max(1, CHUNK * torch.get_num_threads() // columns)
     if weight.codes_OI.device.type != "cpu" or rows <= step:
         return dequantize_weight(weight, dtype)
     weight_OI = torch.empty(rows, columns, dtype=dtype)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        zero_point = None if weight.zero_point_OG is None else weight.zero_point_OG[part]
-        codes = replace(
-            weight, codes_OI=weight.codes_OI[part], scale_OG=weight.scale_OG[part], zero_point_OG=zero_point
-        )
-        weight_OI[part] = dequantize_weight(codes, dtype)
+        weight_OI[part] = dequantize_weight(weight.rows(part), dtype)
     return weight_OI
 
 
@@ -60,12 +80,12 @@ class PackedLinear(nn.Module):
         in_features: I.
         out_features: O.
         grid: Bits, group size and symmetry of the weight.
-        scale_dtype: Storage dtype of the scales and dtype of the dequantized weight.
+        scale_dtype: Dtype of the dequantized weight, and storage dtype of the scales of uniform groups.
         bias_dtype: Dtype of the bias, None for no bias.
     """
 
     # A model that is computed in float32 keeps the scales, to whose dtype the weights are rounded.
-    fixed_dtypes = ("weight_scale",)
+    fixed_dtypes = ("weight_scale", "weight_min")
 
     def __init__(
         self,
@@ -77,23 +97,32 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
-        groups = 1 if grid.group_size is None else in_features // grid.group_size
+        self.weight_dtype = scale_dtype
         self.weight_packed = _frozen(out_features, num_words(in_features, grid.bits), dtype=torch.int32)
-        self.weight_scale = _frozen(out_features, groups, dtype=scale_dtype)
         self.weight_zero_point: nn.Parameter | None = None
-        if not grid.symmetric:
-            self.weight_zero_point = _frozen(num_words(out_features, grid.bits), groups, dtype=torch.int32)
+        self.weight_min: nn.Parameter | None = None
+        self.weight_sub_scale: nn.Parameter | None = None
+        self.weight_sub_min: nn.Parameter | None = None
+        groups = 1 if grid.group_size is None else in_features // grid.group_size
+        if (kind := TWO_LEVEL.get(grid.kind)) is not None:
+            supers, words = in_features // SUPER_BLOCK, num_words(groups, kind.scale_bits)
+            self.weight_scale = _frozen(out_features, supers, dtype=torch.float16)
+            self.weight_sub_scale = _frozen(out_features, words, dtype=torch.int32)
+            if not grid.symmetric:
+                self.weight_min = _frozen(out_features, supers, dtype=torch.float16)
+                self.weight_sub_min = _frozen(out_features, words, dtype=torch.int32)
+        else:
+            self.weight_scale = _frozen(out_features, groups, dtype=scale_dtype)
+            if not grid.symmetric:
+                self.weight_zero_point = _frozen(num_words(out_features, grid.bits), groups, dtype=torch.int32)
         self.weight_shape = _frozen(2, dtype=torch.int64)
         self.bias = None if bias_dtype is None else _frozen(out_features, dtype=bias_dtype)
         self.kept: dict[str, Tensor] | None = None
 
     def quantized(self) -> QuantizedWeight:
         """Unpacked codes, scales and zero points."""
-        bits, zero_point_OG = self.grid.bits, None
-        if self.weight_zero_point is not None:
-            zero_point_OG = unpack(self.weight_zero_point.mT, bits, self.out_features).mT.contiguous()
-        codes_OI = unpack(self.weight_packed, bits, self.in_features)
-        return QuantizedWeight(codes_OI, self.weight_scale.detach(), zero_point_OG, bits, self.grid.group_size)
+        parts = {name: value.detach() for name, value in self.named_parameters() if name != "bias"}
+        return unpacked_weight(parts, self.grid, (self.out_features, self.in_features), self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -129,7 +158,7 @@ def keep_dequantized(model: nn.Module, room_bytes: float) -> bool:
     """
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     experts = [module for module in model.modules() if isinstance(module, PackedExpert)]
-    need = sum(m.in_features * m.out_features * m.weight_scale.element_size() for m in packed)
+    need = sum(m.in_features * m.out_features * m.weight_dtype.itemsize for m in packed)
     if not packed or need > room_bytes:
         return False
     inside = {id(child) for expert in experts for child in expert.children()}
@@ -142,14 +171,57 @@ def keep_dequantized(model: nn.Module, room_bytes: float) -> bool:
 
 def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Tensors of a ``PackedLinear`` for one quantized weight, by parameter name."""
+    supers = weight.super_scales
     tensors = {
         "weight_packed": pack(weight.codes_OI, weight.bits),
-        "weight_scale": weight.scale_OG.contiguous(),
+        "weight_scale": (weight.scale_OG if supers is None else supers.scale_OB).contiguous(),
         "weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
     }
-    if weight.zero_point_OG is not None:
+    if supers is not None:
+        kind = TWO_LEVEL[supers.kind]
+        tensors["weight_sub_scale"] = _pack_integers(weight.scale_OG, kind.lowest_scale, kind.scale_bits)
+        if weight.zero_point_OG is not None and supers.min_OB is not None:
+            tensors["weight_min"] = supers.min_OB.contiguous()
+            tensors["weight_sub_min"] = _pack_integers(weight.zero_point_OG, 0, kind.scale_bits)
+    elif weight.zero_point_OG is not None:
         tensors["weight_zero_point"] = pack(weight.zero_point_OG.mT, weight.bits).mT.contiguous()
     return tensors
+
+
+def unpacked_weight(
+    parts: Mapping[str, Tensor], grid: PackedFormat, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantizedWeight:
+    """The inverse of ``packed_tensors``.
+
+    Args:
+        parts: Tensors by parameter name.
+        grid: Of the weight.
+        shape: O, I.
+        dtype: Of the dequantized weight.
+    """
+    rows, columns = shape
+    codes_OI = unpack(parts["weight_packed"], grid.bits, columns)
+    if grid.kind == "uniform":
+        zero_OG = None
+        if not grid.symmetric:
+            zero_OG = unpack(parts["weight_zero_point"].mT, grid.bits, rows).mT.contiguous()
+        return QuantizedWeight(codes_OI, parts["weight_scale"], zero_OG, grid.bits, grid.group_size)
+    kind, groups = TWO_LEVEL[grid.kind], grid.spec.num_groups(columns)
+    scale_OG = _unpack_integers(parts["weight_sub_scale"], kind.lowest_scale, kind.scale_bits, groups)
+    min_OG = None
+    if not grid.symmetric:
+        min_OG = _unpack_integers(parts["weight_sub_min"], 0, kind.scale_bits, groups)
+    supers = SuperScales(grid.kind, parts["weight_scale"], parts.get("weight_min"), dtype)
+    return QuantizedWeight(codes_OI, scale_OG, min_OG, grid.bits, grid.group_size, supers)
+
+
+def _pack_integers(value_OG: Tensor, lowest: int, bits: int) -> Tensor:
+    """Integers of groups (int8), from their lowest on."""
+    return pack((value_OG.short() - lowest).to(torch.uint8), bits)
+
+
+def _unpack_integers(packed: Tensor, lowest: int, bits: int, num: int) -> Tensor:
+    return (unpack(packed, bits, num).short() + lowest).to(torch.int8)
 
 
 class PackedExpert(nn.Module):

@@ -83,7 +83,7 @@ def _skeleton(adapter: Adapter, bits: int) -> PreTrainedModel:
     formats: dict[str, PackedFormat] = {}
     for site in adapter.all_sites():
         grid = _grid(site, bits)
-        formats |= dict.fromkeys(site.weight_names(), PackedFormat(grid.bits, grid.group_size, grid.symmetric))
+        formats |= dict.fromkeys(site.weight_names(), PackedFormat.of(grid))
     config = MoEQConfig.from_grids(
         formats, weight_names(model), weight_dtype=adapter.storage_dtype, expert_leaves={}, metadata={}
     )
@@ -127,13 +127,7 @@ def _rounded(adapter: Adapter, site: Site, bits: int) -> Iterator[tuple[str, Qua
         start = 0
         for leaf, num_rows in zip(site.leaves, site.rows, strict=True):
             rows = slice(start, start + num_rows)
-            zero_point = None if solution.zero_point_EOG is None else solution.zero_point_EOG[0, rows]
-            yield (
-                site.weight_name(expert, leaf),
-                QuantizedWeight(
-                    solution.codes_EOI[0, rows], solution.scale_EOG[0, rows], zero_point, bits, grid.group_size
-                ),
-            )
+            yield site.weight_name(expert, leaf), solution.expert(0, grid, rows)
             start += num_rows
 
 

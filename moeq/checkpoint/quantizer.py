@@ -7,7 +7,6 @@ Importing this module registers the method.  ``config.json`` then describes ever
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
 METHOD = "moeq"
-CHECKPOINT_VERSION = 1
+# The version that is written, and the one of checkpoints with two-level grids, which earlier versions of moeq refuse.
+CHECKPOINT_VERSION, TWO_LEVEL_VERSION = 1, 2
 # Name of the weight files in ``config.json`` of a packed checkpoint.  transformers without moeq would skip the method
 # with a warning and make random weights; it refuses this name, and shows it.
 OPENING = (
@@ -67,10 +67,10 @@ class MoEQConfig(QuantizationConfigMixin):
         format_version: int = CHECKPOINT_VERSION,
         **newer: Any,
     ) -> None:
-        if format_version > CHECKPOINT_VERSION or newer:
+        if format_version > TWO_LEVEL_VERSION or newer:
             raise ValueError(
                 f"the checkpoint has moeq format {format_version} (unknown keys: {sorted(newer)}); "
-                f"this version reads format {CHECKPOINT_VERSION}; update moeq"
+                f"this version reads formats up to {TWO_LEVEL_VERSION}; update moeq"
             )
         self.quant_method = quant_method
         self.format_version = format_version
@@ -104,16 +104,18 @@ class MoEQConfig(QuantizationConfigMixin):
             kinds[_template(name)][grid] += 1
         usual = {kind: counts.most_common(1)[0][0] for kind, counts in kinds.items()}
         exceptions = {
-            name: asdict(grids[name]) if name in grids else None
+            name: grids[name].to_dict() if name in grids else None
             for name in candidates
             if _template(name) in usual and grids.get(name) != usual[_template(name)]
         }
+        uniform = all(grid.kind == "uniform" for grid in grids.values())
         return cls(
-            templates={kind: asdict(grid) for kind, grid in usual.items()},
+            templates={kind: grid.to_dict() for kind, grid in usual.items()},
             exceptions=exceptions,
             weight_dtype=str(weight_dtype).removeprefix("torch."),
             expert_leaves={leaf: name for leaf, name in expert_leaves.items() if leaf != name},
             metadata=metadata,
+            format_version=CHECKPOINT_VERSION if uniform else TWO_LEVEL_VERSION,
         )
 
     def grid(self, name: str) -> PackedFormat | None:

@@ -32,7 +32,7 @@ from moeq.quant.spec import QuantizedWeight
 
 def packed_format(weight: QuantizedWeight) -> PackedFormat:
     """Grid of a quantized weight."""
-    return PackedFormat(weight.bits, weight.group_size, symmetric=weight.zero_point_OG is None)
+    return PackedFormat(weight.bits, weight.group_size, weight.zero_point_OG is None, weight.kind)
 
 
 def packed_counterpart(
@@ -144,9 +144,9 @@ def check_weight(
             f"codes of {name} have shape {tuple(weight.codes_OI.shape)}, the weight has {tuple(dense.shape)}; "
             "pass the model that was quantized"
         )
-    if dtype != weight.scale_OG.dtype:
+    if dtype != weight.dtype:
         raise ValueError(
-            f"scales of {name} are {weight.scale_OG.dtype}, the weight is {dtype}; "
+            f"scales of {name} are {weight.dtype}, the weight is {dtype}; "
             "round scales to the model's dtype before quantizing"
         )
     if packed_format(weight) != grid:

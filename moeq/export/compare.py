@@ -118,10 +118,11 @@ def _state(model: nn.Module, block: int | None) -> dict[str, Tensor]:
 
 
 def _differences(ours: QuantizedWeight, theirs: QuantizedWeight) -> Iterator[str]:
-    if (ours.bits, ours.group_size) != (theirs.bits, theirs.group_size):
+    if (ours.bits, ours.group_size, ours.kind) != (theirs.bits, theirs.group_size, theirs.kind):
         yield "grid"
-    for part in ("codes_OI", "scale_OG", "zero_point_OG"):
-        if not _same(getattr(ours, part), getattr(theirs, part)):
+    held, expected = ours.tensors(), theirs.tensors()
+    for part in sorted(held.keys() | expected.keys()):
+        if not _same(held.get(part), expected.get(part)):
             yield part
 
 

@@ -10,15 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeq.disk.checked import read_checked, write_checked
 from moeq.fit.run import Run
+from moeq.quant.kinds import Kind
 from moeq.quant.packing import pack, unpack
-from moeq.quant.spec import Fallback, QuantizedWeight
+from moeq.quant.spec import Fallback, QuantizedWeight, SuperScales
 
-# Bits and group size of a weight.
-Grid = tuple[int, int | None]
+# Bits, group size and kind of the grid of a weight.
+Grid = tuple[int, int | None, Kind]
 RECORDS = "moeq"
 _CHANGED, _USAGE = "changed:", "usage:"
 _REMEDY = "the block is quantized again"
@@ -42,8 +44,9 @@ class BlockFile(Mapping[str, QuantizedWeight]):
 
     @property
     def grids(self) -> dict[str, Grid]:
-        """Bits and group size of its weights, by canonical name."""
-        return {name: (bits, group_size) for name, (bits, group_size, _) in self.records["grids"].items()}
+        """Grids of its weights, by canonical name."""
+        of_weight = self.records["grids"].items()
+        return {name: (bits, size, kind[0] if kind else "uniform") for name, (bits, size, _, *kind) in of_weight}
 
     @property
     def changed(self) -> dict[str, Tensor]:
@@ -56,10 +59,14 @@ class BlockFile(Mapping[str, QuantizedWeight]):
         return replace(self, tensors=kept)
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        bits, group_size, num_columns = self.records["grids"][name]
+        bits, group_size, num_columns, *two_level = self.records["grids"][name]
         zero_point_OG = self.tensors.get(f"{name}.zero_point")
-        codes_OI = unpack(self.tensors[f"{name}.packed"], bits, num_columns)
-        return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size)
+        codes_OI, supers = unpack(self.tensors[f"{name}.packed"], bits, num_columns), None
+        if two_level:
+            kind, dtype = two_level
+            parts = self.tensors[f"{name}.super_scale"], self.tensors.get(f"{name}.super_min")
+            supers = SuperScales(kind, *parts, getattr(torch, dtype))
+        return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size, supers)
 
     def __contains__(self, name: object) -> bool:
         return name in self.records["grids"]
@@ -98,17 +105,26 @@ def save_block(
         tensors |= {f"{name}.packed": pack(weight.codes_OI, weight.bits), f"{name}.scale": weight.scale_OG}
         if weight.zero_point_OG is not None:
             tensors[f"{name}.zero_point"] = weight.zero_point_OG
+        if (supers := weight.super_scales) is not None:
+            tensors[f"{name}.super_scale"] = supers.scale_OB
+            tensors |= {} if supers.min_OB is None else {f"{name}.super_min": supers.min_OB}
     chosen = set(names)
     # All of it: a survey, which a resumed run does not repeat, has counted the blocks to come as well.
     tensors |= {f"{_USAGE}{path}": counts for path, counts in run.usage.items()}
     records = {
         "fingerprint": fingerprint,
-        "grids": {n: [(w := run.quantized[n]).bits, w.group_size, w.codes_OI.shape[1]] for n in names},
+        "grids": {name: _record(run.quantized[name]) for name in names},
         "reasons": {name: run.reasons[name] for name in changed if name in run.reasons},
         "errors": [row for row in run.errors if row["weight"] in chosen],
         "fallbacks": [asdict(fallback) for fallback in run.fallbacks if fallback.weight in chosen],
     }
     write_checked(block_path(folder, block), tensors, {RECORDS: json.dumps(records)})
+
+
+def _record(weight: QuantizedWeight) -> list[Any]:
+    """Grid and columns of a weight; of a two-level one its kind and the dtype of what it stands for, too."""
+    told = [weight.bits, weight.group_size, weight.codes_OI.shape[1]]
+    return told if weight.super_scales is None else [*told, weight.kind, str(weight.dtype).removeprefix("torch.")]
 
 
 def read_block(folder: Path, block: int) -> BlockFile:

@@ -9,7 +9,7 @@ Under several ranks each rank draws from its own batches and the gradients are a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,10 +123,7 @@ def _open(adapter: Adapter, run: Run, sites: Sequence[Site], device: torch.devic
 
 def _closed(stack: _Stack, solved: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     learned = close_latent(stack.latent, [solved[name] for name in stack.names])
-    return {
-        name: replace(weight, codes_OI=weight.codes_OI.cpu(), scale_OG=weight.scale_OG.cpu())
-        for name, weight in zip(stack.names, learned, strict=True)
-    }
+    return {name: weight.each(Tensor.cpu) for name, weight in zip(stack.names, learned, strict=True)}
 
 
 def _write(adapter: Adapter, run: Run, sites: Sequence[Site], weights: dict[str, QuantizedWeight]) -> None:

@@ -28,6 +28,7 @@ from moeq.kernels.onednn import most_kernels
 from moeq.models.adapter import Adapter
 from moeq.models.sites import Site
 from moeq.quant.hessian import PANEL
+from moeq.quant.kinds import SUPER_BLOCK
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -91,6 +92,9 @@ def packed_bytes(shape: WeightShape, grid: GridSpec, scale_bytes: int) -> int:
     """Bytes of one quantized weight in a file: codes packed in rows, scales, zero points."""
     groups = shape.out_features * grid.num_groups(shape.in_features)
     zero_points = 0 if grid.symmetric else groups
+    if grid.two_level is not None:  # integers of a byte, and float16 of the super-blocks
+        supers = shape.out_features * shape.in_features // SUPER_BLOCK * (2 if grid.symmetric else 4)
+        scale_bytes, zero_points = 1, zero_points + supers
     return 4 * shape.out_features * num_words(shape.in_features, grid.bits) + scale_bytes * groups + zero_points
 
 

@@ -64,7 +64,7 @@ class Resume:
 
     Attributes:
         first_block: The first block that was not finished when the run began.
-        grids: Bits and group size of every weight of the blocks that are finished by now, by canonical name.
+        grids: Grid of every weight of the blocks that are finished by now, by canonical name.
     """
 
     def __init__(
@@ -159,4 +159,4 @@ class Resume:
             save_block(self.folder, block, self.run, names, changed, self.fingerprint)
         for name in names:
             weight = self.run.quantized.pop(name)
-            self.grids[name] = weight.bits, weight.group_size
+            self.grids[name] = weight.bits, weight.group_size, weight.kind

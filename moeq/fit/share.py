@@ -86,18 +86,13 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 def _tensors(solved: SolvedWeight) -> list[Tensor]:
-    weight = solved.weight
-    found = (weight.codes_OI, weight.scale_OG, weight.zero_point_OG, solved.offset_OI)
+    found = (*solved.weight.tensors().values(), solved.offset_OI)
     return [tensor for tensor in found if tensor is not None]
 
 
 def _with_tensors(solved: SolvedWeight, change: Callable[[Tensor], Tensor]) -> SolvedWeight:
     """The same record with each of its tensors changed."""
-    weight, zero_point_OG, offset_OI = solved.weight, solved.weight.zero_point_OG, solved.offset_OI
-    changed = replace(
-        weight,
-        codes_OI=change(weight.codes_OI),
-        scale_OG=change(weight.scale_OG),
-        zero_point_OG=None if zero_point_OG is None else change(zero_point_OG),
+    offset_OI = solved.offset_OI
+    return replace(
+        solved, weight=solved.weight.each(change), offset_OI=None if offset_OI is None else change(offset_OI)
     )
-    return replace(solved, weight=changed, offset_OI=None if offset_OI is None else change(offset_OI))

@@ -140,13 +140,7 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = Fal
 
 
 def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
-    zero_point = weight.zero_point_OG
-    return replace(
-        weight,
-        codes_OI=weight.codes_OI.cpu().contiguous(),
-        scale_OG=weight.scale_OG.cpu().contiguous(),
-        zero_point_OG=None if zero_point is None else zero_point.cpu().contiguous(),
-    )
+    return weight.each(lambda tensor: tensor.cpu().contiguous())
 
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:

@@ -12,7 +12,6 @@ from moeq.checkpoint.names import dense_weight, split_expert_name, weight_names
 from moeq.checkpoint.packed import PackedFormat
 from moeq.models.experts import expert_modules, parameter_name
 from moeq.quant.carrier import Carrier, CarrierMode, FormatName, choose_carrier
-from moeq.quant.spec import GridSpec
 
 
 def choose_carriers(
@@ -32,9 +31,8 @@ def choose_carriers(
     experts, found = expert_modules(model), {}
     for name, grid in grids.items():
         in_features = dense_weight(model, name, experts).shape[1]
-        spec = GridSpec(grid.bits, grid.group_size, grid.symmetric)
         try:
-            found[name] = choose_carrier(format_name, spec, in_features, mode)
+            found[name] = choose_carrier(format_name, grid.spec, in_features, mode)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; quantize it on such a grid, or leave it as it is") from error
     return found

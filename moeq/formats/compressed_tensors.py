@@ -46,16 +46,11 @@ from moeq.formats.hf_folder import (
 )
 from moeq.formats.source import PackedExport
 from moeq.models.adapter import find_blocks
-from moeq.quant.carrier import Carrier, CarrierMode, FormatName, recentre
+from moeq.quant.carrier import MERGED_LINEARS, Carrier, CarrierMode, FormatName, recentre
 from moeq.quant.packing import num_words
 from moeq.quant.spec import QuantizedWeight
 
 _NAME: FormatName = "compressed-tensors"
-# Linears that vLLM and SGLang merge: they have one scheme, or none.
-_MERGED = (
-    {"q_proj", "k_proj", "v_proj"}, {"q_a_proj", "kv_a_proj_with_mqa"}, {"gate_proj", "up_proj"}, {"w1", "w3"},
-    {"in_proj_qkv", "in_proj_z"},
-)  # fmt: skip
 _REASON = "vLLM and SGLang read these weights in one way"
 # transformers reads the key before it reads weights, and stops with this text.
 _BARRIER = {
@@ -130,12 +125,11 @@ def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     check_experts_apart(model, carriers, _NAME)
     for unit in expert_blocks(model):
         check_alike(carriers, unit, _REASON)
-    merged: dict[tuple[str, int], list[str]] = {}
+    merged: dict[tuple[str, str], list[str]] = {}
     for name in weight_names(model):
         parent, _, leaf = name.rpartition(".")
-        for index, leaves in enumerate(_MERGED):
-            if leaf in leaves:
-                merged.setdefault((parent, index), []).append(name)
+        if leaf in MERGED_LINEARS:
+            merged.setdefault((parent, MERGED_LINEARS[leaf]), []).append(name)
     for names in merged.values():
         check_alike(carriers, names, _REASON)
     return carriers

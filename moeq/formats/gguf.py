@@ -19,8 +19,9 @@ from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
-from moeq.formats.gguf_metadata import Metadata, common
+from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
+from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
@@ -28,7 +29,10 @@ from moeq.quant.spec import QuantizedWeight
 
 NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
-_FILE_KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+_FILE_KINDS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+}  # fmt: skip
 
 _OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp and what is built on it:
 
@@ -123,7 +127,7 @@ def _compare(path: Path, export: PackedExport, planned: Planned, found: StoredTe
         name = planned.weights[index] if planned.weights else planned.tensor
         if torch.equal(theirs.to(ours.dtype), ours):
             continue
-        if not planned.has_blocks:
+        if not planned.has_blocks or found.kind.endswith("_K"):
             raise ExportMismatchError(f"{path}: {planned.name} is not {name}; export again")
         largest = max(largest, _rounded(path, theirs, planned.piece.of_codes(export.quantized(name)), name))
     return largest
@@ -144,9 +148,13 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
-        return common(model.config) | find_family(model).describe(model.config)
+        keys = common(model.config) | find_family(model).describe(model.config)
+        windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        if windows and "attention.sliding_window" not in keys:
+            raise ValueError("llama.cpp computes this family without windows, and its layer_types has some")
     except ValueError as error:
         raise ValueError(f"gguf: {error}; export moeq or dense") from error
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _reader(kinds: set[str]) -> str:

@@ -5,6 +5,8 @@ A block is some consecutive in-features of one row: a float16 scale d, for some 
     Q2_0  64 of d (q - 1)      Q4_0  32 of d (q - 8)      Q5_0  32 of d (q - 16)      Q8_0  32 of d q, q signed
     Q4_1  32 of d q + m        Q5_1  32 of d q + m
 
+Types of two-level grids (Q2_K to Q6_K) are in ``gguf_kquants``.
+
 moeq's symmetric grids have the levels -2^(b-1) .. 2^(b-1) - 1, as Q4_0, Q5_0 and Q8_0 have.  Q2_0 has -1 .. 2: with
 d = -scale, q = 1 - level gives the same values.  Source: ggml-common.h and ggml-quants.c of llama.cpp.
 """
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.packed import PackedFormat
+from moeq.formats.gguf_kquants import k_blocks
 from moeq.quant.carrier import CarrierMode, choose_carrier, recentre, regroup
-from moeq.quant.spec import GridSpec, QuantizedWeight
+from moeq.quant.spec import QuantizedWeight
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -41,7 +44,8 @@ class FileType:
 FILE_TYPES: dict[str, FileType] = {
     "F32": FileType(0, 1, 4), "F16": FileType(1, 1, 2), "BF16": FileType(30, 1, 2), "Q2_0": FileType(42, 64, 18),
     "Q4_0": FileType(2, 32, 18), "Q4_1": FileType(3, 32, 20), "Q5_0": FileType(6, 32, 22), "Q5_1": FileType(7, 32, 24),
-    "Q8_0": FileType(8, 32, 34),
+    "Q8_0": FileType(8, 32, 34), "Q2_K": FileType(10, 256, 84), "Q3_K": FileType(11, 256, 110),
+    "Q4_K": FileType(12, 256, 144), "Q5_K": FileType(13, 256, 176), "Q6_K": FileType(14, 256, 210),
 }  # fmt: skip
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a float16: the largest relative rounding, and the largest absolute one of a number below its normal ones.
@@ -50,8 +54,7 @@ RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
 
 def quantized_type(grid: PackedFormat, in_features: int, mode: CarrierMode) -> str:
     """Type of the file that holds a weight on a grid; raises ValueError where there is none."""
-    spec = GridSpec(grid.bits, grid.group_size, grid.symmetric)
-    return choose_carrier("gguf", spec, in_features, mode).name
+    return choose_carrier("gguf", grid.spec, in_features, mode).name
 
 
 def float_type(dtype: torch.dtype) -> str:
@@ -74,6 +77,9 @@ def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "e
     """
     if isinstance(weight, Tensor):
         return floats(kind, weight)
+    if weight.super_scales is not None:
+        blocks: Bytes = k_blocks(weight, kind.lower()).numpy()
+        return blocks
     return _BLOCKS[kind](regroup(weight, FILE_TYPES[kind].block), mode)
 
 
@@ -115,6 +121,8 @@ def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
     """Scales in float16; the scale of a group whose values are all zero does not matter."""
     scale_OB = weight.scale_OG.float()
     half_OB = scale_OB.half()
+    if torch.equal(half_OB.float(), scale_OB):
+        return half_OB
     zero = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG.unsqueeze(2)
     used_OB = (_blocks(weight.codes_OI, weight) != zero).any(2)
     if not bool((half_OB.isfinite() | ~used_OB).all()):

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
+from moeq.formats import gguf_windows as windowed
 from moeq.formats.gguf_metadata import Describe
 from moeq.formats.gguf_pieces import (
     Pieces,
@@ -38,6 +40,7 @@ class Family:
             configuration lacks has it.
         pieces: Of tensors that do not go as they are: by what follows the number of the block.
         own_head: llama.cpp does not take the embedding for a head that is missing.
+        names: Architecture whose names of tensors it has, where the package does not know it; "" is its own.
         refuses: What else a configuration may have that llama.cpp computes otherwise; None where it has nothing.
     """
 
@@ -46,6 +49,7 @@ class Family:
     fixed: tuple[Fixed, ...]
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     own_head: bool = False
+    names: str = ""
     refuses: Callable[[Any], str | None] = lambda config: None
 
 
@@ -70,6 +74,16 @@ def _unranked(config: Any) -> str | None:
 def _sparse_to_the_end(config: Any) -> str | None:
     last = config.moe_layer_end_index
     return None if last >= config.num_hidden_layers - 1 else f"the last block has experts, and here block {last} is it"
+
+
+def _two_bases(config: Any) -> str | None:
+    bases = {values["rope_theta"] for values in config.rope_parameters.values()}
+    return None if len(bases) == 1 else "one rotary base, and here blocks with a window have another (rope_theta)"
+
+
+def _turned_at_first(config: Any) -> str | None:
+    turned = config.prefix_dense_sliding_window_pattern == 1 or "dense" not in config.mlp_layer_types
+    return None if turned else "rotary positions in dense blocks (prefix_dense_sliding_window_pattern: 1)"
 
 
 def _one_full_in(number: int) -> Callable[[Any], str | None]:
@@ -127,7 +141,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
     "granitemoeshared": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
     "gpt_oss": Family(
-        "gpt-oss", keys.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+        "gpt-oss", windowed.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
         {
             "mlp.experts.gate_up_proj_bias": expert_biases,
             "mlp.experts.down_proj_bias": renamed("ffn_down_exps.bias"),
@@ -154,10 +168,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "afmoe": Family(
-        "afmoe", keys.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
+        "afmoe", windowed.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
         {"mlp.expert_bias": renamed("exp_probs_b.bias")}, refuses=_one_full_in(4),
     ),
-    "exaone_moe": Family("exaone-moe", keys.exaone, (_SILU, _NO_BIAS)),
+    "exaone_moe": Family("exaone-moe", windowed.exaone, (_SILU, _NO_BIAS)),
     "qwen3_next": Family(
         "qwen3next", recurrent.qwen3_next, (_SILU, _NO_BIAS, ("norm_topk_prob", True), *_ALL_SPARSE),
         recurrent.QWEN3_NEXT, refuses=recurrent.one_full_in_some,
@@ -165,9 +179,34 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe_text": Family(
         "qwen35moe", recurrent.qwen3_5, (_SILU, _NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
     ),
-    "jamba": Family("jamba", recurrent.jamba, (_SILU, ("mamba_proj_bias", False)), recurrent.JAMBA),
+    "jamba": Family("jamba", mamba.jamba, (_SILU, ("mamba_proj_bias", False)), mamba.JAMBA),
     "granitemoehybrid": Family(
-        "granitehybrid", lambda config: keys.granite(config) | recurrent.granite_hybrid(config),
-        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **recurrent.MAMBA_2},
+        "granitehybrid", lambda config: keys.granite(config) | mamba.granite_hybrid(config),
+        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **mamba.MAMBA_2},
+    ),
+    "hy_v3": Family(
+        "hy_v3", keys.hy_v3, (_SILU, _NO_BIAS, ("mlp_bias", False)),
+        {"mlp.e_score_correction_bias": renamed("exp_probs_b")}, names="dots1",
+    ),
+    "mellum": Family(
+        "mellum", windowed.mellum, (_SILU, _NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
+        names="qwen3moe",
+    ),
+    "mimo_v2_flash": Family(
+        "mimo2", windowed.mimo, (_SILU, _NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
+        {"self_attn.sinks": renamed("attn_sinks.weight")}, own_head=True,
+    ),
+    "cohere2_moe": Family(
+        "cohere2moe", windowed.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
+        refuses=_turned_at_first, names="dots1",
+    ),
+    "kimi_linear": Family(
+        "kimi-linear", recurrent.kimi,
+        (_SILU, _NO_BIAS, ("q_lora_rank", None), ("moe_renormalize", True), ("num_expert_group", 1)), recurrent.KIMI,
+        own_head=True,
+    ),
+    "nemotron_h": Family(
+        "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), _NO_BIAS, ("mlp_bias", False)),
+        mamba.NEMOTRON,
     ),
 }  # fmt: skip

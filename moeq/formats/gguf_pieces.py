@@ -5,7 +5,7 @@ made of values (a transposed part, exp, 1 + w) is stored as floats that hold it 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,17 +35,18 @@ class Piece:
     def of_codes(self, weight: QuantizedWeight) -> QuantizedWeight:
         """These rows and columns of a quantized weight; see ``check_groups``."""
         assert self.values is None
-        parts = [weight.codes_OI, weight.scale_OG, weight.zero_point_OG]
         if self.rows is not None:
-            parts = [None if part is None else part[self.rows] for part in parts]
-        if self.columns is not None:
-            groups_G = self.columns.view(weight.scale_OG.shape[1], -1)[:, 0] // (weight.group_size or len(self.columns))
-            order = (self.columns, groups_G, groups_G)
-            parts = [None if part is None else part[:, places] for part, places in zip(parts, order, strict=True)]
-        codes_OI, scale_OG, zero_OG = parts
-        assert codes_OI is not None
-        assert scale_OG is not None
-        return replace(weight, codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG)
+            weight = weight.each(lambda part: part[self.rows])
+        if (columns := self.columns) is not None:
+            num = len(columns)
+
+            def moved(part: Tensor) -> Tensor:
+                """Codes, or numbers of groups or super-blocks, each with its columns."""
+                size = num // part.shape[1]
+                return part[:, columns.view(-1, size)[:, 0] // size]
+
+            weight = weight.each(moved)
+        return weight
 
     def check_groups(self, group_size: int | None) -> None:
         """Raise ValueError where columns of one group of scales go to different places."""

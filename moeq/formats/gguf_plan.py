@@ -92,7 +92,7 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     family, config, state = find_family(model), model.config, model.state_dict()
     blocks = f"{find_blocks(model)[0]}."
     planned = []
-    tied = bool(config.tie_word_embeddings)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for stack, names in model_stacks(model).items():
         if tied and stack == "lm_head":
             continue
@@ -130,7 +130,7 @@ def _pieces(
             yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name
-    found = _names(family.architecture, config.num_hidden_layers).get_name(
+    found = _names(family.names or family.architecture, config.num_hidden_layers).get_name(
         f"{known}{ending}".replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
     )
     if found is None:
@@ -152,7 +152,7 @@ def _one_type(
             continue
         try:
             found.setdefault(quantized_type(grids[name], in_features, mode), name)
-            piece.check_groups(grids[name].group_size)
+            piece.check_groups(grids[name].spec.unit)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if len(found) > 1:

@@ -1,43 +1,24 @@
-"""Blocks with a recurrent state in place of attention, as llama.cpp reads them: Mamba, Mamba 2, gated delta rule.
+"""Blocks with the gated delta rule in place of attention, as llama.cpp reads them: Qwen3-Next, Qwen3.5, Kimi Linear.
 
-Convolutions lose their middle dimension, decay rates are stored as ``-exp(A_log)``.  Heads of values of the gated delta
-rule stand in transformers beside the head of keys that they share; llama.cpp has the first of each, then the second.
+Heads of values stand in transformers beside the head of keys that they share; of Qwen3.5, llama.cpp has the first of
+each, then the second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeq.formats.gguf_metadata import Metadata, qwen2_moe
-from moeq.formats.gguf_pieces import Piece, Pieces, made, renamed, vector
-
-
-def decay(a_log: Tensor) -> Tensor:
-    """Decay rates."""
-    return -a_log.exp()
-
-
-def channels(conv: Tensor) -> Tensor:
-    """A convolution of channels, [C, 1, K], as [C, K]."""
-    return conv.squeeze(1)
+from moeq.formats.gguf_mamba import channels, column, decay
+from moeq.formats.gguf_metadata import SIGMOID, num_dense, qwen2_moe
+from moeq.formats.gguf_pieces import Piece, Pieces, latent_parts, made, renamed, vector
+from moeq.formats.gguf_rope import Metadata
 
 
 def plus_one(weight: Tensor) -> Tensor:
     """A norm that multiplies by 1 + weight."""
     return weight + 1.0
-
-
-def column(values: Tensor) -> Tensor:
-    """A vector as a matrix of one column."""
-    return values.unsqueeze(1)
-
-
-def norm_of_groups(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
-    """Mamba 2's norm, each group apart."""
-    groups = config.mamba_n_groups
-    return [Piece("ssm_norm.weight", values=lambda weight: weight.float().view(groups, shape[0] // groups))]
 
 
 def grouped_projection(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
@@ -111,17 +92,6 @@ QWEN3_5: Mapping[str, Pieces] = {
     "linear_attn.A_log": _decay_of_values,
     "linear_attn.conv1d.weight": _mixed_channels,
 }
-JAMBA: Mapping[str, Pieces] = {
-    "mamba.conv1d.weight": made("ssm_conv1d.weight", channels),
-    "mamba.A_log": made("ssm_a", decay),
-}
-MAMBA_2: Mapping[str, Pieces] = {
-    "mamba.conv1d.weight": made("ssm_conv1d.weight", channels),
-    "mamba.A_log": made("ssm_a", lambda a_log: column(decay(a_log))),
-    "mamba.D": made("ssm_d", column),
-    "mamba.dt_bias": renamed("ssm_dt.bias"),
-    "mamba.norm.weight": norm_of_groups,
-}
 
 
 def qwen3_next(config: Any) -> Metadata:
@@ -152,32 +122,45 @@ def one_full_in_some(config: Any) -> str | None:
     return None if same and any(full) else "full attention in every so-manieth block (layer_types)"
 
 
-def _heads_of_attention(config: Any, kinds: Sequence[str]) -> Metadata:
-    """No heads where a block has no attention."""
-    full = ("attention", "full_attention")
-    return {"attention.head_count_kv": [config.num_key_value_heads if kind in full else 0 for kind in kinds]}
+def _projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Kimi Linear: a convolution of queries, keys and values together."""
+    width = shape[0] // 3
+
+    def part(index: int) -> Callable[[Tensor], Tensor]:
+        rows = slice(index * width, (index + 1) * width)
+        return lambda conv: channels(conv.float())[rows].view(1, width, 1, -1)
+
+    return [Piece(f"ssm_conv1d_{name}.weight", values=part(index)) for index, name in enumerate("qkv")]
 
 
-def jamba(config: Any) -> Metadata:
-    """Jamba: Mamba, and attention without positions."""
-    period, offset = config.attn_layer_period, config.attn_layer_offset
-    kinds = ["attention" if i % period == offset else "mamba" for i in range(config.num_hidden_layers)]
-    return _heads_of_attention(config, kinds) | {
+KIMI: Mapping[str, Pieces] = {
+    "self_attn.kv_b_proj": latent_parts,
+    "self_attn.conv1d.weight": _projections,
+    "self_attn.forget_gate.f_a_proj": renamed("ssm_f_a.weight"),
+    "self_attn.forget_gate.f_b_proj": renamed("ssm_f_b.weight"),
+    "self_attn.forget_gate.dt_bias": renamed("ssm_dt.bias"),
+    "self_attn.forget_gate.A_log": made("ssm_a", lambda a_log: column(decay(a_log.flatten()))),
+}
+
+
+def kimi(config: Any) -> Metadata:
+    """Kimi Linear: the delta rule with a decay per channel, and latent attention without positions."""
+    turned = config.qk_rope_head_dim
+    return {
+        "attention.head_count_kv": [1 if kind == "full_attention" else 0 for kind in config.layer_types],
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": config.kv_lora_rank + turned,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + turned,
+        "attention.value_length_mla": config.v_head_dim,
+        "rope.dimension_count": turned,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "kda.head_dim": config.linear_head_dim,
+        "leading_dense_block_count": num_dense(config),
         "expert_count": config.num_experts,
-        "ssm.conv_kernel": config.mamba_d_conv,
-        "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "ssm.state_size": config.mamba_d_state,
-        "ssm.time_step_rank": config.mamba_dt_rank,
-    }
-
-
-def granite_hybrid(config: Any) -> Metadata:
-    """What Granite 4 has beyond Granite: Mamba 2, and attention with or without positions."""
-    return _heads_of_attention(config, config.layer_types) | {
-        "ssm.conv_kernel": config.mamba_d_conv,
-        "ssm.state_size": config.mamba_d_state,
-        "ssm.group_count": config.mamba_n_groups,
-        "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "ssm.time_step_rank": config.mamba_n_heads,
-        "rope.scaling.finetuned": config.position_embedding_type == "rope",
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.num_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": True,
+        "expert_gating_func": SIGMOID,
     }

@@ -24,6 +24,9 @@ _DEEPSEEK = (
 # The regular expression of GPT-2, which ``ByteLevel`` has built in.
 GPT2 = "gpt-2's own"
 DIGITS = "single digits"
+# DeepSeek-V2 lists all letters that have a case, in tables of which this is the beginning.
+CASED = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓ"
+_ASIAN = "[一-龥\u0800-一가-\ud7ff]+"
 # (what cuts, one after another; whether a word that is a token is one) -> llama.cpp's name.
 SPLITTINGS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
@@ -37,6 +40,12 @@ SPLITTINGS: dict[tuple[tuple[str, ...], bool], str] = {
     (("|".join([*(part + _CONTRACTIONS + "?" for part in _CASED), r"\p{N}{1,3}", _CASED_SIGNS, _LINES, _SPACES]),),
      False): "gpt-4o",
     ((r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
+    (("[\r\n]", CASED, "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", _ASIAN, DIGITS),
+     False): "deepseek-llm",
+    (("|".join([_CONTRACTIONS, r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+", r"\p{N}",
+                r" ?[^\s\p{L}\p{N}]+[\r\n/]?", r"\s*[\r\n]", _SPACES]),), False): "exaone-moe",
+    (("|".join(["'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r"\p{N}", r" ?[^\s\p{L}\p{N}]++[\r\n]*",
+                r"\s*[\r\n]", _SPACES]),), False): "bailingmoe",
 }  # fmt: skip
 
 
@@ -77,5 +86,6 @@ def _step(part: dict[str, Any]) -> str:
     if kind == "Digits" and part.get("individual_digits"):
         return DIGITS
     if kind == "Split" and part["behavior"] == "Isolated" and not part.get("invert") and "Regex" in part["pattern"]:
-        return str(part["pattern"]["Regex"])
+        regex = str(part["pattern"]["Regex"])
+        return CASED if regex.startswith(CASED) else regex
     return f"{kind} ({', '.join(f'{key}: {value}' for key, value in part.items() if key != 'type')})"

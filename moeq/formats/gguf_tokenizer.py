@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeq.formats.gguf_metadata import Metadata
+from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_splitting import splitting
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -75,10 +75,10 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 def _bytes(content: dict[str, Any], merges: list[list[str]]) -> Metadata:
     """Byte-level BPE."""
-    normalizer = content.get("normalizer")
     # llama.cpp does not normalize; NFC changes nothing of a text that is in its usual form.
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise ValueError(f"gguf: llama.cpp has no normalizer of kind {normalizer['type']} for byte-level tokenizers")
+    other = [step["type"] for step in _steps(content.get("normalizer"), "normalizers") if step["type"] != "NFC"]
+    if other:
+        raise ValueError(f"gguf: llama.cpp has no normalizer of kind {other[0]} for byte-level tokenizers")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": splitting(content),
@@ -102,11 +102,10 @@ def _characters(content: dict[str, Any], tokens: list[str], merges: list[list[st
 
 def _prefixed(content: dict[str, Any]) -> bool:
     """Whether texts get a blank before their first word; raises ValueError where blanks are treated otherwise."""
-    steps: list[dict[str, Any]] = []
-    for kind, inside in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        step = content.get(kind)
-        if step is not None:
-            steps += step[inside] if step["type"] == "Sequence" else [step]
+    steps = [
+        *_steps(content.get("normalizer"), "normalizers"),
+        *_steps(content.get("pre_tokenizer"), "pretokenizers"),
+    ]
     prefixed = replaced = False
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == _BLANK:
@@ -120,6 +119,13 @@ def _prefixed(content: dict[str, Any]) -> bool:
     if not replaced:
         raise ValueError(f"gguf: a tokenizer over characters that does not write blanks as {_BLANK} is not written")
     return prefixed
+
+
+def _steps(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    """A step, or those of a sequence."""
+    if step is None:
+        return []
+    return list(step[inside]) if step["type"] == "Sequence" else [step]
 
 
 def _special(tokenizer: Any, config: Any) -> Metadata:

@@ -17,12 +17,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, expert_leaves, split_expert_name, weight_names
-from moeq.checkpoint.packed import PackedFormat, PackedLinear, dequantize_codes
+from moeq.checkpoint.packed import PARTS, PackedFormat, PackedLinear, dequantize_codes, unpacked_weight
 from moeq.checkpoint.quantizer import METHOD
 from moeq.disk.folder import check_integrity
 from moeq.export.contents import Contents, read_contents
 from moeq.models.experts import expert_modules, expert_weight, parameter_name, projections_of
-from moeq.quant.packing import unpack
 from moeq.quant.spec import QuantizedWeight
 
 # Keys of config.json that say how this folder is packed; the rest is the source's.
@@ -102,18 +101,15 @@ class PackedExport:
             fused = f"{parts[0]}.{_parameter(self._experts[parts[0]], parts[2])}"
             if name not in self.grids:
                 return [tensor for tensor, _ in sources[fused].tensors]
-        leaves = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-        made = [sources[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in sources]
+        made = [sources[f"{name}.{leaf}"] for leaf in ("weight", *PARTS) if f"{name}.{leaf}" in sources]
         return [tensor for source in made for tensor, _ in source.tensors]
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes, scales and zero points of a quantized weight."""
-        grid, (rows, columns) = self.grids[name], self.shape(name)
-        zero_OG = None
-        if not grid.symmetric:
-            zero_OG = unpack(self._value(f"{name}.weight_zero_point").mT.contiguous(), grid.bits, rows).mT.contiguous()
-        codes_OI = unpack(self._value(f"{name}.weight_packed"), grid.bits, columns)
-        return QuantizedWeight(codes_OI, self._value(f"{name}.weight_scale"), zero_OG, grid.bits, grid.group_size)
+        layer = self.contents.model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        parts = {part: self._value(f"{name}.{part}") for part, _ in layer.named_parameters() if part != "bias"}
+        return unpacked_weight(parts, layer.grid, self.shape(name), layer.weight_dtype)
 
     def weight(self, name: str) -> Tensor:
         """Values of a weight of a canonical name, [O, I]: dequantized, or as it was kept."""

@@ -15,11 +15,20 @@ from typing import Literal
 
 import torch
 
+from moeq.quant.kinds import Kind
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
 FormatName = Literal["compressed-tensors", "gguf", "mlx", "gptq"]
 CarrierMode = Literal["exact", "native"]
+# Linears of one module that vLLM and SGLang merge into one, by what it is called here: q, k and v; the two first
+# projections of latent attention; gate and up; what linear attention reads with.
+MERGED_LINEARS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
+    "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
+    "gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up",
+    "in_proj_qkv": "in_proj", "in_proj_z": "in_proj",
+}  # fmt: skip
 FORMATS: tuple[FormatName, ...] = ("compressed-tensors", "gguf", "mlx", "gptq")
 
 
@@ -33,18 +42,22 @@ class Carrier:
         group_size: In-features that share a scale in the file; None is the whole row.
         zero_point: "middle": symmetric, nothing is stored; "integer": one of ``bits`` bits per group; "real": an offset
             of 16 bits per group, which is rounded.
+        kind: Of a two-level grid, which the type is; scales and offsets are as ``moeq.quant.kinds`` has them.
     """
 
     name: str
     bits: int
     group_size: int | None
     zero_point: Literal["middle", "integer", "real"]
+    kind: Kind = "uniform"
 
     def num_bits(self, out_features: int, in_features: int) -> int:
         """Of a weight in the file: codes, scales of 16 bits, zero points; rows of codes fill whole words of 32 bits.
 
         Integer zero points are packed along the out-features.
         """
+        if self.kind != "uniform":
+            return out_features * (in_features * self.bits + GridSpec.of_kind(self.kind).overhead_bits(in_features))
         groups = 1 if self.group_size is None else in_features // self.group_size
         zeros = {"middle": 0, "integer": 32 * num_words(out_features, self.bits), "real": 16 * out_features}
         codes = 32 * num_words(in_features, self.bits) * out_features
@@ -63,10 +76,20 @@ def choose_carrier(format_name: FormatName, grid: GridSpec, in_features: int, mo
     Raises:
         ValueError: No type does; it says which grids the format holds.
     """
+    if grid.two_level is not None:
+        return _two_level(format_name, grid, in_features)
     found = _CHOOSERS[format_name](grid, in_features, mode)
     if found is None:
         raise ValueError(f"{format_name} has no type that holds {grid.label} ({mode}): {_HELD[format_name]}")
     return found
+
+
+def _two_level(format_name: FormatName, grid: GridSpec, in_features: int) -> Carrier:
+    """The K-type of a two-level grid, which no format but GGUF has; it holds every value, whatever the mode."""
+    if format_name != "gguf":
+        raise ValueError(f"{format_name} has no type that holds {grid.label}: two-level grids are gguf's alone")
+    grid.num_groups(in_features)  # raises where rows are no whole super-blocks
+    return Carrier(grid.kind.upper(), grid.bits, grid.group_size, "middle" if grid.symmetric else "real", grid.kind)
 
 
 def symmetric_bits(grid: GridSpec) -> int:
@@ -80,6 +103,8 @@ def recentre(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
     Raises:
         ValueError: The values do not fit; at least ``symmetric_bits`` of the grid are needed.
     """
+    if weight.super_scales is not None:
+        raise ValueError(f"{weight.kind} is no grid of uniform groups, and has no symmetric one of {bits} bits")
     own = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else _spread(weight.zero_point_OG.short(), weight)
     codes_OI = weight.codes_OI.short() - own + 2 ** (bits - 1)
     if codes_OI.numel() and not (int(codes_OI.min()) >= 0 and int(codes_OI.max()) < 2**bits):

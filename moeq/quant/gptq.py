@@ -16,6 +16,9 @@ Groups.  With act-order, columns are visited by decreasing Hessian diagonal and 
 column order, with parameters from the original weight.  Without it a group's parameters are chosen when its first
 column is reached, from the weights as the columns before it have left them.
 
+Two-level grids (``moeq.quant.kinds``) are always committed beforehand, scales and minima: the sweep then rounds the
+weights plus the offsets of their groups. Their integers are fitted to the codes once more (``two_level_refit``).
+
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
 dead in calibration need not be dead in use, and the same rule wipes out an expert that saw no token.
@@ -30,10 +33,12 @@ import torch
 from torch import Tensor
 
 from moeq.quant.factor import Feedback, factorise
-from moeq.quant.grid import QParams, choose_qparams, dequantize, lowest_level
+from moeq.quant.grid import QParams, choose_qparams, lowest_level, real_values
 from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
+from moeq.quant.two_level import join
+from moeq.quant.two_level_refit import refit_integers
 from moeq.quant.workspace import FEW_ROWS, num_together
 
 LARGE_PRODUCT = 1 << 28  # multiplications
@@ -59,7 +64,9 @@ def gptq_solve(
         energy_E: ``output_energy`` of each expert where it is known already, as when one weight is solved at several
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
-            solved on several Hessians.  Groups that are chosen on the way (without act-order) have none beforehand.
+            solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
+            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none
+            beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
@@ -71,7 +78,7 @@ def gptq_solve(
             f"the Hessian's shape {tuple(hessian_EII.shape)} must be {(num_experts, in_features, in_features)} for "
             f"weights of shape {tuple(weight_EOI.shape)}; pass the Hessian of this weight's own input"
         )
-    if qparams is not None and grid.group_size is not None and not solve.act_order:
+    if qparams is not None and not _is_static(grid, solve):
         raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
     size = num_together(out_features, in_features, weight_EOI.device.type)
     if energy_E is None:
@@ -89,6 +96,7 @@ def gptq_solve(
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point_EOG for part in parts if part.zero_point_EOG is not None]
+    supers = [part.super_scales for part in parts if part.super_scales is not None]
     return Solution(
         codes_EOI=torch.cat([part.codes_EOI for part in parts]),
         scale_EOG=torch.cat([part.scale_EOG for part in parts]),
@@ -96,7 +104,13 @@ def gptq_solve(
         relative_error_E=torch.cat([part.relative_error_E for part in parts]),
         num_retries_E=torch.cat([part.num_retries_E for part in parts]),
         failed_E=torch.cat([part.failed_E for part in parts]),
+        super_scales=join(supers) if supers else None,
     )
+
+
+def _is_static(grid: GridSpec, solve: SolveSpec) -> bool:
+    """Whether scales are chosen before the sweep, not on its way."""
+    return grid.group_size is None or solve.act_order or grid.two_level is not None
 
 
 def _solve_together(
@@ -112,16 +126,24 @@ def _solve_together(
     factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
     # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
     together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
-    visited = [weight_OI.float().mT.contiguous() for weight_OI in weight_EOI]
+    static = _is_static(grid, solve)
+    chosen = qparams is None
+    if static and qparams is None:
+        qparams = choose_qparams(weight_EOI, grid, scale_dtype, hessian_EII.diagonal(dim1=1, dim2=2))
+    shifted_EOI = weight_EOI if qparams is None else qparams.shift(weight_EOI)
+    visited = [weight_OI.float().mT.contiguous() for weight_OI in shifted_EOI]
     if solve.act_order:
         visited = [weight_IO[factor.order_I] for weight_IO, factor in zip(visited, factors, strict=True)]
     weight_IO = stack(visited, together)
-    if grid.group_size is None or solve.act_order:
-        qparams = choose_qparams(weight_EOI, grid, scale_dtype) if qparams is None else qparams
+    if static:
+        assert qparams is not None
         columns = _static_columns(qparams, factors, grid, together)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
+        if chosen and grid.two_level is not None and grid.clip_search:
+            qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
+        assert grid.group_size is not None  # else it is static
         columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
         qparams = _moved_qparams(columns, grid.group_size)
@@ -129,8 +151,7 @@ def _solve_together(
         if factor.failed:  # its residuals were not weighed by the Hessian
             one = qparams.experts(slice(expert_idx, expert_idx + 1))
             codes_1OI = codes_EOI[expert_idx : expert_idx + 1]
-            rounded_1OI = dequantize(codes_1OI, one.scale_EOG, one.zero_point_EOG, grid.bits)
-            delta_OI = weight_EOI[expert_idx].float() - rounded_1OI[0]
+            delta_OI = weight_EOI[expert_idx].float() - real_values(codes_1OI, one, grid)[0]
             error_E[expert_idx] = output_energy(delta_OI, hessian_EII[expert_idx].float())
     return Solution(
         codes_EOI=codes_EOI,
@@ -139,19 +160,38 @@ def _solve_together(
         relative_error_E=relative_error(error_E, energy_E),
         num_retries_E=torch.tensor([factor.num_retries for factor in factors], device=weight_EOI.device),
         failed_E=torch.tensor([factor.failed for factor in factors], device=weight_EOI.device),
+        super_scales=qparams.super_scales,
     )
+
+
+def _refit_each(
+    weight_EOI: Tensor, hessian_EII: Tensor, codes_EOI: Tensor, qparams: QParams, grid: GridSpec,
+    factors: Sequence[Feedback], error_E: Tensor,
+) -> QParams:  # fmt: skip
+    """Integers of a two-level grid once more; expert by expert, so that no result depends on its company."""
+    fitted = []
+    for expert, factor in enumerate(factors):
+        one = slice(expert, expert + 1)
+        known = qparams.experts(one)
+        if not factor.failed:
+            part = weight_EOI[one].float(), hessian_EII[one].float(), codes_EOI[one]
+            known, error_E[one] = refit_integers(*part, known, grid)
+        fitted.append(known)
+    minima = [part.zero_point_EOG for part in fitted if part.zero_point_EOG is not None]
+    scale_EOG = torch.cat([part.scale_EOG for part in fitted])
+    return QParams(scale_EOG, torch.cat(minima) if minima else None, qparams.super_scales)
 
 
 def _static_columns(qparams: QParams, factors: Sequence[Feedback], grid: GridSpec, together: bool) -> Columns:
     """The grid of each column, visited in any order, from the groups of the original order."""
-    low_EOG = lowest_level(qparams, grid)
+    low_EOG, scale_EOG = lowest_level(qparams, grid), qparams.divisors()
     if grid.group_size is None:
         shape = (-1, len(factors[0].order_I), -1)
-        scales = list(qparams.scale_EOG.float().mT.expand(shape))
+        scales = list(scale_EOG.mT.expand(shape))
         lows = list(low_EOG.mT.expand(shape))
     else:
         groups = [factor.order_I // grid.group_size for factor in factors]
-        scales = [scale_OG.float().mT[group_I] for scale_OG, group_I in zip(qparams.scale_EOG, groups, strict=True)]
+        scales = [scale_OG.mT[group_I] for scale_OG, group_I in zip(scale_EOG, groups, strict=True)]
         lows = [low_OG.mT[group_I] for low_OG, group_I in zip(low_EOG, groups, strict=True)]
     return Columns(stack(scales, together), stack(lows, together), grid, 0, qparams.scale_EOG.dtype)
 

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeq.quant.spec import GridSpec, QuantizedWeight
+from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
+from moeq.quant.two_level import add_offset, divisor, group_offset, group_scale
+from moeq.quant.two_level_search import choose_two_level
 
 CLIP_NORM = 2.4
 CLIP_STEPS = 80
@@ -37,24 +39,46 @@ class QParams:
     Attributes:
         scale_EOG: Positive, finite and normal, in its storage dtype.
         zero_point_EOG: uint8, or None for a symmetric grid.
+        super_scales: Of a two-level grid, on which the two above are integers (``QuantizedWeight``); else None.
     """
 
     scale_EOG: Tensor
     zero_point_EOG: Tensor | None
+    super_scales: SuperScales | None = None
 
     def experts(self, part: slice) -> "QParams":
         """Parameters of some experts, still as a stack."""
-        return QParams(self.scale_EOG[part], None if self.zero_point_EOG is None else self.zero_point_EOG[part])
+        return QParams(
+            self.scale_EOG[part],
+            None if self.zero_point_EOG is None else self.zero_point_EOG[part],
+            None if self.super_scales is None else self.super_scales.each(lambda tensor: tensor[part]),
+        )
+
+    def divisors(self) -> Tensor:
+        """Scales of the groups to divide by, float32 [E, O, G]."""
+        if self.super_scales is None:
+            return self.scale_EOG.float()
+        return divisor(group_scale(self.scale_EOG, self.super_scales))
+
+    def shift(self, weight_EOI: Tensor) -> Tensor:
+        """What is to be rounded to multiples of the scales: the weights, plus the offsets of a two-level grid."""
+        if self.super_scales is None:
+            return weight_EOI
+        return add_offset(weight_EOI, self.zero_point_EOG, self.super_scales)
 
 
-def choose_qparams(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> QParams:
-    """Scale and zero point of every group, by min-max or by the clip search.
+def choose_qparams(
+    weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype, importance_EI: Tensor | None = None
+) -> QParams:
+    """Scale and zero point of every group, by min-max or by the clip search; of a two-level grid by its own search.
 
     Args:
         weight_EOI: Finite weights, any float dtype.
         grid: Bits, groups, symmetry, clip search.
         scale_dtype: Storage dtype of the scales.  Scales below its smallest normal number are raised to it (this loses
-            precision only where the whole group is of that size); groups of zeros get scale 1.
+            precision only where the whole group is of that size); groups of zeros get scale 1.  The dtype of the
+            weights on a two-level grid, whose scales are float16 and integers.
+        importance_EI: How much the error of an in feature counts, not negative; on a two-level grid only.
 
     Returns:
         QParams with scale_EOG [E, O, G] and zero_point_EOG [E, O, G] or None.
@@ -64,6 +88,8 @@ def choose_qparams(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype)
     """
     num_experts, out_features, in_features = weight_EOI.shape
     groups = grid.num_groups(in_features)
+    if grid.two_level is not None:
+        return QParams(*choose_two_level(weight_EOI, grid, scale_dtype, importance_EI))
     rows_NS = weight_EOI.reshape(-1, in_features // groups)
     budget = CPU_CHUNK if weight_EOI.device.type == "cpu" else GPU_CHUNK
     chunks = rows_NS.split(max(1, budget // rows_NS.shape[1]))
@@ -78,34 +104,51 @@ def choose_qparams(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype)
 def quantize(weight_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
     """Codes of the nearest levels: uint8 [E, O, I], each in [0, 2^bits)."""
     shape_EOGS = (*qparams.scale_EOG.shape, -1)
-    scale_EOG1 = qparams.scale_EOG.float().unsqueeze(-1)
-    levels_EOGS = (weight_EOI.float().reshape(shape_EOGS) / scale_EOG1).round_()
-    levels_EOGS += _zero_point(qparams.zero_point_EOG, grid.bits)
+    levels_EOGS = (qparams.shift(weight_EOI.float()).reshape(shape_EOGS) / qparams.divisors().unsqueeze(-1)).round_()
+    levels_EOGS += broadcast_zero(qparams.zero_point_EOG, grid.bits, qparams.super_scales)
     return levels_EOGS.clamp_(0, 2**grid.bits - 1).to(torch.uint8).view(weight_EOI.shape)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """``(code - zero_point) * scale`` in float32, for codes [..., O, I] and scales [..., O, G]."""
-    levels = codes.float().view(*scale.shape, -1) - _zero_point(zero_point, bits)
-    return levels.mul_(scale.float().unsqueeze(-1)).view(codes.shape)
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, super_scales: SuperScales | None = None
+) -> Tensor:
+    """``(code - zero_point) * scale`` in float32, for codes [..., O, I] and scales [..., O, G].
+
+    With ``super_scales`` the formula of two-level grids (``moeq.quant.two_level``).
+    """
+    levels = codes.float().view(*scale.shape, -1) - broadcast_zero(zero_point, bits, super_scales)
+    if super_scales is None:
+        return levels.mul_(scale.float().unsqueeze(-1)).view(codes.shape)
+    levels.mul_(group_scale(scale, super_scales).unsqueeze(-1))
+    offset = group_offset(zero_point, super_scales)
+    return (levels if offset is None else levels.sub_(offset.unsqueeze(-1))).view(codes.shape)
 
 
 def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight [O, I] that a quantized weight stands for: float32 arithmetic, then one cast to ``dtype``."""
-    weight_OI = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_point_OG, quantized.bits)
-    return weight_OI.to(dtype)
+    q = quantized
+    return dequantize(q.codes_OI, q.scale_OG, q.zero_point_OG, q.bits, q.super_scales).to(dtype)
+
+
+def real_values(codes_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
+    """``dequantize`` of a stack of codes."""
+    return dequantize(codes_EOI, qparams.scale_EOG, qparams.zero_point_EOG, grid.bits, qparams.super_scales)
 
 
 def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
     """The level of code 0 of each group, minus the zero point: float32 [E, O, G]."""
     if qparams.zero_point_EOG is None:
         return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
+    if qparams.super_scales is not None:
+        return torch.zeros_like(qparams.scale_EOG, dtype=torch.float32)
     return -qparams.zero_point_EOG.float()
 
 
-def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
-    """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
-    return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
+def broadcast_zero(zero_point: Tensor | None, bits: int, super_scales: SuperScales | None) -> Tensor | float:
+    """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant, one with offsets none."""
+    if zero_point is None:
+        return float(2 ** (bits - 1))
+    return zero_point.float().unsqueeze(-1) if super_scales is None else 0.0
 
 
 def _choose_chunk(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -37,10 +37,12 @@ def half_quadratic(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype,
         norm: p, above 0 and at most 1.
 
     Raises:
-        ValueError: The norm is out of range, or the group size does not divide the in features.
+        ValueError: The norm is out of range, the grid is two-level, or the group size does not divide the in features.
     """
     if not 0.0 < norm <= 1.0:
         raise ValueError(f"norm ({norm}) must be above 0 and at most 1; the usual value is 0.7")
+    if grid.two_level is not None:
+        raise ValueError(f"HQQ moves integer zero points, which grid ({grid.kind}) lacks; choose RTN or GPTQ for it")
     start = choose_qparams(weight_EOI, grid, scale_dtype)
     solved = [
         _solve(weight_EOI[e].float().view(*start.scale_EOG.shape[1:], -1), start.experts(slice(e, e + 1)), grid, norm)

@@ -6,7 +6,8 @@ gets
 
     real = (clamp(round(u), 0, 2^bits - 1) - zero_point) * s exp(v)
 
-with latent levels u and log-scales v; gradients pass the rounding unchanged (straight-through).  The result is codes,
+with latent levels u and log-scales v; gradients pass the rounding unchanged (straight-through).  On a two-level grid v
+moves the d of a super-block, and the integers and offsets stay.  The result is codes,
 scales and zero points as before, on the same grid, at no cost for who runs the model.
 
 Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
@@ -23,7 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeq.quant.spec import QuantizedWeight
+from moeq.quant.grid import broadcast_zero
+from moeq.quant.spec import QuantizedWeight, SuperScales
+from moeq.quant.two_level import add_offset, divisor, group_offset, group_scale, stack_supers
 
 NEAR_EDGE = 0.49  # just inside the cell of a code, which ends half a level from it
 START = 0.5
@@ -59,10 +62,11 @@ class Latent:
 
     Attributes:
         level_EOGS: float32 leaf, u.
-        log_EOG: float32 leaf, v.
-        scale_EOG: Scales in their storage dtype, s.
-        zero_point_EOG: uint8, or None for a symmetric grid.
+        log_EOG: float32 leaf, v; of super-blocks on a two-level grid.
+        scale_EOG: Scales as they are stored, s.
+        zero_point_EOG: As stored, or None for a symmetric grid.
         bits: Bits per code.
+        super_scales: Of a two-level grid; else None.
     """
 
     level_EOGS: Tensor
@@ -70,6 +74,7 @@ class Latent:
     scale_EOG: Tensor
     zero_point_EOG: Tensor | None
     bits: int
+    super_scales: SuperScales | None = None
 
 
 def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
@@ -77,8 +82,12 @@ def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
 
     A later change of scale of a whole row does not change it.
     """
-    scale_OG1 = weight.scale_OG.float().unsqueeze(-1)
-    exact_OGS = solved_OI.view(*weight.scale_OG.shape, -1) / scale_OG1 + _zero_point(weight.zero_point_OG, weight.bits)
+    supers, scale_OG = weight.super_scales, weight.scale_OG.float()
+    if supers is not None:
+        solved_OI = add_offset(solved_OI, weight.zero_point_OG, supers)
+        scale_OG = divisor(group_scale(weight.scale_OG, supers))
+    zero_point = broadcast_zero(weight.zero_point_OG, weight.bits, supers)
+    exact_OGS = solved_OI.view(*scale_OG.shape, -1) / scale_OG.unsqueeze(-1) + zero_point
     offset_OI = exact_OGS.view(solved_OI.shape) - weight.codes_OI.float()
     return offset_OI.clamp_(-NEAR_EDGE, NEAR_EDGE).half()
 
@@ -93,31 +102,49 @@ def open_latent(weights: Sequence[QuantizedWeight], offset_EOI: Tensor) -> Laten
     device = offset_EOI.device
     scale_EOG = torch.stack([weight.scale_OG for weight in weights]).to(device)
     zero_points = [weight.zero_point_OG for weight in weights if weight.zero_point_OG is not None]
+    supers = [weight.super_scales for weight in weights if weight.super_scales is not None]
+    of_stack = stack_supers(supers).each(lambda tensor: tensor.to(device)) if supers else None
+    moved = scale_EOG if of_stack is None else of_stack.scale_OB
     level_EOI = torch.stack([weight.codes_OI for weight in weights]).to(device).float()
     level_EOI.add_(offset_EOI.float(), alpha=START)
     return Latent(
         level_EOGS=level_EOI.view(*scale_EOG.shape, -1).requires_grad_(),
-        log_EOG=torch.zeros_like(scale_EOG, dtype=torch.float32).requires_grad_(),
+        log_EOG=torch.zeros_like(moved, dtype=torch.float32).requires_grad_(),
         scale_EOG=scale_EOG,
         zero_point_EOG=torch.stack(zero_points).to(device) if zero_points else None,
         bits=weights[0].bits,
+        super_scales=of_stack,
     )
 
 
 def latent_weight(latent: Latent) -> Tensor:
     """The weights [E, O, I] that the latents stand for now, float32; differentiable."""
     level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
-    scale_EOG = _PassThrough.apply(latent.scale_EOG.float() * latent.log_EOG.exp(), _stored_as(latent.scale_EOG.dtype))
-    weight_EOGS = (level_EOGS - _zero_point(latent.zero_point_EOG, latent.bits)) * scale_EOG.unsqueeze(-1)
-    return weight_EOGS.flatten(2)
+    supers = latent.super_scales
+    stored = latent.scale_EOG if supers is None else supers.scale_OB
+    scale_EOG = _PassThrough.apply(stored.float() * latent.log_EOG.exp(), _stored_as(stored.dtype))
+    if supers is not None:
+        scale_EOG = group_scale(latent.scale_EOG, replace(supers, scale_OB=scale_EOG))
+    zero_point = broadcast_zero(latent.zero_point_EOG, latent.bits, supers)
+    weight_EOGS = (level_EOGS - zero_point) * scale_EOG.unsqueeze(-1)
+    offset_EOG = None if supers is None else group_offset(latent.zero_point_EOG, supers)
+    return (weight_EOGS if offset_EOG is None else weight_EOGS - offset_EOG.unsqueeze(-1)).flatten(2)
 
 
 def close_latent(latent: Latent, weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
     """The weights that the latents were opened from, with their new codes and scales, on the latents' device."""
     codes_EOI = latent.level_EOGS.detach().round().clamp(0, 2**latent.bits - 1).to(torch.uint8).flatten(2)
-    scale_EOG = (latent.scale_EOG.float() * latent.log_EOG.detach().exp()).to(latent.scale_EOG.dtype)
-    new = zip(weights, codes_EOI, scale_EOG, strict=True)
-    return [replace(weight, codes_OI=codes_OI, scale_OG=scale_OG) for weight, codes_OI, scale_OG in new]
+    stored = latent.scale_EOG if latent.super_scales is None else latent.super_scales.scale_OB
+    moved_EOG = (stored.float() * latent.log_EOG.detach().exp()).to(stored.dtype)
+    new = zip(weights, codes_EOI, moved_EOG, strict=True)
+    return [_moved(replace(weight, codes_OI=codes_OI), scale) for weight, codes_OI, scale in new]
+
+
+def _moved(weight: QuantizedWeight, scale: Tensor) -> QuantizedWeight:
+    """A weight with other scales: those that are float, of groups or of super-blocks."""
+    if weight.super_scales is None:
+        return replace(weight, scale_OG=scale)
+    return replace(weight, super_scales=replace(weight.super_scales, scale_OB=scale))
 
 
 def learn(
@@ -177,11 +204,6 @@ class _PassThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-def _zero_point(zero_point: Tensor | None, bits: int) -> Tensor | float:
-    """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant."""
-    return float(2 ** (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
 
 
 def _stored_as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

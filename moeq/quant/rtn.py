@@ -8,7 +8,7 @@ Shapes: E experts, O out features, I in features, G groups per row.
 import torch
 from torch import Tensor
 
-from moeq.quant.grid import QParams, choose_qparams, dequantize, quantize
+from moeq.quant.grid import QParams, choose_qparams, quantize, real_values
 from moeq.quant.solution import Solution, output_energy, relative_error
 from moeq.quant.spec import GridSpec
 
@@ -41,7 +41,7 @@ def round_to_nearest(
         weight_1OI = weight_OI.float().unsqueeze(0)
         codes_1OI = quantize(weight_1OI, expert, grid)
         codes_EOI[expert_idx] = codes_1OI[0]
-        delta_OI = (weight_1OI - dequantize(codes_1OI, expert.scale_EOG, expert.zero_point_EOG, grid.bits))[0]
+        delta_OI = (weight_1OI - real_values(codes_1OI, expert, grid))[0]
         if hessian_EII is None:
             error_E[expert_idx] = delta_OI.square().sum(dtype=torch.float64)
             energy_E[expert_idx] = weight_1OI.square().sum(dtype=torch.float64)
@@ -55,4 +55,5 @@ def round_to_nearest(
         relative_error_E=relative_error(error_E, energy_E),
         num_retries_E=torch.zeros(len(weight_EOI), dtype=torch.int64, device=weight_EOI.device),
         failed_E=torch.zeros(len(weight_EOI), dtype=torch.bool, device=weight_EOI.device),
+        super_scales=qparams.super_scales,
     )

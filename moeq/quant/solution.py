@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeq.quant.spec import GridSpec, QuantizedWeight
+from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
 
 _COLUMNS = 256  # columns of the Hessian per matrix product
 
@@ -29,6 +29,7 @@ class Solution:
         relative_error_E: float64; tr(dW H dW^T) / tr(W H W^T), 0 where the expert has no output.
         num_retries_E: int64; factorisations of the Hessian that failed before one succeeded.
         failed_E: bool; no factorisation succeeded and the expert was rounded to nearest.
+        super_scales: Of a two-level grid, on which scales and zero points are integers; else None.
     """
 
     codes_EOI: Tensor
@@ -37,16 +38,18 @@ class Solution:
     relative_error_E: Tensor
     num_retries_E: Tensor
     failed_E: Tensor
+    super_scales: SuperScales | None = None
 
     def expert(self, expert_idx: int, grid: GridSpec, rows: slice = slice(None)) -> QuantizedWeight:
         """One expert, or some of its rows (the gate or the up part of a stacked weight), as a quantized weight."""
-        zero_point_EOG = self.zero_point_EOG
+        zero_point_EOG, supers = self.zero_point_EOG, self.super_scales
         return QuantizedWeight(
             codes_OI=self.codes_EOI[expert_idx, rows],
             scale_OG=self.scale_EOG[expert_idx, rows],
             zero_point_OG=None if zero_point_EOG is None else zero_point_EOG[expert_idx, rows],
             bits=grid.bits,
             group_size=grid.group_size,
+            super_scales=None if supers is None else supers.each(lambda tensor: tensor[expert_idx, rows]),
         )
 
 

@@ -2,13 +2,18 @@
 
 A quantized weight is ``real = scale * (code - zero_point)`` with integer codes in ``[0, 2^bits)``, computed in float32.
 Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored.  Scales are held in the dtype in which
-they are stored, rounded before any weight is quantized, so that what is evaluated is what is exported.
+they are stored, rounded before any weight is quantized, so that what is evaluated is what is exported.  Two-level
+grids (``moeq.quant.kinds``) have integer scales and minima, and what these are multiples of beside them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
+
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind, TwoLevelKind
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -21,23 +26,54 @@ class GridSpec:
         bits: Bits per code, 2 to 8.
         group_size: Consecutive in-features that share a scale; None is one group per output channel.
         symmetric: Fixed zero point in the middle of the grid, no zero point stored.
-        clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm.
+        clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level
+            grid, search scales and minima by weighted squares.
+        kind: Uniform groups, or a two-level grid, from which bits, groups and symmetry follow (``of_kind``).
     """
 
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
     clip_search: bool = True
+    kind: Kind = "uniform"
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"grid ({self.kind}) must be one of {', '.join(get_args(Kind))}; choose uniform")
+        two_level, own = self.two_level, (self.bits, self.group_size, self.symmetric)
+        if two_level is not None and own != (two_level.bits, two_level.group_size, two_level.symmetric):
+            raise ValueError(
+                f"a grid of kind {self.kind} has {two_level.bits} bits in groups of {two_level.group_size}, not "
+                f"{self.bits} in groups of {self.group_size}; choose another kind, or uniform"
+            )
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits ({self.bits}) must be between {MIN_BITS} and {MAX_BITS}; choose 3 or 4")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size ({self.group_size}) must be positive, or null for one group per channel")
 
+    @classmethod
+    def of_kind(cls, kind: Kind, *, clip_search: bool = True) -> "GridSpec":
+        """The two-level grid of a name; raises ValueError for "uniform", which says too little."""
+        if kind not in TWO_LEVEL:
+            raise ValueError(f"grid ({kind}) must be one of {', '.join(TWO_LEVEL)}; give bits for a uniform grid")
+        known = TWO_LEVEL[kind]
+        return cls(known.bits, known.group_size, known.symmetric, clip_search, kind)
+
+    @property
+    def two_level(self) -> TwoLevelKind | None:
+        """What the kind says, None for uniform groups."""
+        return TWO_LEVEL.get(self.kind)
+
+    @property
+    def unit(self) -> int | None:
+        """Consecutive in-features that stay together: a group, or a super-block; None is the whole row."""
+        return self.group_size if self.two_level is None else SUPER_BLOCK
+
     @property
     def label(self) -> str:
         """For people."""
+        if self.two_level is not None:
+            return f"{self.kind.upper()} ({self.bits} bits, two-level groups of {self.group_size})"
         groups = "a group per channel" if self.group_size is None else f"groups of {self.group_size}"
         return f"{self.bits} bits, {groups}{', symmetric' if self.symmetric else ''}"
 
@@ -45,11 +81,41 @@ class GridSpec:
         """Groups of a row of ``in_features`` weights; raises ValueError where the group size does not divide it."""
         if self.group_size is None:
             return 1
+        if self.two_level is not None and in_features % SUPER_BLOCK:
+            raise ValueError(
+                f"grid ({self.kind}) needs in_features in multiples of {SUPER_BLOCK}, not {in_features}; give such "
+                "weights bits and a group_size of their own"
+            )
         if in_features % self.group_size:
             divisors = [d for d in (16, 32, 64, 128) if in_features % d == 0]
             remedy = f"choose one of {divisors} or null" if divisors else "choose null (one group per channel)"
             raise ValueError(f"group_size ({self.group_size}) must divide in_features ({in_features}); {remedy}")
         return in_features // self.group_size
+
+    def overhead_bits(self, in_features: int, scale_bits: int = 16) -> int:
+        """Bits of the scales and zero points of a row; ``scale_bits`` of a scale where the groups are uniform."""
+        groups = self.num_groups(in_features)
+        if self.two_level is not None:
+            return in_features // SUPER_BLOCK * self.two_level.overhead_bits
+        return groups * (scale_bits + (0 if self.symmetric else self.bits))
+
+
+def choose_grid(kind: Kind, bits: int, group_size: int | None, *, symmetric: bool, clip_search: bool) -> GridSpec:
+    """The grid of a run's options.
+
+    Raises:
+        ValueError: Bits, group size or symmetry are neither the default nor those of the two-level grid that is asked
+            for, which would not be heard.
+    """
+    if kind == "uniform":
+        return GridSpec(bits, group_size, symmetric, clip_search)
+    grid, usual = GridSpec.of_kind(kind, clip_search=clip_search), GridSpec()
+    for name, given in (("bits", bits), ("group_size", group_size), ("symmetric", symmetric)):
+        if given not in (getattr(usual, name), getattr(grid, name)):
+            raise ValueError(
+                f"{name} ({given}) follows from grid ({kind}), {grid.label}; leave it out, or grid: uniform"
+            )
+    return grid
 
 
 @dataclass(frozen=True)
@@ -76,15 +142,40 @@ class SolveSpec:
 
 
 @dataclass(frozen=True)
+class SuperScales:
+    """What the integer scales and minima of a two-level grid are multiples of, for weights [.., O, I].
+
+    Attributes:
+        kind: Name of the grid.
+        scale_OB: float16, d of each of the B = I / 256 super-blocks of a row.
+        min_OB: float16, dmin; None for a symmetric grid.
+        dtype: Of the weights that the codes stand for, to which the float32 values are rounded.
+    """
+
+    kind: Kind
+    scale_OB: Tensor
+    min_OB: Tensor | None
+    dtype: torch.dtype
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SuperScales":
+        """The same with each of its tensors changed."""
+        return replace(
+            self, scale_OB=change(self.scale_OB), min_OB=None if self.min_OB is None else change(self.min_OB)
+        )
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """Codes, scales and zero points of one weight of shape [O, I].
 
     Attributes:
         codes_OI: uint8, each in [0, 2^bits).
-        scale_OG: Storage dtype, positive; G = 1 or I / group_size.
-        zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (zero point 2^(bits - 1)).
+        scale_OG: Storage dtype, positive; G = 1 or I / group_size.  On a two-level grid int8, the integer scales.
+        zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (zero point 2^(bits - 1)).  On a two-level
+            grid int8, the integer minima.
         bits: Bits per code.
         group_size: In-features per scale, or None for one group per row.
+        super_scales: Of a two-level grid; None where the groups are uniform.
     """
 
     codes_OI: Tensor
@@ -92,6 +183,38 @@ class QuantizedWeight:
     zero_point_OG: Tensor | None
     bits: int
     group_size: int | None
+    super_scales: SuperScales | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Of its grid."""
+        return "uniform" if self.super_scales is None else self.super_scales.kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight that the codes stand for."""
+        return self.scale_OG.dtype if self.super_scales is None else self.super_scales.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored of it, by name."""
+        found: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.super_scales is not None:
+            found |= {f"super {name}": v for name, v in vars(self.super_scales).items() if isinstance(v, Tensor)}
+        return found
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "QuantizedWeight":
+        """The same with each of its tensors changed."""
+        return replace(
+            self,
+            codes_OI=change(self.codes_OI),
+            scale_OG=change(self.scale_OG),
+            zero_point_OG=None if self.zero_point_OG is None else change(self.zero_point_OG),
+            super_scales=None if self.super_scales is None else self.super_scales.each(change),
+        )
+
+    def rows(self, part: slice) -> "QuantizedWeight":
+        """Some of its rows."""
+        return self.each(lambda tensor: tensor[part])
 
 
 @dataclass(frozen=True)

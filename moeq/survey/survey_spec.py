@@ -90,11 +90,10 @@ class SurveySpec(SurveyOptions):
         Raises:
             ValueError: None does.
         """
-        sizes = {choice.group_size for choice in self.choices}
-        fitting = {size for size in sizes if size is None or site.in_features % size == 0}
+        fitting = sorted(choice for choice in self.choices if choice.fits(site.in_features))
         if not fitting:
             raise ValueError(
                 f"{site.name}: no group size of the choices ({', '.join(c.label for c in self.choices)}) divides its "
                 f"{site.in_features} in-features; add choices with smaller groups, or without groups such as '4'"
             )
-        return sorted(choice for choice in self.choices if choice.group_size in fitting)
+        return fitting

@@ -110,7 +110,7 @@ def test_choices_are_bits_in_the_groups_of_the_model_or_labels_each_once_from_sm
     assert sorted([Choice(4, 64), Choice(3, 16), Choice(4), Choice(4, 128)]) == [
         Choice(3, 16), Choice(4), Choice(4, 128), Choice(4, 64)
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="write '4' or '4g64'"):
+    with pytest.raises(ValueError, match="write '4', '4g64', 'q4_k'"):
         parse_choices(["4x64"], 64)
     assert [Choice.from_label(choice.label) for choice in (Choice(4), Choice(3, 64))] == [Choice(4), Choice(3, 64)]
 

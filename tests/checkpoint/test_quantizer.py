@@ -49,8 +49,8 @@ def test_the_description_survives_json() -> None:
 
 def test_a_description_of_a_newer_version_is_refused() -> None:
     config = describe({"a.0.b": THREE}, ["a.0.b"]).to_dict()
-    with pytest.raises(ValueError, match=r"moeq format 2 \(unknown keys: \['codebook'\]\).*reads format 1"):
-        MoEQConfig.from_dict({**config, "format_version": 2, "codebook": []})
+    with pytest.raises(ValueError, match=r"moeq format 3 \(unknown keys: \['codebook'\]\).*reads formats up to 2"):
+        MoEQConfig.from_dict({**config, "format_version": 3, "codebook": []})
 
 
 @pytest.fixture

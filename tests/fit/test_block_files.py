@@ -31,7 +31,7 @@ def test_a_saved_block_is_read_back_whole(tmp_path: Path) -> None:
     file = read_block(tmp_path, 0)
     take_records(file.without_codes(), again)
     assert list(file) == ["layers.0.a", "layers.0.b"]
-    assert file.grids == {"layers.0.a": (3, 4), "layers.0.b": (4, None)}
+    assert file.grids == {"layers.0.a": (3, 4, "uniform"), "layers.0.b": (4, None, "uniform")}
     for name, weight in file.items():
         expected = run.quantized[name]
         assert torch.equal(weight.codes_OI, expected.codes_OI)

@@ -10,8 +10,9 @@ from moeq.checkpoint.names import weight_names
 from moeq.checkpoint.packed import PackedFormat
 from moeq.formats.gguf import FORMAT
 from moeq.formats.gguf_families import FAMILIES
-from moeq.formats.gguf_metadata import common, rope
+from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import plan_file
+from moeq.formats.gguf_rope import rope
 from tests.families import FAMILIES as ALL
 from tests.formats.test_gguf_runs import OPTIONS
 from tests.tiny import tiny_config
@@ -76,6 +77,13 @@ def test_experts_of_one_projection_share_their_type_not_their_grid() -> None:
             FORMAT.check(model, wrong, "exact")
 
 
+def test_columns_in_another_order_take_no_group_apart() -> None:
+    model = empty("qwen3_5_moe_text")  # heads of values are 16 wide
+    FORMAT.check(model, grids(model, {"linear_attn.out_proj": PackedFormat(4, None, True)}), "exact")
+    with pytest.raises(ValueError, match=r"linear_attn.out_proj: .* takes groups of 32 apart; halve them"):
+        FORMAT.check(model, grids(model, {"linear_attn.out_proj": Q4}), "exact")
+
+
 def test_a_grid_without_a_type_names_its_weight() -> None:
     model = empty("mixtral")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: gguf has no type that holds 4 bits"):
@@ -90,6 +98,7 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("mixtral", {"sliding_window": 32}, "sliding_window: None, and this model has 32"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: silu"),
+        ("dots1", {"layer_types": ["full_attention", "sliding_attention"]}, "without windows"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe", {"num_key_value_heads": 2}, "heads share them"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "group_limited_greedy"),
@@ -99,6 +108,11 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_end_index": 1}, "the last block has experts"),
         ("lfm2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor: 1.0"),
         ("afmoe", {"mup_enabled": False}, "mup_enabled"),
+        ("kimi_linear", {"moe_renormalize": False}, "moe_renormalize: True"),
+        ("mimo_v2_flash", {"norm_topk_prob": False}, "norm_topk_prob: True"),
+        ("mellum", {"rope_parameters": None}, "one rotary base"),
+        ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy"),
+        ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"]}, "every so-manieth block"),
         (
             "mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "kind dynamic",

@@ -16,11 +16,24 @@ Values = dict[str, Any]
 
 _YARN: Values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+def _of_kinds(full: float, sliding: float, turned: float = 1.0) -> Values:
+    """Rotary bases of blocks without and with a window."""
+    kinds = {"full_attention": full, "sliding_attention": sliding}
+    parts = {"rope_type": "default", "partial_rotary_factor": turned}
+    return {kind: {**parts, "rope_theta": base} for kind, base in kinds.items()}
+
+
 # What differs from ``tests.families``: options that llama.cpp computes with.
 OPTIONS: dict[str, Values] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4},
+    # llama.cpp normalizes queries and keys of the delta rule with the epsilon of the norms, transformers with 1e-6.
+    "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},
+    "mimo_v2_flash": {"rope_parameters": _of_kinds(5e6, 1e4, 0.5)},
+    "mellum": {"sliding_window": 8, "layer_types": _WINDOWS[2:], "rope_parameters": _of_kinds(1e4, 1e4)},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 # Further options that change what is written or how it is computed.
@@ -41,6 +54,16 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
     ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0,
                                             "factor": 1.0}}),
     ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    ("mellum", {"tie_word_embeddings": True, "rope_parameters": _of_kinds(1e4, 1e4) | {"full_attention": _YARN}}),
+    ("mimo_v2_flash", {"num_hidden_layers": 4, "v_head_dim": 32, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
+                       "sliding_window": 8, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
+    ("cohere2_moe", {"num_shared_experts": 2, "expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
+    ("cohere2_moe", {"num_hidden_layers": 3, "sliding_window": 8, "layer_types": _WINDOWS[1:], "num_shared_experts": 1,
+                     "mlp_layer_types": ["dense", "sparse", "sparse"], "prefix_dense_intermediate_size": 96}),
+    ("nemotron_h", {"moe_latent_size": None, "n_groups": 2, "norm_topk_prob": False, "n_shared_experts": 2}),
+    ("kimi_linear", {"num_hidden_layers": 3, "tie_word_embeddings": True,
+                     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                     "mlp_layer_types": ["dense", "sparse", "sparse"]}),
     ("qwen3_5_moe_text", {"linear_num_value_heads": 8, "tie_word_embeddings": True}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moeq.formats.gguf_file import write_file
-from moeq.formats.gguf_splitting import DIGITS, GPT2, SPLITTINGS, splitting
+from moeq.formats.gguf_splitting import CASED, DIGITS, GPT2, SPLITTINGS, splitting
 from moeq.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_metadata
 from tests.formats.llama_cpp import LlamaCpp, needs_llama_cpp
 from tests.tiny import tiny_tokenizer
@@ -37,7 +37,8 @@ def byte_level(steps: tuple[str, ...], *, ignore_merges: bool = False) -> Tokeni
         if step == DIGITS:
             parts.append(pre_tokenizers.Digits(individual_digits=True))
         elif step != GPT2:
-            parts.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
+            regex = Regex(f"{step}]+" if step == CASED else step)
+            parts.append(pre_tokenizers.Split(regex, behavior="isolated"))
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in steps))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)

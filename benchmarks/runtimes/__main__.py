@@ -1,0 +1,5 @@
+"""``python -m benchmarks.runtimes``."""
+
+from benchmarks.runtimes.command import main
+
+main()

@@ -1,0 +1,121 @@
+"""What is exported: models, the grids of their weights, and what single families need so that runtimes know them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moeq.checkpoint.names import weight_names
+from moeq.models.experts import expert_modules
+from moeq.checkpoint.names import dense_weight
+from moeq.quant.carrier import CarrierMode, FormatName
+from moeq.quant.spec import GridSpec
+from transformers import PreTrainedModel
+
+REFERENCE = "reference"
+UNQUANTIZED = "unquantized"
+# Grid of a weight by canonical name and number of its block; None keeps it.
+GridOf = Callable[[str, int], GridSpec | None]
+_KEPT = ("lm_head", "gate", "router", "shared_expert_gate")  # last parts of names
+_OUTPUTS = ("o_proj", "out_proj", "dense")  # of attention: no runtime merges them with another linear
+_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One export in one format.
+
+    Attributes:
+        model: "reference", or a family's tiny random model.
+        grids: Key of ``REFERENCE_GRIDS`` or ``TINY_GRIDS``.
+        format: Its name.
+        carrier: Which types of the format may hold a grid.
+    """
+
+    model: str
+    grids: str
+    format: FormatName
+    carrier: CarrierMode = "exact"
+
+
+def _grid(bits: int, group_size: int | None, *, symmetric: bool = True) -> GridSpec:
+    """Ranges from minimum and maximum: what is judged here is how values are read, not which they are."""
+    return GridSpec(bits, group_size, symmetric, clip_search=False)
+
+
+def _uniform(bits: int, group_size: int | None, *, symmetric: bool = True) -> GridOf:
+    return lambda name, block: _grid(bits, group_size, symmetric=symmetric)
+
+
+def _by_block(low: GridSpec, high: GridSpec) -> GridOf:
+    """Experts of even blocks on one grid and of odd blocks on another, the rest on 8 bits."""
+    return lambda name, block: (low, high)[block % 2] if ".experts." in name else _grid(8, low.group_size)
+
+
+def _by_projection(low: GridSpec, high: GridSpec) -> GridOf:
+    """Down projections of experts on the finer of two grids."""
+    return lambda name, block: high if ".experts." not in name or name.endswith("down_proj") else low
+
+
+def _by_expert(low: GridSpec, high: GridSpec) -> GridOf:
+    """Every third expert on the finer of two grids."""
+
+    def grid(name: str, block: int) -> GridSpec:
+        return low if ".experts." in name and int(name.split(".experts.")[1].split(".")[0]) % 3 else high
+
+    return grid
+
+
+_LOW, _HIGH = _grid(2, 64), _grid(4, 64)
+REFERENCE_GRIDS: dict[str, GridOf] = {
+    "2": _uniform(2, 64),
+    "3": _uniform(3, 64),
+    "4": _uniform(4, 64),
+    "8": _uniform(8, 64),
+    "3, zero points": _uniform(3, 64, symmetric=False),
+    "4, zero points": _uniform(4, 64, symmetric=False),
+    "4, channels": _uniform(4, None),
+    "2 and 4 by block": _by_block(_LOW, _HIGH),
+    "2 and 4 by projection": _by_projection(_LOW, _HIGH),
+    "2 and 4 by expert": _by_expert(_LOW, _HIGH),
+}
+TINY_GRIDS: dict[str, GridOf] = {
+    "2": _uniform(2, None),
+    "4": _uniform(4, 32),
+    "8": _uniform(8, 32),
+    "2 and 4 by block": _by_block(_grid(2, 32), _grid(4, 32)),
+}
+# Options of tiny models, other than those of ``tests.families``, with which runtimes compute.
+_WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+    "dots1": {"num_key_value_heads": 4, "sliding_window": None},
+    "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
+}
+
+
+def grids_of(model: PreTrainedModel, key: str, grids: dict[str, GridOf]) -> dict[str, GridSpec]:
+    """Grids of the weights that are quantized, by canonical name.
+
+    Args:
+        model: Dense.
+        key: Of ``grids``, or "unquantized": one linear at 8 bits, since an export has to have one; it is the output of
+            an attention.
+        grids: ``REFERENCE_GRIDS`` or ``TINY_GRIDS``.
+    """
+    experts = expert_modules(model)
+    names = [
+        name
+        for name in weight_names(model)
+        if name.rpartition(".")[2] not in _KEPT and dense_weight(model, name, experts).shape[1] % _MULTIPLE == 0
+    ]
+    if key == UNQUANTIZED:
+        linears = [name for name in names if ".experts." not in name]
+        name = next((name for name in linears if name.endswith(_OUTPUTS)), linears[0])
+        return {name: _grid(8, 32)}
+    found = {name: grids[key](name, _block_of(name)) for name in names}
+    return {name: grid for name, grid in found.items() if grid is not None}
+
+
+def _block_of(name: str) -> int:
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)

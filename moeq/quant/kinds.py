@@ -1,0 +1,62 @@
+"""Kinds of grids: uniform groups, and the two-level grids of llama.cpp (K-quants).
+
+A two-level grid has *super-blocks* of 256 weights with a float16 scale d, and a float16 minimum dmin where the grid is
+not symmetric, and in them groups of 16 or 32 weights with an integer scale s and an integer minimum m:
+
+    real = (d s) code - (dmin m),        symmetric:  real = (d s) (code - 2^(bits - 1))
+
+Both products are exact in float32, and so is the first one times a code: the value is rounded once, whatever the order
+in which a runtime computes it.  Source: the block layouts in ggml-common.h of llama.cpp.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+SUPER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class TwoLevelKind:
+    """A two-level grid.
+
+    Attributes:
+        bits: Bits per code.
+        group_size: Weights that share s and m.
+        symmetric: No minima; s has a sign.
+        scale_bits: Bits of s, and of m.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_bits: int
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a super-block."""
+        return SUPER_BLOCK // self.group_size
+
+    @property
+    def lowest_scale(self) -> int:
+        """Of s."""
+        return -(2 ** (self.scale_bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest_scale(self) -> int:
+        """Of s, and of m."""
+        return self.lowest_scale + 2**self.scale_bits - 1
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of a super-block that are not codes."""
+        return (1 if self.symmetric else 2) * (16 + self.num_groups * self.scale_bits)
+
+
+TWO_LEVEL: dict[str, TwoLevelKind] = {
+    "q2_k": TwoLevelKind(2, 16, symmetric=False, scale_bits=4),
+    "q3_k": TwoLevelKind(3, 16, symmetric=True, scale_bits=6),
+    "q4_k": TwoLevelKind(4, 32, symmetric=False, scale_bits=6),
+    "q5_k": TwoLevelKind(5, 32, symmetric=False, scale_bits=6),
+    "q6_k": TwoLevelKind(6, 16, symmetric=True, scale_bits=8),
+}
