@@ -28,6 +28,7 @@ from benchmarks.lab.sets import calibration_set
 from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
+from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.studies.files_report import draw, report
 from benchmarks.studies.gguf_arms import (
     BUDGETS,
@@ -46,7 +47,6 @@ from moeq.export.finished import silent
 from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.gguf_plan import plan_file
 from moeq.formats.source import PackedExport
-from tests.formats.llama_cpp import LlamaCpp
 
 NUM_WINDOWS = 8  # per domain
 LLAMA, IMATRIX, AUTOROUND, DENSE = "llama.cpp", "llama.cpp, imatrix", "AutoRound", "unquantized"
