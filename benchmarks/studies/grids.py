@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from benchmarks.lab.sets import calibration_set
@@ -23,8 +22,6 @@ from benchmarks.lab.trial import fit
 from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
-from callbacks.learned_rounding import LearnedRounding
-from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.patterns import Pattern
 from moeq.allocation.plan import Choice, plan_cost
 from moeq.fit.solve import Unit
@@ -39,9 +36,8 @@ KEPT = Pattern("*.experts.*.down_proj", keep=True)
 # How codes and scales are chosen; "llama.cpp" is its quantizer's search, "imat" with the Hessian's diagonal.
 ARMS = (
     "llama.cpp", "llama.cpp, imat", "GPTQ on llama.cpp's scales", "GPTQ on descended scales", "GPTQ, refitted",
-    "refitted, router, learned",
 )  # fmt: skip
-UNIFORM_ARMS = ("GPTQ", "GPTQ, router, learned")
+UNIFORM_ARM = "GPTQ"
 WITHOUT_DATA, ONE_SEED = ARMS[:1], ("GPTQ on descended scales",)
 GRIDS = {"q4_k": "4g32 symmetric", "q3_k": "3g32", "q2_k": "2g32"}  # each beside a uniform one of about its size
 
@@ -57,7 +53,7 @@ class CommittedGPTQ(GPTQ):
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         dtype, grid = module.adapter.storage_dtype, unit.grid
-        if self.arm in UNIFORM_ARMS or "refitted" in self.arm:
+        if self.arm == UNIFORM_ARM or "refitted" in self.arm:
             return super().solve(module, unit, weight_EOI, hessian_EII)
         importance_EI = None if self.arm == "llama.cpp" else hessian_EII.diagonal(dim1=1, dim2=2)
         rounds = ROUNDS if "descended" in self.arm else 0
@@ -90,11 +86,11 @@ class Grids(Study[Case]):
 
     title = "What llama.cpp's own grids are worth"
     legend = (
-        "Mean KL over the domains (worst domain) in thousandths of a nat, +- over seeds; bits with scales and zero "
-        "points. In columns: rounding on the scales of llama.cpp's search, without and with importances (the Hessian's "
-        "diagonal); GPTQ on the latter; on scales that were descended on by the same importances; and these with "
-        "integers that are fitted to the codes by the whole Hessian, which is what a run does; at last with refitted "
-        "routers and learned rounding. Uniform grids come with GPTQ, and with these two."
+        "KL to the original in thousandths of a nat per token, mean over the domains and the worst, +- over seeds; "
+        "bits with scales and zero points. llama.cpp: rounding on the scales of its search (moeq's own code), with "
+        "importances (imat) by the Hessian's diagonal. GPTQ on the same scales; on scales that were descended on by "
+        "the same importances; and refitted: with integers that are fitted to the codes by the whole Hessian, which "
+        "is what a run does."
     )
     quick: ClassVar = {"seeds": [0], "grids": ["q3_k"]}
 
@@ -105,36 +101,33 @@ class Grids(Study[Case]):
         parser.add_argument("--sets", type=Path, default=Path("runs/calibration_data"), help="sampled sets")
 
     def cases(self) -> list[Case]:
-        arms = [(grid, arm) for grid in self.options.grids for arm in (ARMS if grid in GRIDS else UNIFORM_ARMS)]
+        arms = [(grid, arm) for grid in self.options.grids for arm in (ARMS if grid in GRIDS else (UNIFORM_ARM,))]
         once = self.options.seeds[0]
         cases = [Case(seed, *arm) for seed in self.options.seeds for arm in arms]
-        found = [case for case in cases if case.seed == once or case.arm not in (*WITHOUT_DATA, *ONE_SEED)]
-        return sorted(found, key=lambda case: "learned" in case.arm)  # what takes longest comes last
+        return [case for case in cases if case.seed == once or case.arm not in (*WITHOUT_DATA, *ONE_SEED)]
 
     def measure(self, case: Case) -> Row:
         self.options.sets.mkdir(parents=True, exist_ok=True)
         ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.sets)
-        steps: list[Callback] = [BitAllocation(patterns=[KEPT]), HessianCalibration(), CommittedGPTQ(case.arm)]
-        if "learned" in case.arm:
-            steps += [RouterCalibration(), LearnedRounding()]
+        steps = [BitAllocation(patterns=[KEPT]), HessianCalibration(), CommittedGPTQ(case.arm)]
         module = fit(ids_NL, steps, name=MODEL, affinity_power=1.0, damping=0.1, **case.settings)
         bits = plan_cost(module.run.plan, module.weight_shapes()).average_bits
         return {"domains": self.yardstick.row(module.model), "bits": bits}
 
     def report(self, rows: Sequence[Row]) -> str:
         lines = []
-        for grid, group in grouped(rows, lambda row: row["grid"]).items():
-            by_arm = grouped(group, lambda row: row["arm"])
-            cells = [_cell(by_arm.get(arm, [])) for arm in (*ARMS, *UNIFORM_ARMS)]
-            lines.append([grid, f"{group[0]['bits']:.2f}", *cells])
-        return markdown(["grid", "bits", *ARMS, *UNIFORM_ARMS], lines)
+        for (grid, arm), group in sorted(grouped(rows, lambda row: (row["grid"], row["arm"])).items(), key=_place):
+            mean = cell([1e3 * mean_kl(row) for row in group], ".2f")
+            lines.append([grid, f"{group[0]['bits']:.4g}", arm, len(group), mean,
+                          cell([1e3 * worst_kl(row) for row in group], ".2f")])  # fmt: skip
+        return markdown(["grid", "bits", "scales and codes", "seeds", "mean KL", "worst domain"], lines)
 
 
-def _cell(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    mean = cell([1e3 * mean_kl(row) for row in rows], ".1f")
-    return f"{mean} ({cell([1e3 * worst_kl(row) for row in rows], '.1f').split(' ')[0]})"
+def _place(item: tuple[tuple[str, str], list[Row]]) -> tuple[int, int]:
+    """From many bits to few; uniform grids behind the one of about their size."""
+    grid, arm = item[0]
+    two_level = next(kind for kind, beside in GRIDS.items() if grid in (kind, beside))
+    return [*GRIDS].index(two_level), (ARMS.index(arm) if grid in GRIDS else len(ARMS))
 
 
 if __name__ == "__main__":

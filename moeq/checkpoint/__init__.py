@@ -1,1 +1,1 @@
-"""Checkpoints: opening a model, names of its weights, and the packed format with its modules."""
+"""Opening a model, names of its weights, and the packed format with its modules."""

@@ -1,1 +1,1 @@
-"""One run of validate: tasks and their finished documents, the model, the original it is compared with."""
+"""One run of validate: tasks, finished documents, the model and its original."""

@@ -101,6 +101,7 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
         if (found.kind, found.shape) != (planned.stored.kind, planned.stored.shape):
             raise ExportMismatchError(f"{path} has {planned.name} as {found.kind} {found.shape}; export again")
         error = max(error, _compare(path, export, planned, found))
+        found.forget()
         quantized = [name for name in planned.weights if name in export.grids]
         types.update([found.kind] * len(planned.weights))
         if quantized:

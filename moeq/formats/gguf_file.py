@@ -4,6 +4,7 @@ The package (0.19) does not know the type Q2_0 yet: its number and bytes are wri
 takes such a tensor as bytes and turns them into values itself.  Source: docs/gguf.md of ggml.
 """
 
+import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -98,6 +99,12 @@ class StoredTensor:
             return dequantize_q2_0(torch.from_numpy(np.array(rows)))
         number = gguf.GGMLQuantizationType(FILE_TYPES[self.kind].number)
         return torch.from_numpy(np.array(gguf.dequantize(rows, number), dtype=np.float32))
+
+    def forget(self) -> None:
+        """Let go of the pages of the file that were read, which else stay in memory as long as it is mapped."""
+        mapped = getattr(self.rows, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

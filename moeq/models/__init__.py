@@ -1,1 +1,1 @@
-"""Where things are in a model (blocks, linears, routers, experts), and running and observing one block."""
+"""Where things are in a model, and running and observing one block."""

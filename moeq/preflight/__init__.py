@@ -1,1 +1,1 @@
-"""What a run is going to take, before it starts, and what it took: memory, disk and time by phase."""
+"""What a run is going to take, and what it took: memory, disk and time by phase."""

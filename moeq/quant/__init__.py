@@ -1,1 +1,1 @@
-"""The mathematics of weight quantization: grids, Hessians, solvers; plain torch functions."""
+"""The mathematics: grids, Hessians, solvers; plain torch functions."""

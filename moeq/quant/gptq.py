@@ -142,6 +142,7 @@ def _solve_together(
         if chosen and grid.two_level is not None and grid.clip_search:
             qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
+        assert grid.group_size is not None
         grid.num_groups(weight_EOI.shape[2])  # raises where the groups do not fit
         assert grid.group_size is not None  # else it is static
         columns = Columns(torch.empty_like(weight_IO), torch.empty_like(weight_IO), grid, grid.group_size, scale_dtype)

@@ -26,7 +26,7 @@ from moeq.quant.two_level import divisor
 
 WIDTHS = 24  # ranges that are tried in a group
 ROUNDS = 3
-CHUNK = 1 << 16  # weights that are searched at once: what stays in a core's cache
+CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 24  # weights that are searched at once, as for uniform groups
 SMALLEST = 2.0**-24  # positive float16
 
 
@@ -68,7 +68,7 @@ def choose_two_level(
     kind = grid.two_level
     assert kind is not None
     num_experts, out_features, in_features = weight_EOI.shape
-    rows = max(1, CHUNK // in_features) if weight_EOI.device.type == "cpu" else out_features
+    rows = max(1, (CPU_CHUNK if weight_EOI.device.type == "cpu" else GPU_CHUNK) // in_features)
     found = []
     for expert in range(num_experts):
         importance_I = torch.ones(in_features, device=weight_EOI.device)
