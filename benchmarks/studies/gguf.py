@@ -69,12 +69,12 @@ class Gguf(Study[Case]):
     title = "GGUF files of equal size, in llama.cpp"
     legend = (
         "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
-        "seeds (calibration sets); bits of a quantized weight with scales; bytes of the file, embedding and head (BF16) "
+        "seeds (calibration sets); bits of a quantized weight with scales; bytes of the file, BF16 embedding and head "
         "included. moeq's files with a number of bits have the types that the allocator chose among Q2_0, Q2_K, Q3_K, "
         "Q4_K, Q4_0, Q5_0 and Q8_0 (one survey, on the first set); those with the name of a K-quant have it in every "
         "weight but the experts' down projections, whose rows of 128 take Q4_0 or Q5_0, as in llama.cpp's files. All "
-        "by AGQ with refitted routers. AutoRound with 0 steps is its search without tuning. No Mixtral: its checkpoint is "
-        "trained on demand and was not there."
+        "by AGQ with refitted routers. AutoRound with 0 steps is its search without tuning. No Mixtral: its checkpoint "
+        "is trained on demand and was not there."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "types": ["Q4_0"], "grids": []}
 
