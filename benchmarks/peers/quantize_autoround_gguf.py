@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import torch
 from auto_round import AutoRound
+from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +41,9 @@ def main() -> None:
     for name in NEWER:
         if not hasattr(gguf.MODEL_ARCH, name):
             setattr(gguf.MODEL_ARCH, name, name)
+    # Nor does it know the bundled tokenizer; that of the dense file is the one that counts.
+    get_conversion(model_path=options.model)
+    sys.modules["conversion.base"].TextModel.get_vocab_base_pre = lambda *_: "smollm"
     ids_NL = load_file(options.ids)["ids"]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     rounding = AutoRound(

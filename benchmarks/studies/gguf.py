@@ -28,6 +28,7 @@ from benchmarks.lab.sets import calibration_set
 from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
+from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.studies.files_report import draw, report
 from benchmarks.studies.gguf_arms import (
     BUDGETS,
@@ -46,12 +47,11 @@ from moeq.export.finished import silent
 from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.gguf_plan import plan_file
 from moeq.formats.source import PackedExport
-from tests.formats.llama_cpp import LlamaCpp
 
 NUM_WINDOWS = 8  # per domain
 LLAMA, IMATRIX, AUTOROUND, DENSE = "llama.cpp", "llama.cpp, imatrix", "AutoRound", "unquantized"
 NEED_IMATRIX = ("IQ2_XS", "IQ3_XXS")  # llama.cpp refuses the first without; the second is not meant to be
-AUTOROUND_TYPES = ("q4_0", "q4_k_s", "q2_k_s")
+AUTOROUND_TYPES = ("q4_0", "q4_k_s", "q2_k_s")  # of its formats
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,13 @@ class Gguf(Study[Case]):
 
     title = "GGUF files of equal size, in llama.cpp"
     legend = (
-        "KL to the unquantized model in nats per token, mean over four domains, +- over seeds (calibration sets); bits "
-        "of a quantized weight with scales; bytes of the file, embedding and head (BF16) included. No Mixtral: its "
-        "checkpoint is trained on demand and was not there."
+        "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
+        "seeds (calibration sets); bits of a quantized weight with scales; bytes of the file, BF16 embedding and head "
+        "included. moeq's files with a number of bits have the types that the allocator chose among Q2_0, Q2_K, Q3_K, "
+        "Q4_K, Q4_0, Q5_0 and Q8_0 (one survey, on the first set); those with the name of a K-quant have it in every "
+        "weight but the experts' down projections, whose rows of 128 take Q4_0 or Q5_0, as in llama.cpp's files. All "
+        "by AGQ with refitted routers. AutoRound with 0 steps is its search without tuning. No Mixtral: its checkpoint "
+        "is trained on demand and was not there."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "types": ["Q4_0"], "grids": []}
 
@@ -81,6 +85,7 @@ class Gguf(Study[Case]):
         parser.add_argument("--grids", nargs="*", default=list(GRIDS), help="K-quants that moeq solves")
         parser.add_argument("--learned", nargs="*", default=list(LEARNED), help="kinds with learned rounding, too")
         parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="interpreter that has auto-round")
+        parser.add_argument("--steps", type=int, nargs="+", default=[0, 200], help="of AutoRound's tuning per block")
 
     def cases(self) -> list[Case]:
         """The unquantized file, then seed by seed; what uses no data comes once."""
@@ -91,8 +96,9 @@ class Gguf(Study[Case]):
             cases += [Case(seed, IMATRIX, kind) for kind in theirs]
             if seed == o.seeds[0]:
                 cases += [Case(seed, LLAMA, kind) for kind in theirs if kind not in NEED_IMATRIX]
-                cases += [Case(seed, AUTOROUND, kind) for kind in AUTOROUND_TYPES if o.autoround]
-            own = [*(f"{budget:g}" for budget in o.budgets), *(kind for kind in UNIFORM if kind in o.types), *o.grids]
+                tuned = [f"{kind}, {steps} steps" for steps in o.steps for kind in AUTOROUND_TYPES]
+                cases += [Case(seed, AUTOROUND, kind) for kind in tuned if o.autoround]
+            own = [*o.grids, *(f"{budget:g}" for budget in o.budgets), *(kind for kind in UNIFORM if kind in o.types)]
             cases += [Case(seed, OWN, kind) for kind in own]
             cases += [Case(seed, OWN_LEARNED, kind) for kind in o.learned]
         return cases

@@ -30,8 +30,12 @@ CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "4g32", "5g32"
 # The sizes of llama.cpp's files of this model: Q2_K, Q3_K_S, Q3_K_M, Q4_0, Q4_K_S, Q4_K_M; and less.
 BUDGETS = (2.5, 3.19, 3.72, 4.08, 4.5, 4.78, 5.21)
 LEARNED = ("3.19", "4.5")
-# Types that moeq solves on their own grids, and what the experts' down projections get, whose rows hold no 256.
-GRIDS = {"Q2_K": ("q2_k", 4), "Q3_K": ("q3_k", 4), "Q4_K": ("q4_k", 5)}
+# Types that moeq solves on their own grids, and bits of the experts' down projections, whose rows hold no 256: as
+# llama.cpp has them (Q4_0 beside Q2_K and Q3_K, Q5_0 beside Q4_K), or others.
+GRIDS = {
+    "Q2_K": ("q2_k", 4), "Q3_K": ("q3_k", 4), "Q3_K, down Q5_0": ("q3_k", 5), "Q4_K, down Q4_0": ("q4_k", 4),
+    "Q4_K": ("q4_k", 5),
+}  # fmt: skip
 SCRIPT = Path(__file__).resolve().parents[1] / "peers" / "quantize_autoround_gguf.py"
 
 
@@ -77,13 +81,21 @@ def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
 def run_autoround(python: Path, kind: str, ids_NL: Tensor, dense: Path, folder: Path) -> Path:
     """The file that AutoRound writes, embedding and head as in the dense one.
 
+    Args:
+        python: Of its environment.
+        kind: Such as "q4_0, 200 steps".
+        ids_NL: Calibration ids.
+        dense: File of the unquantized model.
+        folder: For what it reads and writes.
+
     Raises:
         RuntimeError: It failed; the end of what it printed is in the message.
     """
     ids, output = folder / "ids.safetensors", folder / "autoround.gguf"
     save_file({"ids": ids_NL.contiguous()}, ids)
     files = ["--model", MODEL, "--ids", str(ids), "--dense", str(dense), "--output", str(output)]
-    command = [str(python.absolute()), str(SCRIPT), "--type", kind, *files]
+    name, steps = kind.removesuffix(" steps").split(", ")
+    command = [str(python.absolute()), str(SCRIPT), "--type", name, "--iters", steps, *files]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
