@@ -133,3 +133,5 @@ def test_asymmetric_grids_are_noted_where_symmetric_ones_are_a_width_cheaper(
     assert not found or found.endswith("; --model.symmetric true is smaller")
     even = [(w, replace(GridSpec(b, 64), symmetric=True)) for w in WEIGHTS for b in bits]
     assert not symmetry_note(even, find_runtime(runtime), mode)
+    two_level = [(w, GridSpec.of_kind(kind)) for w in WEIGHTS for kind in ("q2_k", "q4_k")]
+    assert not symmetry_note(two_level, find_runtime(runtime), mode)
