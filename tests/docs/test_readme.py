@@ -95,3 +95,15 @@ def _as_reported(kl: tuple[float, ...]) -> tuple[int, float]:
 def test_the_picture_can_be_drawn_and_is_there() -> None:
     assert len(figure().axes) == len(BITS)
     assert 0 < PICTURE.stat().st_size < 100_000
+
+
+def test_the_comparison_with_llama_cpp_is_that_of_the_study() -> None:
+    shown = re.findall(r"^\| ([\d.]+) \| (Q\w+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    table = (ROOT / "benchmarks/results/gguf.md").read_text(encoding="utf8").partition("## At equal size")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    found = {row[0]: row for row in rows}
+    assert len(shown) == 4
+    for bits, name, theirs, ours in shown:
+        row = found[name]
+        assert [bits, theirs, ours] == [row[1], row[2].split()[0], row[7].split()[0]]
+        assert all("+-" in row[cell] for cell in (2, 7)), "one seed is not a comparison"
