@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.disk.folder import MANIFEST, write_manifest
 from moeq.export.compare import ExportMismatchError
 from moeq.export.finished import Progress
