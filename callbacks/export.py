@@ -23,7 +23,7 @@ from moeq.quant.carrier import FORMATS, CarrierMode
 from moeq.quant.spec import Fallback
 
 if TYPE_CHECKING:
-    from moeq.checkpoint.packed import PackedFormat
+    from moeq.checkpoint.packed_weight import PackedFormat
     from moeq.export.finished import FinishedModel
     from moeq.export.made import Made
     from moeq.formats.exports import Written
@@ -196,7 +196,7 @@ def _probe(module: MoEQuantModule) -> torch.Tensor:
 
 
 def _grids(module: MoEQuantModule) -> "dict[str, PackedFormat]":
-    from moeq.checkpoint.packed import PackedFormat
+    from moeq.checkpoint.packed_weight import PackedFormat
 
     return {name: PackedFormat.of(grid) for name, grid in module.run.plan.items()}
 

@@ -13,7 +13,7 @@ from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.rtn import RTN
 from moeq.checkpoint.loading import load_config, load_model
-from moeq.checkpoint.packed import dequantize_codes
+from moeq.checkpoint.packed_weight import dequantize_codes
 from moeq.export.moeq_format import read_quantized
 from tests.quantized import edit_config
 from tests.test_placements import fit

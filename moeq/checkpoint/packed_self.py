@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import weight_names
-from moeq.checkpoint.packed import PackedFormat, packed_tensors
+from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.checkpoint.release import release_memory
 from moeq.models.adapter import Adapter

@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeq.checkpoint.names import packed_conversions, weight_names
-from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedFormat, PackedLinear
+from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedLinear
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 

@@ -20,7 +20,8 @@ from moeq.checkpoint.names import (
     split_expert_name,
     weight_names,
 )
-from moeq.checkpoint.packed import PackedExperts, PackedFormat, PackedLinear, packed_tensors
+from moeq.checkpoint.packed import PackedExperts, PackedLinear
+from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.disk.tensor_file import Declared
 from moeq.export.finished import FinishedModel

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.names import dense_weight
-from moeq.checkpoint.packed import PackedLinear, dequantize_codes
+from moeq.checkpoint.packed import PackedLinear
+from moeq.checkpoint.packed_weight import dequantize_codes
 from moeq.export.finished import FinishedModel
 from moeq.export.reopen import Reopened
 from moeq.models.adapter import find_blocks

@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moeq.checkpoint.model_class import model_class, runs_code
 from moeq.checkpoint.names import check_expressible, module_keys, packed_conversions
-from moeq.checkpoint.packed import PackedFormat, PackedLinear
+from moeq.checkpoint.packed import PackedLinear
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.quantizer import METHOD, MoEQConfig
 from moeq.disk.folder import atomic_folder, check_integrity, check_target, weight_files, write_manifest
 from moeq.export.assemble import packed_block, packed_counterpart, packed_declared, packed_format, packed_skeleton

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from moeq.checkpoint.names import dense_weight, split_expert_name, weight_names
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.models.experts import expert_modules, parameter_name
 from moeq.quant.carrier import Carrier, CarrierMode, FormatName, choose_carrier
 

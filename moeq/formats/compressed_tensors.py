@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.names import weight_names
-from moeq.checkpoint.packed import PackedFormat, packed_tensors
+from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
 from moeq.checkpoint.sources import raw_tensors
 from moeq.disk.tensor_file import Declared
 from moeq.export.compare import raise_for

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.disk.folder import atomic_folder, check_target
 from moeq.export.finished import Progress, silent
 from moeq.formats.format import Format, FormatReport

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.disk.folder import atomic_folder
 from moeq.export.dense import fill_dense
 from moeq.export.finished import FinishedModel, Progress

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.export.finished import Progress
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode, FormatName

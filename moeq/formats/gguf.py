@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.disk.folder import MANIFEST, write_manifest
 from moeq.export.compare import ExportMismatchError
 from moeq.export.finished import Progress
@@ -70,7 +70,8 @@ def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
         pass
     types = dict(Counter(planned.stored.kind for planned in plan for _ in planned.weights).most_common())
     write_card(export, folder, Card("gguf", "gguf", _OPENING, types, _LIMITS, _LEFT_OUT))
-    made_of = json.loads((export.folder / MANIFEST).read_text(encoding="utf8"))
+    manifest = export.folder / MANIFEST  # a folder that transformers saved has none
+    made_of = json.loads(manifest.read_text(encoding="utf8")) if manifest.is_file() else {}
     write_manifest(folder, {**{key: value for key, value in made_of.items() if key != "files"}, "kind": "gguf"})
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_kquants import k_blocks
 from moeq.quant.carrier import CarrierMode, choose_carrier, recentre, regroup
 from moeq.quant.spec import QuantizedWeight

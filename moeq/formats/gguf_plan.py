@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
 from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.names import dense_weight, split_expert_name
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.sources import raw_tensors
 from moeq.disk.tensor_file import Declared
 from moeq.export.finished import Progress

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.disk.tensor_file import Declared
 from moeq.export.config_file import announce_no_draft
 from moeq.export.finished import Progress

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.packed import dequantize_codes
+from moeq.checkpoint.packed_weight import dequantize_codes
 from moeq.checkpoint.sources import raw_tensors
 from moeq.disk.folder import weight_files
 from moeq.export.compare import raise_for

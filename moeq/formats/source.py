@@ -17,7 +17,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from moeq.checkpoint.affine import Readable
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, expert_leaves, split_expert_name, weight_names
-from moeq.checkpoint.packed import PARTS, PackedFormat, PackedLinear, dequantize_codes, unpacked_weight
+from moeq.checkpoint.packed import PackedLinear
+from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes, unpacked_weight
 from moeq.checkpoint.quantizer import METHOD
 from moeq.disk.folder import check_integrity
 from moeq.export.contents import Contents, read_contents

@@ -5,15 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint import packed as packed_module
-from moeq.checkpoint.packed import (
-    PackedExpert,
-    PackedExperts,
-    PackedFormat,
-    PackedLinear,
-    dequantize_codes,
-    keep_dequantized,
-    packed_tensors,
-)
+from moeq.checkpoint import packed_weight
+from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedLinear, keep_dequantized
+from moeq.checkpoint.packed_weight import PackedFormat, dequantize_codes, packed_tensors
 from moeq.models.experts import expert_weight, is_experts_module, projections, stacked_weight
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import GRIDS, real_weight, round_weight
@@ -42,7 +36,7 @@ def test_dequantized_weights_equal_a_loop_over_groups(grid: tuple[int, int | Non
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rows_are_dequantized_alike_in_parts_and_whole(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = round_weight(torch.randn(50, 64).bfloat16(), 4, 32, symmetric)
-    monkeypatch.setattr(packed_module, "CHUNK", 64 * 7 // torch.get_num_threads())
+    monkeypatch.setattr(packed_weight, "CHUNK", 64 * 7 // torch.get_num_threads())
     assert torch.equal(dequantize_codes(weight), real_weight(weight))
 
 
@@ -175,9 +169,9 @@ def test_kept_weights_are_dequantized_once_and_give_the_same_outputs(
         return [experts(hidden, ids, weights), linear(torch.ones(2, 64))]
 
     calls: list[QuantizedWeight] = []
-    make = packed_module.dequantize_weight
+    make = packed_weight.dequantize_weight
     monkeypatch.setattr(
-        packed_module, "dequantize_weight", lambda weight, dtype: (calls.append(weight), make(weight, dtype))[1]
+        packed_weight, "dequantize_weight", lambda weight, dtype: (calls.append(weight), make(weight, dtype))[1]
     )
     expected = outputs()
     per_pass = len(calls)

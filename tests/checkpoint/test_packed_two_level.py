@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from moeq.checkpoint.packed import PARTS, PackedFormat, PackedLinear, dequantize_codes, packed_tensors
+from moeq.checkpoint.packed import PackedLinear
+from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig
 from moeq.fit.block_files import read_block, save_block
 from moeq.fit.memory import packed_bytes
@@ -94,5 +95,5 @@ def test_a_block_file_gives_back_what_was_saved(kind: Kind, tmp_path: Path) -> N
 
 def test_parts_of_rows_are_dequantized_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weight_with_every_number("q5_k", rows=50, dtype=BF16)
-    monkeypatch.setattr("moeq.checkpoint.packed.CHUNK", 768 * 7 // torch.get_num_threads())
+    monkeypatch.setattr("moeq.checkpoint.packed_weight.CHUNK", 768 * 7 // torch.get_num_threads())
     assert torch.equal(dequantize_codes(weight), reference_values(weight))

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from moeq.checkpoint import quantizer
-from moeq.checkpoint.packed import PackedExperts, PackedFormat, PackedLinear
+from moeq.checkpoint.packed import PackedExperts, PackedLinear
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.quantizer import MoEQConfig, MoEQuantizer
 from moeq.export.moeq_format import write_checkpoint
 from moeq.export.reopen import reopen

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.names import dense_conversions, dense_weight, expert_leaves, packed_conversions, weight_names
-from moeq.checkpoint.packed import PackedExperts, packed_tensors
+from moeq.checkpoint.packed import PackedExperts
+from moeq.checkpoint.packed_weight import packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig
 from moeq.export.assemble import packed_format, packed_skeleton
 from moeq.models.adapter import Adapter

@@ -146,7 +146,7 @@ def test_what_does_not_change_a_weight_does_not_stop_a_run_from_continuing(
 
 @pytest.mark.parametrize(
     ("option", "changed"),
-    [("--model.bits=4", "configuration"), ("--data.seed=1", "data"), ("--model.name", "model")],
+    [("--model.bits=4", "configuration"), ("--data.seed=1", "calibration set"), ("--model.name", "model")],
 )
 def test_blocks_of_another_run_are_refused(
     option: str, changed: str, model: Path, unexported: Path, tmp_path: Path

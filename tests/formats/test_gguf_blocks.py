@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_blocks import FILE_TYPES, quantized_type, rounding_bound, to_bytes
 from moeq.formats.gguf_file import dequantize_q2_0
 from moeq.quant.spec import QuantizedWeight

@@ -8,7 +8,7 @@ import torch
 
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import weight_names
-from moeq.checkpoint.packed import PackedFormat
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf import FORMAT
 from moeq.formats.gguf_families import FAMILIES
 from moeq.formats.gguf_metadata import common
