@@ -49,7 +49,7 @@ WIDTHS = {"2 bits": 2, "3 bits": 3, "4 bits": 4}
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 GROUP_SIZE = 64
 DAMPING = 0.1
-# Bits of a weight in the folders of mlx-lm; mixed_3_4 and mixed_4_6, at 3.66 and 4.82, meet the smaller ones of 3.5, 4.5.
+# Bits of a weight in the folders of mlx-lm; mixed_3_4 and mixed_4_6, of 3.66 and 4.82, meet those of 3.5 and 4.5.
 BUDGETS = (2.5, 3.13, 3.5, 3.97, 4.5)
 CHOICES: tuple[int | str, ...] = ("2g128", "2g64", "3g128", "3g64", "4g128", "4g64", "5g64", "6g64", "8g64")
 KEPT = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")  # last parts of the names of what stays BF16
@@ -113,14 +113,16 @@ class Mlx(Study[Case]):
         with TemporaryDirectory() as temporary:
             folder = self._make(case, Path(temporary))
             domains, num_bytes = judge.measure(logits_of(folder)), tensor_bytes(folder)
-        num_weights = sum(tensor.numel() for name, tensor in self._quantizable().items())
-        return {"bytes": num_bytes, "bits": file_bits(num_bytes, tensor_bytes(self.dense), num_weights),
+        return {"bytes": num_bytes, "bits": file_bits(num_bytes, tensor_bytes(self.dense), self.num_weights),
                 "domains": domains}  # fmt: skip
 
-    def _quantizable(self) -> dict[str, Tensor]:
-        """What every folder has quantized."""
+    @property
+    def num_weights(self) -> int:
+        """How many are quantized in every folder."""
         tensors = load_file(Path(MODEL) / "model.safetensors")
-        return {name: t for name, t in tensors.items() if t.dim() == 2 and is_quantized(name.removesuffix(".weight"))}
+        return sum(
+            t.numel() for name, t in tensors.items() if t.dim() == 2 and is_quantized(name.removesuffix(".weight"))
+        )
 
     def _make(self, case: Case, folder: Path) -> Path:
         if case.quantizer == MLX_LM:
