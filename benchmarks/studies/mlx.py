@@ -1,0 +1,211 @@
+"""moeq's MLX folders beside mlx-lm's own quantization, at equal size, judged by mlx-lm itself.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.mlx --json benchmarks/results/mlx.json
+
+The bundled model.  mlx-lm rounds to nearest, with one width or by its recipes of two; moeq divides the bits by
+predicted damage at the sizes of those folders, and calibrates on what the model wrote itself (EBSS, corpus mode, 64
+sequences of 256 tokens, another set for each seed).  Embedding, head, routers and norms are BF16 in every folder.
+mlx-lm computes the logits of each on the CPU in float32, and those of the unquantized model they are compared with.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks.lab.files import fit_file
+from benchmarks.lab.judge import Judge, file_bits
+from benchmarks.lab.sets import calibration_set
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row
+from benchmarks.lab.yardstick import Texts, Yardstick
+from benchmarks.studies.files_report import draw, report
+from callbacks.bit_allocation import BitAllocation
+from callbacks.gptq import GPTQ
+from callbacks.hessian_calibration import HessianCalibration
+from callbacks.router_calibration import RouterCalibration
+from moeq.allocation.plan import parse_choices
+from moeq.disk.atomic import write_json, write_tensors
+from moeq.disk.folder import weight_files
+from moeq.disk.tensor_file import stored_tensors
+from moeq.formats.mlx_families import completed, find_family
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.survey.survey_spec import SurveySpec
+from moeq.survey.surveyor import survey_model
+
+NUM_WINDOWS = 8  # per domain
+OWN, MLX_LM = "moeq", "mlx-lm"
+WIDTHS = {"2 bits": 2, "3 bits": 3, "4 bits": 4}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+GROUP_SIZE = 64
+DAMPING = 0.1
+# Bits of a weight in the folders of mlx-lm, in the order of WIDTHS and RECIPES.
+BUDGETS = (2.5, 3.5, 4.5, 3.13, 3.65, 3.97, 4.81)
+CHOICES: tuple[int | str, ...] = ("2g128", "2g64", "3g128", "3g64", "4g128", "4g64", "5g64", "6g64", "8g64")
+KEPT = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")  # last parts of the names of what stays BF16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder; a seed is one calibration set, which mlx-lm does not use."""
+
+    seed: int
+    quantizer: str
+    kind: str
+
+
+class Mlx(Study[Case]):
+    """Every folder of both quantizers."""
+
+    title = "MLX folders of equal size, in mlx-lm"
+    legend = (
+        "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
+        "seeds (calibration sets); bits of a quantized weight with scales and offsets; bytes of all tensors of the "
+        "folder, BF16 embedding, head and routers included. mlx-lm rounds to nearest in groups of 64, by itself and by "
+        "its recipes (quant_predicate), which are kept from embedding, head and routers: it would round those, too. "
+        "moeq's folders have the widths and groups that the allocator chose among 2 to 6 and 8 bits in groups of 64 "
+        "and 2 to 4 in groups of 128 (one survey, on the first set), symmetric, by AGQ with refitted routers, every "
+        "value exact. Not compared: mlx-lm's learned quantizations (DWQ, AWQ, GPTQ). No Mixtral: its checkpoint is "
+        "trained on demand and was not there."
+    )
+    quick: ClassVar = {"seeds": [0], "budgets": [3.5], "kinds": ["3 bits"]}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of moeq's folders")
+        parser.add_argument("--kinds", nargs="*", default=[*WIDTHS, *RECIPES], help="of mlx-lm's folders")
+
+    def cases(self) -> list[Case]:
+        """mlx-lm's once, since they use no data; then size by size."""
+        o = self.options
+        theirs = [Case(o.seeds[0], MLX_LM, kind) for kind in o.kinds]
+        return theirs + [Case(seed, OWN, f"{budget:g}") for budget in o.budgets for seed in o.seeds]
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        return Yardstick(MODEL, Texts(num_windows=NUM_WINDOWS))
+
+    @cached_property
+    def dense(self) -> Path:
+        """Folder of the unquantized model as mlx-lm reads it."""
+        folder = self.options.folder / "dense"
+        write_dense(self.yardstick.model, Path(MODEL), folder)
+        return Path(folder)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """mlx-lm's logits of the unquantized model."""
+        windows = {domain: self.yardstick.windows(domain) for domain in self.yardstick.streams}
+        return Judge.by(logits_of(self.dense), windows)
+
+    def measure(self, case: Case) -> Row:
+        judge = self.judge
+        with TemporaryDirectory() as temporary:
+            folder = self._make(case, Path(temporary))
+            domains, num_bytes = judge.measure(logits_of(folder)), tensor_bytes(folder)
+        num_weights = sum(tensor.numel() for name, tensor in self._quantizable().items())
+        return {"bytes": num_bytes, "bits": file_bits(num_bytes, tensor_bytes(self.dense), num_weights),
+                "domains": domains}  # fmt: skip
+
+    def _quantizable(self) -> dict[str, Tensor]:
+        """What every folder has quantized."""
+        tensors = load_file(Path(MODEL) / "model.safetensors")
+        return {name: t for name, t in tensors.items() if t.dim() == 2 and is_quantized(name.removesuffix(".weight"))}
+
+    def _make(self, case: Case, folder: Path) -> Path:
+        if case.quantizer == MLX_LM:
+            write_mlx_lm(self.dense, folder, case.kind)
+            return folder
+        ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.folder)
+        survey = self.options.folder / "survey.json"
+        make_survey(survey, self.yardstick.model, calibration_set(self.yardstick, "corpus", 64, 0, survey.parent))
+        settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "symmetric": True}
+        return fit_file(ids_NL, steps_of(case.kind, survey), "mlx", folder, group_size=GROUP_SIZE, **settings)
+
+    def report(self, rows: Sequence[Row]) -> str:
+        return report(rows, (OWN,), MLX_LM)
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        draw(rows, path)
+
+
+def steps_of(budget: str, survey: Path) -> list[Callback]:
+    """Steps of moeq for a number of bits of a weight in the folder."""
+    plan = BitAllocation(
+        survey=str(survey), method="allocate", cost="fisher", budget=float(budget), budget_unit="average_bits",
+        choices=CHOICES, runtime="mlx",
+    )  # fmt: skip
+    return [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
+
+
+def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
+    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
+    if not path.is_file():
+        spec = SurveySpec(
+            costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
+            grid=GridSpec(4, GROUP_SIZE, symmetric=True),
+        )  # fmt: skip
+        write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
+
+
+def is_quantized(path: str) -> bool:
+    """Whether a linear or an embedding, by its path in the model, is quantized in every folder."""
+    return path.rpartition(".")[2] not in KEPT
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of all tensors of a folder; headers and the other files are left out."""
+    stored = [tensor for path in weight_files(folder) for tensor in stored_tensors(path).values()]
+    return sum(tensor.num_bytes for tensor in stored)
+
+
+def write_dense(model: Any, source: Path, folder: Path) -> None:
+    """The unquantized model for mlx-lm, whose class of this family has a head of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_tensors(folder / "model.safetensors", tensors)
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    write_json(
+        folder / "config.json", completed(config, model.config, find_family(model)) | {"tie_word_embeddings": False}
+    )
+
+
+def write_mlx_lm(source: Path, folder: Path, kind: str) -> None:
+    """A folder as ``mlx_lm.convert`` quantizes it, with one width of ``WIDTHS`` or one of its recipes."""
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(source)
+    recipe = mixed_quant_predicate_builder(kind, model, GROUP_SIZE) if kind in RECIPES else lambda path, module: True
+    model, config = quantize_model(
+        model, config, GROUP_SIZE, WIDTHS.get(kind, 4),
+        quant_predicate=lambda path, module: is_quantized(path) and recipe(path, module),
+    )  # fmt: skip
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+
+
+def logits_of(folder: Path) -> Callable[[Tensor], Tensor]:
+    """mlx-lm's logits of a window, [L] to [L, V], on the CPU; scales and what is not quantized in float32."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    return lambda ids_L: torch.from_numpy(np.array(model(mx.array(ids_L[None].numpy()))[0]))
+
+
+if __name__ == "__main__":
+    Mlx.main()
