@@ -81,7 +81,9 @@ def test_a_rank_that_ends_otherwise_ends_all_with_its_error(rank: int, how: str,
     done = fit([failing], model, tmp_path / "run", 3)
     assert done.returncode != 0
     expected = {"mistake": f"ValueError: rank {rank} cannot go on; help it", "killed": f"moeq: rank {rank} was killed"}
-    assert done.stderr.count(expected[how]) == 1, done.stderr
+    # The launcher of forked ranks names who was killed, too, and ends the others, maybe before they have read of it.
+    named = how == "killed" and f"process {rank} terminated with signal SIGKILL" in done.stderr
+    assert done.stderr.count(expected[how]) == 1 or (named and expected[how] not in done.stderr), done.stderr
     assert "gloo/transport" not in done.stderr
 
 
