@@ -68,6 +68,13 @@ def deepseek(config: Any) -> Metadata:
         "attention.value_length": config.kv_lora_rank,
         "attention.key_length_mla": config.qk_nope_head_dim + turned,
         "attention.value_length_mla": config.v_head_dim,
+        **_deepseek_experts(config),
+    }
+
+
+def _deepseek_experts(config: Any) -> Metadata:
+    """Routed and shared experts by the names of DeepSeek's configurations."""
+    return {
         "leading_dense_block_count": num_dense(config),
         "expert_count": config.n_routed_experts,
         "expert_feed_forward_length": config.moe_intermediate_size,
@@ -105,12 +112,7 @@ def sigmoid_routing(config: Any) -> Metadata:
     """Scores that are sigmoids with a correction, in groups, beside shared experts: DeepSeek-V3's routing."""
     return groups(config) | {
         **rope(config, head_dim(config)),
-        "leading_dense_block_count": num_dense(config),
-        "expert_count": config.n_routed_experts,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_count": config.n_shared_experts,
-        "expert_weights_scale": float(config.routed_scaling_factor),
-        "expert_weights_norm": bool(config.norm_topk_prob),
+        **_deepseek_experts(config),
         "expert_gating_func": SIGMOID,
     }
 
