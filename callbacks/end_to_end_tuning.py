@@ -76,7 +76,12 @@ class EndToEndTuning(Step):
         start = time.perf_counter()
         with module.run.meter.phase("originals for tuning", "originals for tuning"):
             prepare_originals(
-                module.adapter, folder, self.spec, lambda: self._write(module), self._waiting(module), self._show(module)
+                module.adapter,
+                folder,
+                self.spec,
+                lambda: self._write(module),
+                self._waiting(module),
+                self._show(module),
             )
         module.run.seconds["originals for tuning"] = time.perf_counter() - start
 
@@ -120,7 +125,6 @@ class EndToEndTuning(Step):
         return show
 
     def _write(self, module: MoEQuantModule) -> "Tensor":
-        from moeq.disk.digest import digest
         from moeq.sampling.written import agreed_writer, plain_spec, write_sequences
 
         trainer, spec = module.trainer, plain_spec(self.spec.num_sequences, self.spec.length, self.spec.seed)
@@ -131,6 +135,6 @@ class EndToEndTuning(Step):
         rank_zero_info(f"Tuning: the model ({writer}) writes {spec.num_sequences} sequences of {spec.length} tokens")
         return write_sequences(
             module.adapter, module.tokenizer, spec, writer, self.sequences_at_once,
-            folder.path / f"sequences-{digest(dict(folder.fingerprint))}", module.device,
+            folder.sequences, module.device,
             (trainer.global_rank, trainer.world_size), lambda: trainer.strategy.barrier("moeq_tuning_parts"),
         )  # fmt: skip

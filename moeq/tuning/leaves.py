@@ -7,6 +7,7 @@ the codes can do themselves.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,8 +108,8 @@ class BlockLeaves:
         """Weights with what was learned, and the other parameters that learned, by name, on the CPU."""
         weights: dict[str, QuantizedWeight] = {}
         for stack in self._stacks:
-            device = stack.latent.log_EOG.device
-            before = [quantized[name].each(lambda tensor, device=device: tensor.to(device)) for name in stack.names]
+            to_device = partial(torch.Tensor.to, device=stack.latent.log_EOG.device)
+            before = [quantized[name].each(to_device) for name in stack.names]
             learned = close_latent(stack.latent, before)
             weights |= {name: weight.each(Tensor.cpu) for name, weight in zip(stack.names, learned, strict=True)}
         model = self.adapter.model
@@ -180,4 +181,3 @@ def _others(adapter: Adapter, block: int, spec: TuningSpec) -> Iterator[tuple[st
             yield name, spec.router_rate
         elif parameter.ndim == 1 and spec.norm_rate:
             yield name, spec.norm_rate
-

@@ -75,7 +75,7 @@ def record_originals(
         show: Shows how far this is.
     """
     rank, world = rank_and_world()
-    device = adapter.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = adapter.model.get_input_embeddings().weight.device  # type: ignore[operator]
     batches = dict(list(enumerate(ids_NT.split(batch_size)))[rank::world])
     with waiting:
         store = ActivationStore(waiting)

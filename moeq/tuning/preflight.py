@@ -1,10 +1,12 @@
 """What end-to-end tuning is going to take.
 
-    originals   the writer of the sequences; then a sweep, whose hidden states wait; on disk 8 + width bytes per token
+    originals   a sweep, whose hidden states wait; on disk 8 + width bytes per token
     leaves      per weight 12 bytes where codes learn (master and two moments) and 1 where not, per group 12
     a block     per weight 16 bytes in float32 (the weight, what gradients pass through, gradients), where nothing runs
                 again those of all blocks; activations and their gradients; logits of a few sequences, six times
     time        steps * blocks * (forward, forward again, backward of twice that), and the sweep
+
+The writer of the sequences takes what it takes for calibration data.
 """
 
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ def sorted_experts(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
     with ExitStack() as stack:
         for path, module in modules.items():
             stack.enter_context(experts_run_by("moeq_sorted", module))
-            module.moeq_counts = (counts, path)
+            module.moeq_counts = (counts, path)  # type: ignore[assignment]
             stack.callback(delattr, module, "moeq_counts")
         yield counts
 

@@ -61,7 +61,7 @@ class Tuning:
     def __init__(self, adapter: Adapter, keeper: LeafKeeper, spec: TuningSpec, folder: Path, *, streamed: bool) -> None:
         self.adapter, self.keeper, self.spec, self.folder = adapter, keeper, spec, folder
         self._keep = not (streamed or spec.recompute)
-        self._device = adapter.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        self._device = adapter.model.get_input_embeddings().weight.device  # type: ignore[operator]
         self._tokens: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64))
 
     def run(self, better: Callable[[], None], show: Show) -> Progress:
@@ -137,7 +137,9 @@ class Tuning:
         """One step for the leaves of a block, in which only experts that had tokens take part."""
         prefix = f"{self.adapter.block_prefix}.{block}."
         seen = {path: tokens_E.to(self._device) for path, tokens_E in counts.items() if path.startswith(prefix)}
-        gradients = [leaf.value.grad if leaf.value.grad is not None else torch.zeros_like(leaf.value) for leaf in leaves.values()]
+        gradients = [
+            leaf.value.grad if leaf.value.grad is not None else torch.zeros_like(leaf.value) for leaf in leaves.values()
+        ]
         sum_over_ranks([*seen.values(), *gradients])
         for path, tokens_E in seen.items():
             self._tokens[path] = self._tokens[path] + tokens_E.cpu()

@@ -1,5 +1,6 @@
 """From the finished blocks of a run to tuned ones, which take their place."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,8 @@ def prepare_originals(
     ids_NT = ids_NT[order_N[: spec.num_batches * spec.batch_size]]
     record_originals(adapter, ids_NT, spec.batch_size, folder.originals, folder.fingerprint, waiting, show)
     wait_for_ranks()
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder.sequences, ignore_errors=True)  # they are in the batches now
 
 
 def tune(

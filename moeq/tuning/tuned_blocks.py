@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq.disk.atomic import write_json
+from moeq.disk.digest import digest
 from moeq.fit.block_files import read_block, save_block
 from moeq.fit.run import Run
 from moeq.models.adapter import Adapter
@@ -39,6 +40,11 @@ class TuningFolder:
     def originals(self) -> Path:
         """Folder of sequences and hidden states of the original."""
         return self.path / "original"
+
+    @property
+    def sequences(self) -> Path:
+        """Folder of the sequences while they are written, a part at a time."""
+        return self.path / f"sequences-{digest(dict(self.fingerprint))}"
 
     def record(self, num_blocks: int) -> dict[str, Any] | None:
         """What a finished tuning of this run has found; None where there is none, or its blocks are damaged."""
@@ -73,5 +79,3 @@ class TuningFolder:
         changed = [name for name in tuned.changed if name.startswith(f"{adapter.block_prefix}.{block}.")]
         save_block(self.path, block, tuned, list(weights), changed, self.fingerprint)
         return sum(int((weight.codes_OI != solved[name].codes_OI).sum()) for name, weight in weights.items())
-
-

@@ -55,7 +55,7 @@ class TuningSpec:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; the usual value is {value}")
         for name in ("scale_rate", "level_rate", "norm_rate", "router_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1; 0 keeps what it moves")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1; 0 is no step")
         if not any((self.scale_rate, self.level_rate, self.norm_rate, self.router_rate)):
             raise ValueError("all rates are 0, so nothing would learn; set scale_rate to 0.0005")
         if not 0.0 <= self.warmup < 1.0:

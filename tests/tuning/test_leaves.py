@@ -34,7 +34,9 @@ def test_they_end_as_what_they_stood_for_last(tmp_path: Path) -> None:
         leaf.value.data += (1.0 if key.endswith("level") else 0.01) * noise
     expected = {name: value.detach().clone() for name, value in leaves.parameters().items()}
     weights, others = leaves.close(solved)
-    assert all(0 <= int(weight.codes_OI.min()) <= int(weight.codes_OI.max()) < 2**weight.bits for weight in weights.values())
+    assert all(
+        0 <= int(weight.codes_OI.min()) <= int(weight.codes_OI.max()) < 2**weight.bits for weight in weights.values()
+    )
     for site in adapter.sites(0):
         rows = [dequantize_weight(weights[name], torch.float32) for name in site.weight_names()]
         weight_EOI = torch.cat(rows).view(site.num_experts, -1, site.in_features)

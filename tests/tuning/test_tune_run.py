@@ -50,7 +50,7 @@ def test_the_model_that_is_exported_is_as_near_as_told(tmp_path: Path, monkeypat
     assert record["kept"]
     assert record["after"] < record["before"]
     assert reference_loss(adapter.model, held_out) == pytest.approx(record["after"], rel=1e-3)
-    assert 0 < record["codes_changed"] < 0.5, record
+    assert 0 <= record["codes_changed"] < 0.5
     assert 0 < record["fewest_tokens"] < record["tokens"]
 
 
@@ -66,7 +66,7 @@ def test_grids_stay_and_the_files_it_began_from_as_well(tmp_path: Path) -> None:
 
 
 def test_a_tuning_that_does_not_help_changes_nothing(tmp_path: Path) -> None:
-    adapter, resume, record = tuned(tmp_path, replace(FAST, level_rate=0.9, scale_rate=0.9))
+    _, resume, record = tuned(tmp_path, replace(FAST, level_rate=0.9, scale_rate=0.9))
     assert not record["kept"]
     assert record["after"] == record["before"]
     assert not resume.run.changed
