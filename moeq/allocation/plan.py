@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq.allocation.patterns import UNIFORM_BESIDE_TWO_LEVEL, Wish, kinds_of
-from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, StoredKind
 from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
@@ -37,12 +37,12 @@ class Choice:
 
     bits: int
     group_size: int | None = None
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     @classmethod
     def of(cls, grid: GridSpec) -> "Choice":
         """That of a grid."""
-        return cls(grid.bits, grid.group_size, grid.kind)
+        return cls(grid.bits, grid.group_size, grid.stored_kind)
 
     def __lt__(self, other: "Choice") -> bool:
         return self._key() < other._key()
@@ -70,10 +70,11 @@ class Choice:
         return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
-        """The grid of this choice, symmetric (unless its kind says) and clipped as ``like``."""
+        """The grid of this choice, symmetric or full-range (unless its kind says) and clipped as ``like``."""
         if self.kind != "uniform":
             return GridSpec.of_kind(self.kind, clip_search=like.clip_search)
-        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search)
+        kind = "uniform" if like.two_level is not None else like.kind
+        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search, kind)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of so many weights divide into its groups, or super-blocks."""
@@ -172,7 +173,7 @@ def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape
     for name, grid in plan.items():
         size, in_features = grid.unit, shapes[name].in_features
         if size is not None and in_features % size:
-            misfits.setdefault(grid.kind, {}).setdefault(in_features, []).append(name)
+            misfits.setdefault(grid.stored_kind, {}).setdefault(in_features, []).append(name)
             sizes.add(size)
     for kind, of_kind in misfits.items():
         if kind != "uniform":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moeq.quant.grid import dequantize_weight
-from moeq.quant.kinds import TWO_LEVEL, Kind
+from moeq.quant.kinds import TWO_LEVEL, StoredKind
 from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
 
@@ -37,12 +37,12 @@ class PackedFormat:
     bits: int
     group_size: int | None
     symmetric: bool
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     @classmethod
     def of(cls, grid: GridSpec) -> "PackedFormat":
         """That of weights on a grid."""
-        return cls(grid.bits, grid.group_size, grid.symmetric, grid.kind)
+        return cls(grid.bits, grid.group_size, grid.symmetric, grid.stored_kind)
 
     @property
     def spec(self) -> GridSpec:

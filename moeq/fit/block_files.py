@@ -15,12 +15,12 @@ from torch import Tensor
 
 from moeq.disk.checked import read_checked, write_checked
 from moeq.fit.run import Run
-from moeq.quant.kinds import Kind
+from moeq.quant.kinds import StoredKind
 from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import Fallback, QuantizedWeight, SuperScales
 
-# Bits, group size and kind of the grid of a weight.
-Grid = tuple[int, int | None, Kind]
+# Bits, group size and kind of what is stored of a weight.
+Grid = tuple[int, int | None, StoredKind]
 RECORDS = "moeq"
 _CHANGED, _USAGE = "changed:", "usage:"
 _REMEDY = "the block is quantized again"

@@ -145,7 +145,7 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
     error_OI = (theirs - (weight.codes_OI.float() - zero) * scale_OI).abs()
     if bool((error_OI > rounding_bound(weight).repeat_interleave(spread, 1)).any()):
         raise ExportMismatchError(f"{path}: {name} differs by more than the rounding of its scales; export again")
-    return float((error_OI / scale_OI).max())
+    return float((error_OI / scale_OI.abs()).max())
 
 
 def _describe(model: PreTrainedModel) -> Metadata:

@@ -8,7 +8,8 @@ A block is some consecutive in-features of one row: a float16 scale d, for some 
 Types of two-level grids (Q2_K to Q6_K) are in ``gguf_kquants``.
 
 moeq's symmetric grids have the levels -2^(b-1) .. 2^(b-1) - 1, as Q4_0, Q5_0 and Q8_0 have.  Q2_0 has -1 .. 2: with
-d = -scale, q = 1 - level gives the same values.  Source: ggml-common.h and ggml-quants.c of llama.cpp.
+d = -scale, q = 1 - level gives the same values.  d may be of either sign in all of them.
+Source: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def floats(kind: str, values: Tensor) -> Bytes:
 
 def rounding_bound(weight: QuantizedWeight) -> Tensor:
     """The most by which a float16 scale and offset may change a value, [O, G]: 2^bits roundings of the scale."""
-    return 2**weight.bits * (weight.scale_OG.float() * RELATIVE + ABSOLUTE)
+    return 2**weight.bits * (weight.scale_OG.float().abs() * RELATIVE + ABSOLUTE)
 
 
 def _symmetric(bits: int, pack: Callable[[Tensor], Tensor]) -> Callable[[QuantizedWeight, CarrierMode], Bytes]:
@@ -129,7 +130,7 @@ def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
         raise ValueError("a scale is above 65504, the largest of float16")
     wrong = int(((half_OB.float() != scale_OB) & used_OB).sum())
     if wrong and mode == "exact":
-        smallest = float(scale_OB[used_OB].min())
+        smallest = float(scale_OB[used_OB].abs().min())
         raise ValueError(
             f"float16, in which GGUF stores scales, does not hold {wrong} of them exactly (smallest: {smallest:.3g}); "
             "set carrier to native, which rounds them and reports by how much"

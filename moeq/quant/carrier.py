@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from moeq.quant.kinds import Kind
+from moeq.quant.kinds import StoredKind
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
@@ -49,7 +49,7 @@ class Carrier:
     bits: int
     group_size: int | None
     zero_point: Literal["middle", "integer", "real"]
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     def num_bits(self, out_features: int, in_features: int) -> int:
         """Of a weight in the file: codes, scales of 16 bits, zero points; rows of codes fill whole words of 32 bits.
@@ -89,7 +89,8 @@ def _two_level(format_name: FormatName, grid: GridSpec, in_features: int) -> Car
     if format_name != "gguf":
         raise ValueError(f"{format_name} has no type that holds {grid.label}: two-level grids are gguf's alone")
     grid.num_groups(in_features)  # raises where rows are no whole super-blocks
-    return Carrier(grid.kind.upper(), grid.bits, grid.group_size, "middle" if grid.symmetric else "real", grid.kind)
+    offset: Literal["middle", "real"] = "middle" if grid.symmetric else "real"
+    return Carrier(grid.kind.upper(), grid.bits, grid.group_size, offset, grid.stored_kind)
 
 
 def symmetric_bits(grid: GridSpec) -> int:

@@ -1,4 +1,7 @@
-"""Kinds of grids: uniform groups, and the two-level grids of llama.cpp (K-quants).
+"""Kinds of grids: uniform groups, the same with scales of either sign, and the two-level grids of llama.cpp (K-quants).
+
+A *full-range* grid is a symmetric one whose scales have a sign: the lowest level, which has no counterpart above, lies
+where the largest weight of a group does.  What is stored is what a symmetric uniform grid stores.
 
 A two-level grid has *super-blocks* of 256 weights with a float16 scale d, and a float16 minimum dmin where the grid is
 not symmetric, and in them groups of 16 or 32 weights with an integer scale s and an integer minimum m:
@@ -12,7 +15,8 @@ in which a runtime computes it.  Source: the block layouts in ggml-common.h of l
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+StoredKind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+Kind = Literal["uniform", "full_range", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 SUPER_BLOCK = 256
 
 

@@ -1,9 +1,10 @@
 """Frozen dataclasses that the numerical core takes and returns: grids, quantized weights, fallbacks and others.
 
 A quantized weight is ``real = scale * (code - zero_point)`` with integer codes in ``[0, 2^bits)``, computed in float32.
-Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored.  Scales are held in the dtype in which
-they are stored, rounded before any weight is quantized, so that what is evaluated is what is exported.  Two-level
-grids (``moeq.quant.kinds``) have integer scales and minima, and what these are multiples of beside them.
+Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored; on full-range ones, which are stored
+alike, a scale may be negative.  Scales are held in the dtype in which they are stored, rounded before any weight is
+quantized, so that what is evaluated is what is exported.  Two-level grids (``moeq.quant.kinds``) have integer scales
+and minima, and what these are multiples of beside them.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind, TwoLevelKind
+from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind, StoredKind, TwoLevelKind
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -28,7 +29,8 @@ class GridSpec:
         symmetric: Fixed zero point in the middle of the grid, no zero point stored.
         clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level
             grid, search scales and minima by weighted squares.
-        kind: Uniform groups, or a two-level grid, from which bits, groups and symmetry follow (``of_kind``).
+        kind: Uniform groups; full-range, which are symmetric uniform groups with scales of either sign; or a two-level
+            grid, from which bits, groups and symmetry follow (``of_kind``).
     """
 
     bits: int = 4
@@ -46,6 +48,8 @@ class GridSpec:
                 f"a grid of kind {self.kind} has {two_level.bits} bits in groups of {two_level.group_size}, not "
                 f"{self.bits} in groups of {self.group_size}; choose another kind, or uniform"
             )
+        if self.kind == "full_range" and not self.symmetric:
+            raise ValueError("a grid of kind full_range has no zero points; set symmetric, or choose uniform")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits ({self.bits}) must be between {MIN_BITS} and {MAX_BITS}; choose 3 or 4")
         if self.group_size is not None and self.group_size < 1:
@@ -65,6 +69,11 @@ class GridSpec:
         return TWO_LEVEL.get(self.kind)
 
     @property
+    def stored_kind(self) -> StoredKind:
+        """Kind of what is stored: a full-range grid is a uniform one there, whose scales happen to have signs."""
+        return "uniform" if self.kind == "full_range" else self.kind
+
+    @property
     def unit(self) -> int | None:
         """Consecutive in-features that stay together: a group, or a super-block; None is the whole row."""
         return self.group_size if self.two_level is None else SUPER_BLOCK
@@ -74,8 +83,9 @@ class GridSpec:
         """For people."""
         if self.two_level is not None:
             return f"{self.kind.upper()} ({self.bits} bits, two-level groups of {self.group_size})"
+        symmetry = ", full-range symmetric" if self.kind == "full_range" else ", symmetric" if self.symmetric else ""
         groups = "a group per channel" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {groups}{', symmetric' if self.symmetric else ''}"
+        return f"{self.bits} bits, {groups}{symmetry}"
 
     def num_groups(self, in_features: int) -> int:
         """Groups of a row of ``in_features`` weights; raises ValueError where the group size does not divide it."""
@@ -107,6 +117,8 @@ def choose_grid(kind: Kind, bits: int, group_size: int | None, *, symmetric: boo
         ValueError: Bits, group size or symmetry are neither the default nor those of the two-level grid that is asked
             for, which would not be heard.
     """
+    if kind == "full_range":
+        return GridSpec(bits, group_size, symmetric=True, clip_search=clip_search, kind=kind)
     if kind == "uniform":
         return GridSpec(bits, group_size, symmetric, clip_search)
     grid, usual = GridSpec.of_kind(kind, clip_search=clip_search), GridSpec()
@@ -152,7 +164,7 @@ class SuperScales:
         dtype: Of the weights that the codes stand for, to which the float32 values are rounded.
     """
 
-    kind: Kind
+    kind: StoredKind
     scale_OB: Tensor
     min_OB: Tensor | None
     dtype: torch.dtype
@@ -170,7 +182,8 @@ class QuantizedWeight:
 
     Attributes:
         codes_OI: uint8, each in [0, 2^bits).
-        scale_OG: Storage dtype, positive; G = 1 or I / group_size.  On a two-level grid int8, the integer scales.
+        scale_OG: Storage dtype, positive, but on a full-range grid; G = 1 or I / group_size.  On a two-level grid int8,
+            the integer scales.
         zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (zero point 2^(bits - 1)).  On a two-level
             grid int8, the integer minima.
         bits: Bits per code.
@@ -186,8 +199,8 @@ class QuantizedWeight:
     super_scales: SuperScales | None = None
 
     @property
-    def kind(self) -> Kind:
-        """Of its grid."""
+    def kind(self) -> StoredKind:
+        """Of its grid, as it is stored."""
         return "uniform" if self.super_scales is None else self.super_scales.kind
 
     @property
