@@ -39,7 +39,10 @@ def weights(seed: int = 0) -> Tensor:
     return torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(seed))
 
 
-GRIDS = [GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True)]
+GRIDS = [
+    GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True),
+    GridSpec(2, 8, symmetric=True, kind="full_range"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS)
