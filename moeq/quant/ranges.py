@@ -6,14 +6,13 @@ result is never worse than min-max.  Every candidate scale is rounded to the dty
 A group leaves the search once what the candidate's ends cut off its weights costs more than its best candidate in all:
 later candidates cut off more.  By Hoelder's inequality, cutting off x costs sum x^2.4 >= (sum x^2)^1.4 / (sum x)^0.4.
 
-On a full-range grid the range from end to end comes first: the largest weight on the lowest level.  Then come narrower
-ones with that sign, and the symmetric ranges, all of them, with the other sign, on which the largest weight lies on the
-side with a level less.  A negative scale is a positive one for the negated weights.
+On a full-range grid the range from end to end comes first, the largest weight on the lowest level; then every candidate
+of the symmetric grid with this sign, and with the other one.  The scales of one sign are those of the other for the
+negated weights.
 
 Shapes: N groups, S in features per group.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -36,7 +35,7 @@ def scales_of_groups(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) 
     if not grid.clip_search:
         return scale_N, zero_N
     start_3N = torch.stack([torch.full_like(scale_N, torch.inf), scale_N, zero_N])
-    found_3N = _search(rows_NS, low_N, high_N, grid, scale_dtype, start_3N, range(CLIP_STEPS))
+    found_3N = _search(rows_NS, low_N, high_N, grid, scale_dtype, start_3N)
     return found_3N[1], found_3N[2]
 
 
@@ -64,30 +63,27 @@ def _of_either_sign(
     minmax_N = qparams_of_range(low_N, high_N, even, scale_dtype)[0]
     error_N = _relative_error(rows_NS, scale_N, zero_N, minmax_N, grid.bits, work)
     best_3N = torch.stack([error_N, scale_N, zero_N])
-    narrower = math.ceil(1.0 / (CLIP_STEP * 2 ** (grid.bits - 1)))  # steps to the range from end to end
-    for sign, steps in ((1.0, range(narrower, CLIP_STEPS)), (-1.0, range(CLIP_STEPS))):
-        sign_N = scale_N.sign() * sign
+    for sign_N in (scale_N.sign(), -scale_N.sign()):
         turned_NS = rows_NS * sign_N.unsqueeze(1)
         ends = torch.where(sign_N > 0, low_N, -high_N), torch.where(sign_N > 0, high_N, -low_N)
-        found_3N = _search(turned_NS, *ends, even, scale_dtype, best_3N.clone(), steps)
+        found_3N = _search(turned_NS, *ends, even, scale_dtype, best_3N.clone())
         found_3N[1] *= sign_N
         best_3N = torch.where(found_3N[0] < best_3N[0], found_3N, best_3N)
     return best_3N[1], zero_N
 
 
 def _search(
-    rows_NS: Tensor, low_N: Tensor, high_N: Tensor, grid: GridSpec, scale_dtype: torch.dtype, found_3N: Tensor,
-    steps: range,
-) -> Tensor:  # fmt: skip
-    """Error in min-max's scale^2.4, scale and zero point [3, N]: the best of some steps, or what was found before."""
+    rows_NS: Tensor, low_N: Tensor, high_N: Tensor, grid: GridSpec, scale_dtype: torch.dtype, found_3N: Tensor
+) -> Tensor:
+    """Error in min-max's scale^2.4, scale and zero point [3, N]: the best of all steps, or what was found before."""
     minmax_N = qparams_of_range(low_N, high_N, grid, scale_dtype)[0]
     ends = _widest_ends(low_N, high_N, minmax_N, grid, torch.finfo(scale_dtype).tiny)
     best_3N, index_N = found_3N, torch.arange(len(rows_NS), device=rows_NS.device)
     fixed_5N = torch.stack([low_N, high_N, minmax_N, *ends])
     work = (torch.empty_like(rows_NS), torch.empty_like(rows_NS))
-    for step in steps:
+    for step in range(CLIP_STEPS):
         shrink = 1.0 - step * CLIP_STEP
-        if step > steps.start and step % CLIP_CHECK == 0:
+        if step and step % CLIP_CHECK == 0:
             (kept_N,) = torch.where(_cut_off(rows_NS, shrink, fixed_5N, work[0]) < best_3N[0])
             if len(kept_N) < 0.9 * len(index_N):
                 found_3N[:, index_N] = best_3N
