@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.quant import ranges
+from moeq.quant.carrier import FORMATS, choose_carrier
 from moeq.quant.grid import choose_qparams, dequantize, quantize
 from moeq.quant.ranges import CLIP_NORM, CLIP_STEPS
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, choose_grid
 
 WEIGHT_EOI = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0)) ** 3 * 0.02
 
@@ -101,6 +103,12 @@ def test_scales_are_normal_and_finite(size: float, dtype: torch.dtype) -> None:
         assert float(scale) == 1.0 or float(scale) < 0
 
 
-def test_a_full_range_grid_has_no_zero_points() -> None:
+def test_a_full_range_grid_has_no_zero_points_and_is_stored_as_a_uniform_one() -> None:
+    grid = choose_grid("full_range", 3, 64, symmetric=False, clip_search=True)
+    assert grid == GridSpec(3, 64, symmetric=True, kind="full_range")
+    assert PackedFormat.of(grid) == PackedFormat(3, 64, symmetric=True)
+    assert grid.label == "3 bits, groups of 64, full-range symmetric"
+    for name in FORMATS:
+        assert choose_carrier(name, grid, 128) == choose_carrier(name, replace(grid, kind="uniform"), 128)
     with pytest.raises(ValueError, match="full_range has no zero points"):
         GridSpec(4, 64, symmetric=False, kind="full_range")
