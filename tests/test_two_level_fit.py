@@ -82,8 +82,8 @@ def test_a_streamed_fit_has_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
     [
         ([RTN()], {}, r"grid \(q3_k\) needs in_features in multiples of 256, which are not 32 of .*down_proj \(8 x\); "
          r"give these .*\{pattern: '.*down_proj', bits: 4, group_size: 32\}"),
-        ([BitAllocation(patterns=[NARROW]), HQQ()], {}, "HQQ does not solve two-level grids"),
-        ([BitAllocation(patterns=[NARROW]), HessianCalibration(), AWQ()], {}, "AWQ does not solve two-level grids"),
+        ([BitAllocation(patterns=[NARROW]), HQQ()], {}, "HQQ solves uniform groups alone"),
+        ([BitAllocation(patterns=[NARROW]), HessianCalibration(), AWQ()], {}, "AWQ solves uniform groups alone"),
         ([BitAllocation(patterns=[NARROW]), RTN(), Export(formats=["mlx"])], {}, "two-level grids are gguf's alone"),
         ([RTN()], {"bits": 2}, r"bits \(2\) follows from grid \(q3_k\)"),
     ],

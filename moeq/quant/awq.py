@@ -114,7 +114,7 @@ def _total_error(readers: Sequence[Reader], scale_I: Tensor, scale_dtype: torch.
 
 def choose_ranges(weight_EOI: Tensor, hessian_EII: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> QParams:
     """Scales and zero points: by output error where the grid asks for a clip search, else min-max."""
-    if grid.two_level is not None:
+    if grid.is_named:
         raise ValueError(f"AWQ divides rows of quantized weights, which grid ({grid.kind}) rounds; choose GPTQ for it")
     if grid.clip_search:
         return clip_by_output_error(weight_EOI, hessian_EII, grid, scale_dtype)

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeq.quant.kinds import TABLES, TableKind
 from moeq.quant.ranges import scales_of_groups
 from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
+from moeq.quant.tables import level_values, nearest_codes, table_scales
 from moeq.quant.two_level import add_offset, divisor, group_offset, group_scale
 from moeq.quant.two_level_search import choose_two_level
 
@@ -32,7 +34,8 @@ class QParams:
     """Scales and zero points of a stack of weights.
 
     Attributes:
-        scale_EOG: Finite and normal, in its storage dtype; positive, but on a full-range grid.
+        scale_EOG: Finite and normal, in its storage dtype; positive, unless the grid is full-range or a table;
+            0 for groups of zeros on a table.
         zero_point_EOG: uint8, or None for a symmetric grid.
         super_scales: Of a two-level grid, on which the two above are integers (``QuantizedWeight``); else None.
     """
@@ -51,9 +54,8 @@ class QParams:
 
     def divisors(self) -> Tensor:
         """Scales of the groups to divide by, float32 [E, O, G]."""
-        if self.super_scales is None:
-            return self.scale_EOG.float()
-        return divisor(group_scale(self.scale_EOG, self.super_scales))
+        known = self.super_scales
+        return divisor(self.scale_EOG.float() if known is None else group_scale(self.scale_EOG, known))
 
     def shift(self, weight_EOI: Tensor) -> Tensor:
         """What is to be rounded to multiples of the scales: the weights, plus the offsets of a two-level grid."""
@@ -88,8 +90,11 @@ def choose_qparams(
     rows_NS = weight_EOI.reshape(-1, in_features // groups)
     budget = CPU_CHUNK if weight_EOI.device.type == "cpu" else GPU_CHUNK
     chunks = rows_NS.split(max(1, budget // rows_NS.shape[1]))
-    results = [scales_of_groups(chunk_NS.float(), grid, scale_dtype) for chunk_NS in chunks]
     shape = (num_experts, out_features, groups)
+    if grid.table is not None:
+        scales = [table_scales(chunk_NS.float(), grid, scale_dtype) for chunk_NS in chunks]
+        return QParams(torch.cat(scales).to(scale_dtype).view(shape), None)
+    results = [scales_of_groups(chunk_NS.float(), grid, scale_dtype) for chunk_NS in chunks]
     scale_EOG = torch.cat([scale_N for scale_N, _ in results]).to(scale_dtype).view(shape)
     if grid.symmetric:
         return QParams(scale_EOG, None)
@@ -99,18 +104,24 @@ def choose_qparams(
 def quantize(weight_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
     """Codes of the nearest levels: uint8 [E, O, I], each in [0, 2^bits)."""
     shape_EOGS = (*qparams.scale_EOG.shape, -1)
-    levels_EOGS = (qparams.shift(weight_EOI.float()).reshape(shape_EOGS) / qparams.divisors().unsqueeze(-1)).round_()
+    ratio_EOGS = qparams.shift(weight_EOI.float()).reshape(shape_EOGS) / qparams.divisors().unsqueeze(-1)
+    if grid.table is not None:
+        return nearest_codes(ratio_EOGS, grid.table).to(torch.uint8).view(weight_EOI.shape)
+    levels_EOGS = ratio_EOGS.round_()
     levels_EOGS += broadcast_zero(qparams.zero_point_EOG, grid.bits, qparams.super_scales)
     return levels_EOGS.clamp_(0, 2**grid.bits - 1).to(torch.uint8).view(weight_EOI.shape)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, super_scales: SuperScales | None = None
-) -> Tensor:
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, super_scales: SuperScales | None = None,
+    table: TableKind | None = None,
+) -> Tensor:  # fmt: skip
     """``(code - zero_point) * scale`` in float32, for codes [..., O, I] and scales [..., O, G].
 
-    With ``super_scales`` the formula of two-level grids (``moeq.quant.two_level``).
+    With ``super_scales`` the formula of two-level grids (``moeq.quant.two_level``), with a table that of its levels.
     """
+    if table is not None:
+        return level_values(codes, table).view(*scale.shape, -1).mul_(scale.float().unsqueeze(-1)).view(codes.shape)
     levels = codes.float().view(*scale.shape, -1) - broadcast_zero(zero_point, bits, super_scales)
     if super_scales is None:
         return levels.mul_(scale.float().unsqueeze(-1)).view(codes.shape)
@@ -122,12 +133,14 @@ def dequantize(
 def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight [O, I] that a quantized weight stands for: float32 arithmetic, then one cast to ``dtype``."""
     q = quantized
-    return dequantize(q.codes_OI, q.scale_OG, q.zero_point_OG, q.bits, q.super_scales).to(dtype)
+    table = None if q.table is None else TABLES[q.table]
+    return dequantize(q.codes_OI, q.scale_OG, q.zero_point_OG, q.bits, q.super_scales, table).to(dtype)
 
 
 def real_values(codes_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
     """``dequantize`` of a stack of codes."""
-    return dequantize(codes_EOI, qparams.scale_EOG, qparams.zero_point_EOG, grid.bits, qparams.super_scales)
+    parts = qparams.scale_EOG, qparams.zero_point_EOG, grid.bits, qparams.super_scales
+    return dequantize(codes_EOI, *parts, grid.table)
 
 
 def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
