@@ -4,7 +4,8 @@
 
 2, 3 and 4 bits in groups of 32, 64 and 128 (the experts' down projections have rows of 128), by rounding to nearest, by
 AGQ on data that the model wrote itself (EBSS, corpus mode, 64 sequences of 256 tokens), and with learned rounding after
-it.  Two more arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone.
+it.  Two more arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone.  Beside 4 bits in
+groups of 32 stand llama.cpp's tables of levels.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.learned_rounding import LearnedRounding
 from callbacks.rtn import RTN
-from moeq.allocation.plan import plan_cost
+from moeq.allocation.price import file_cost
+from moeq.allocation.runtime import RUNTIMES
 from moeq.fit.solve import Unit
 from moeq.module import MoEQuantModule
 from moeq.quant.clip import clip_by_output_error
@@ -36,8 +38,10 @@ from moeq.quant.gptq import gptq_solve
 from moeq.quant.solution import Solution
 
 GRIDS: dict[str, dict[str, Any]] = {
-    "asymmetric": {}, "symmetric": {"symmetric": True}, "full-range": {"grid": "full_range"}
+    "asymmetric": {}, "symmetric": {"symmetric": True}, "full-range": {"grid": "full_range"},
+    "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"},
 }  # fmt: skip
+BY_TABLE = ("IQ4_NL", "MXFP4")  # of 4 bits in groups of 32
 METHODS = ("RTN", "AGQ", "AGQ, ranges by output error", "AGQ, ranges by input energy", "AGQ, learned")
 WITHOUT_DATA = METHODS[:1]
 
@@ -108,6 +112,7 @@ class Symmetric(Study[Case]):
             for bits in asked.bits
             for group_size in asked.groups
             for grid in asked.grids
+            if grid not in BY_TABLE or ((bits, group_size) == (4, 32) and method in METHODS[:2])
         ]
 
     def measure(self, case: Case) -> Row:
@@ -115,7 +120,8 @@ class Symmetric(Study[Case]):
         ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.sets)
         sizes = {"bits": case.bits, "group_size": case.group_size, **GRIDS[case.grid]}
         module = fit(ids_NL, case.steps(), name=MODEL, affinity_power=1.0, damping=0.1, **sizes)
-        size = plan_cost(module.run.plan, module.weight_shapes()).average_bits
+        files = RUNTIMES["llama.cpp" if case.grid in BY_TABLE else "research"]
+        size = file_cost(module.run.plan, module.weight_shapes(), files).average_bits
         return {"domains": self.yardstick.row(module.model), "size": size}
 
     def report(self, rows: Sequence[Row]) -> str:
