@@ -179,7 +179,7 @@ def _round_together(part: _Block, feedback_SS: Tensor, table: TableKind | None) 
     rows = list(zip(*(_rows(tensor) for tensor in vars(part).values()), strict=True))
     work_SO = torch.empty_like(part.target)
     for column, row in enumerate(rows):
-        _round_column(*row, table)
+        _round_column(*row, table=table)
         if column + 1 < num_columns:
             later = slice(column + 1, num_columns)
             delta_1O = part.delta[..., column : column + 1, :]
