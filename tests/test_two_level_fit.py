@@ -50,7 +50,7 @@ def test_a_solved_model_is_exported_packed_and_as_gguf_with_the_same_values(tmp_
     module = fit([*steps, Export(formats=["moeq", "gguf"])], model, tmp_path / "run")
     kinds = {name: weight.kind for name, weight in read_quantized(tmp_path / "run/export").items()}
     assert set(kinds.values()) == {"q3_k", "q4_k", "q5_k", "uniform"}
-    assert {name: grid.kind for name, grid in module.run.plan.items()} == kinds
+    assert {name: grid.stored_kind for name, grid in module.run.plan.items()} == kinds
     report = json.loads((tmp_path / "run/verification.json").read_text())
     assert report["checkpoint"]["logits_equal"]
     assert report["gguf"]["largest_error"] == 0.0

@@ -82,13 +82,13 @@ class Wish:
     def grid(self, like: GridSpec) -> GridSpec:
         """A grid with the bits and group size that are said, else those of another.
 
-        Where the other one has a name, what is said is on a symmetric uniform grid, in groups of 32 unless a size is
-        said: the blocks of the runtime for which two-level grids are made.
+        Where the other one has a name, what is said is on a full-range grid, in groups of 32 unless a size is said: the
+        blocks of the runtime for which grids with names are made.
         """
         if self.two_level is not None:
             return GridSpec.of_kind(self.two_level, clip_search=like.clip_search)
         if like.is_named and (self.bits is not None or self.group_size is not None):
-            like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, symmetric=True, clip_search=like.clip_search)
+            like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, True, like.clip_search, "full_range")
         bits = like.bits if self.bits is None else self.bits
         group_size = like.group_size if self.group_size is None else self.group_size or None
         return replace(like, bits=bits, group_size=group_size)

@@ -95,5 +95,5 @@ def symmetry_note(grids: Iterable[tuple[WeightShape, GridSpec]], runtime: Runtim
         return ""
     return (
         f"asymmetric grids take more bits per weight than symmetric ones in files for {runtime.name} ({mode}): "
-        f"{', '.join(found.values())}; --model.symmetric true is smaller"
+        f"{', '.join(found.values())}; --model.grid full_range is smaller"
     )

@@ -41,8 +41,8 @@ def test_patterns_give_two_level_grids_and_take_them_back() -> None:
     assert leaf["k_proj"] == Q3
     assert leaf["q_proj"] == GridSpec.of_kind("q6_k")
     # What is told in bits is on the symmetric groups that llama.cpp reads.
-    assert leaf["down_proj"] == GridSpec(4, 32, symmetric=True)
-    assert leaf["o_proj"] == GridSpec(4, 64, symmetric=True)
+    assert leaf["down_proj"] == GridSpec(4, 32, symmetric=True, kind="full_range")
+    assert leaf["o_proj"] == GridSpec(4, 64, symmetric=True, kind="full_range")
     with pytest.raises(ValueError, match=r"grid \(q3_k\) must be one of q2_k, .*without bits"):
         Pattern("*", bits=3, grid="q3_k")
 
