@@ -170,7 +170,7 @@ def _round_one(part: _Block, feedback_SS: Tensor, table: TableKind | None) -> No
     for position, (target, weight, delta, level, scale, low, high, feedback_S) in enumerate(rows):
         if position:
             target.addmv_(delta_OS, feedback_S)
-        _round_column(target, weight, delta, level, scale, low, high, table)
+        _round_column(table, target, weight, delta, level, scale, low, high)
 
 
 def _round_together(part: _Block, feedback_SS: Tensor, table: TableKind | None) -> None:
@@ -179,7 +179,7 @@ def _round_together(part: _Block, feedback_SS: Tensor, table: TableKind | None) 
     rows = list(zip(*(_rows(tensor) for tensor in vars(part).values()), strict=True))
     work_SO = torch.empty_like(part.target)
     for column, row in enumerate(rows):
-        _round_column(*row, table=table)
+        _round_column(table, *row)
         if column + 1 < num_columns:
             later = slice(column + 1, num_columns)
             delta_1O = part.delta[..., column : column + 1, :]
@@ -202,8 +202,8 @@ def _add_to_rows(tensor_BO: Tensor, value: int) -> Tensor:
 
 
 def _round_column(
-    target: Tensor, weight: Tensor, delta: Tensor, level: Tensor, scale: Tensor, low: Tensor, high: Tensor,
-    table: TableKind | None,
+    table: TableKind | None, target: Tensor, weight: Tensor, delta: Tensor, level: Tensor, scale: Tensor, low: Tensor,
+    high: Tensor,
 ) -> None:  # fmt: skip
     """Round one column [.., O]: writes its level and delta."""
     torch.div(target, scale, out=level)
