@@ -86,8 +86,9 @@ def accumulate(
 
 def _add_gram(sums: list[Tensor], rows_TI: Tensor) -> None:
     """Add x^T x to each sum: half of the product, panel by panel while a panel is in cache; the rest is mirrored."""
-    for start in range(0, rows_TI.shape[1], PANEL):
-        panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
+    width = PANEL if rows_TI.device.type == "cpu" else rows_TI.shape[1]  # elsewhere launches cost more than products
+    for start in range(0, rows_TI.shape[1], width):
+        panel = slice(start, min(start + width, rows_TI.shape[1]))
         product_II = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
         square_II = product_II[:, start:]  # not every matrix library returns it symmetric to the last bit
         square_II.copy_(square_II.tril() + square_II.tril(-1).mT)
