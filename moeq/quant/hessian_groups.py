@@ -22,9 +22,11 @@ def experts_of_chunk(num_experts: int, in_features: int) -> int:
     return min(num_experts, max(1, CHUNK_BYTES // (4 * in_features**2)))
 
 
-def chunk_bytes(num_experts: int, in_features: int) -> int:
-    """Bytes of the products of a chunk, once as they come and once symmetric."""
-    return 2 * 4 * in_features**2 * experts_of_chunk(num_experts, in_features)
+def groups_bytes(num_experts: int, in_features: int, num_rows: int) -> int:
+    """Most that ``accumulate_groups`` holds beside its arguments, where all rows are those of one chunk of experts."""
+    products = 4 * in_features**2 * experts_of_chunk(num_experts, in_features)
+    rows = 4 * in_features * num_rows
+    return products + rows + max(rows, 2 * products)
 
 
 def accumulate_groups(
