@@ -21,6 +21,7 @@ from moeq.quant.coverage import CoverageSpec, find_uncovered, hessians_to_solve,
 from moeq.quant.hessian import HessianState, accumulate, empty_state
 from moeq.quant.hessian_groups import accumulate_groups
 from moeq.quant.spec import Fallback, Routing
+from moeq.quant.together import taken_together
 
 # Mean Hessians, float32 [E, I, I], of some experts of a site.
 HessiansOf = Callable[[Site, Sequence[int]], Tensor]
@@ -50,7 +51,7 @@ class Hessians:
     ) -> AbstractContextManager[TokenMask]:
         """Within, forward passes add the inputs of the pass's parts: on a CPU one expert after another."""
         add = partial(self.add, power=power)
-        add_groups = None if self._device.type == "cpu" else partial(self.add_groups, power=power)
+        add_groups = partial(self.add_groups, power=power) if taken_together(self._device) else None
         return observe(adapter, tuple(part.site for part in self._parts.values()), add, routing, mask, add_groups)
 
     def add(self, site: Site, expert: int, x_TI: Tensor, affinity_T: Tensor | None, power: float) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeq.kernels.onednn import add_product_
+from moeq.quant.together import taken_together
 
 BLOCK = 128  # columns per step of the factorisation
 # dtype and multiple of the damping of each attempt; relative to the mean diagonal, so 1000 x 0.01 dominates H.
@@ -63,9 +64,9 @@ class Feedback:
 
 def factorise_each(hessian_EII: Tensor, damping: float, act_order: bool) -> list[Feedback]:
     """Order, damp and factorise the Hessians of a stack (symmetric; computed with in float32)."""
-    if hessian_EII.device.type == "cpu":
-        return [factorise(hessian_II.float(), damping, act_order) for hessian_II in hessian_EII]
-    return factorise_together(hessian_EII.float(), damping, act_order)
+    if taken_together(hessian_EII.device):
+        return factorise_together(hessian_EII.float(), damping, act_order)
+    return [factorise(hessian_II.float(), damping, act_order) for hessian_II in hessian_EII]
 
 
 def factorise(hessian_II: Tensor, damping: float, act_order: bool) -> Feedback:

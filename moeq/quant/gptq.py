@@ -37,6 +37,7 @@ from moeq.quant.grid import QParams, choose_qparams, lowest_level, real_values
 from moeq.quant.solution import Solution, output_energies, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
+from moeq.quant.together import taken_together
 from moeq.quant.two_level import join
 from moeq.quant.two_level_refit import refit_integers
 from moeq.quant.workspace import FEW_ROWS, num_together
@@ -118,7 +119,7 @@ def _solve_together(
     """Solve some experts in one sweep."""
     factors = factorise_each(hessian_EII, solve.damping, solve.act_order)
     # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
-    together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
+    together = taken_together(weight_EOI.device) or weight_EOI.shape[1] <= FEW_ROWS
     static = _is_static(grid, solve)
     chosen = qparams is None
     if static and qparams is None:

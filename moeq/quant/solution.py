@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
+from moeq.quant.together import taken_together
 
 LARGE_PRODUCT = 1 << 28  # multiplications
 _COLUMNS = 256  # columns of the Hessian per matrix product
@@ -86,7 +87,7 @@ def output_energies(weight_EOI: Tensor, hessian_EII: Tensor) -> Tensor:
     On a CPU the products of large weights are in bfloat16: the last digits of a normaliser of reported errors are not
     worth a third of the time of a solve.  Elsewhere they are one product in float32 for the whole stack.
     """
-    if weight_EOI.device.type != "cpu":
+    if taken_together(weight_EOI.device):
         weight_EOI = weight_EOI.float()
         return torch.bmm(weight_EOI, hessian_EII.float()).mul_(weight_EOI).sum((1, 2), dtype=torch.float64)
     large = weight_EOI.shape[1] * weight_EOI.shape[2] ** 2 > LARGE_PRODUCT

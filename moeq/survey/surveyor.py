@@ -35,6 +35,7 @@ from moeq.models.observe import TokenMask, observe
 from moeq.models.residency import Residency
 from moeq.quant.hessian import accumulate
 from moeq.quant.hessian_groups import accumulate_groups
+from moeq.quant.together import taken_together
 from moeq.survey.ahead import SweepsAhead
 from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage
@@ -104,7 +105,7 @@ class Surveyor:
         sites = tuple(site for site in self._sites if site.block == block)
         self._found = empty_findings(self.spec, sites, self._ahead.gradients.of_sites(sites), self.device)
         if self.spec.wants(SOLVED):
-            grouped = None if self.device.type == "cpu" else self._on_groups
+            grouped = self._on_groups if taken_together(self.device) else None
             self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows, on_groups=grouped))
         for path in self._found.tokens:
             experts = self.adapter.model.get_submodule(path)
