@@ -236,7 +236,7 @@ class Adapter:
     def _sparse_block(self, path: str) -> str:
         return path.rpartition(".")[0].rpartition(".")[0]
 
-    def _parameter(self, site: Site) -> nn.Parameter:
+    def _parameter(self, site: Site) -> Tensor:
         """One that holds weights of a site."""
         if site.kind == "routed":
             module, part = self._routed(site)
