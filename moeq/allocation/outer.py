@@ -9,7 +9,7 @@ slope_w is its measured first-order change (``Judge.slopes``), which holds the e
 is of second order in the two errors of the weight itself, as they are nearly uncorrelated, and that the cost table has.
 The program over this table, under the same constraints, gives the next plan: the budget is kept exactly.  t is what a
 cost is worth in measured nats, and how far a step goes: plans of several t are measured, and the best stands
-if it is better than the last.  Costs must be in nats per token (``fisher``, ``fisher_kl``).
+if it is better than the last; if none is, as many changes at once go too far, all t are doubled.  Costs must be in nats per token (``fisher``, ``fisher_kl``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,25 @@ from moeq.quant.spec import GridSpec, WeightShape
 
 Plan = Mapping[str, GridSpec]
 # From steps that trust the slopes most to the most careful ones.
-TRUST = (1.0, 1.25, 1.5, 2.0)
+TRUST = (1.2, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """How much a search may measure.
+
+    Attributes:
+        num_rounds: At most; each measures at most 3 plans, and the slopes of the one that stands where it is new.
+        num_batches: Batches, of all ranks together, that it measures on; the survey finds nothing on them.
+    """
+
+    num_rounds: int = 4
+    num_batches: int = 4
+
+    def __post_init__(self) -> None:
+        for what, number in (("num_rounds", self.num_rounds), ("num_batches", self.num_batches)):
+            if number < 1:
+                raise ValueError(f"{what} ({number}) of search must be positive; choose 4")
 
 
 class Judge(Protocol):
@@ -58,11 +76,13 @@ class Searched:
     Attributes:
         kl_before: Measured KL of the plan of the program.
         kl_after: That of the plan that was found.
+        num_slopes: Plans whose slopes were taken.
         rounds: In their order.
     """
 
     kl_before: float
     kl_after: float
+    num_slopes: int
     rounds: tuple[SearchRound, ...]
 
     @property
@@ -82,7 +102,7 @@ def search(
         costs: Predicted damage by weight and choice, in nats per token.
         constraints: What every plan has to keep to.
         judge: Measures.
-        num_rounds: At most; each takes the slopes of one plan and measures at most as many as ``TRUST`` has entries.
+        num_rounds: At most.
         solver: Of the program.
 
     Raises:
@@ -90,22 +110,37 @@ def search(
     """
     stands = allocate(weights, costs, constraints, solver)
     (kl,) = judge.measure([stands.plan])
-    before, rounds = kl, list[SearchRound]()
-    for _ in range(num_rounds):
-        slopes, proposed = judge.slopes(stands.plan), dict[float, Allocation]()
-        for trust in TRUST:
-            found = allocate(weights, local_costs(stands.plan, costs, slopes, trust), constraints, solver)
-            if found.plan not in [stands.plan, *(other.plan for other in proposed.values())]:
-                proposed[trust] = found
-        measured = dict(zip(proposed, judge.measure([each.plan for each in proposed.values()]), strict=True))
-        best = min(measured, key=measured.__getitem__, default=None)
-        if best is None or measured[best] >= kl:
-            rounds.append(SearchRound(measured, 0))
+    before, rounds, scale = kl, list[SearchRound](), 1.0
+    slopes, num_slopes = judge.slopes(stands.plan), 1
+    for last in (number == num_rounds for number in range(1, num_rounds + 1)):
+        proposed = _proposals(weights, costs, slopes, constraints, stands, scale, solver)
+        if not proposed:
             break
+        measured = dict(zip(proposed, judge.measure([each.plan for each in proposed.values()]), strict=True))
+        best = min(measured, key=measured.__getitem__)
+        if measured[best] >= kl:
+            rounds.append(SearchRound(measured, 0))
+            scale *= 2
+            continue
         changed = sum(grid != stands.plan[name] for name, grid in proposed[best].plan.items())
         rounds.append(SearchRound(measured, changed))
         stands, kl = proposed[best], measured[best]
-    return _in_costs(stands, costs, constraints), Searched(before, kl, tuple(rounds))
+        if not last:
+            slopes, num_slopes = judge.slopes(stands.plan), num_slopes + 1
+    return _in_costs(stands, costs, constraints), Searched(before, kl, num_slopes, tuple(rounds))
+
+
+def _proposals(
+    weights: Sequence[WeightShape], costs: CostTable, slopes: CostTable, constraints: Constraints, stands: Allocation,
+    scale: float, solver: SolverName,
+) -> dict[float, Allocation]:  # fmt: skip
+    """Plans around one, by t; none twice, and not itself."""
+    proposed: dict[float, Allocation] = {}
+    for trust in (scale * trust for trust in TRUST):
+        found = allocate(weights, local_costs(stands.plan, costs, slopes, trust), constraints, solver)
+        if found.plan not in [stands.plan, *(other.plan for other in proposed.values())]:
+            proposed[trust] = found
+    return proposed
 
 
 def _in_costs(found: Allocation, costs: CostTable, constraints: Constraints) -> Allocation:

@@ -26,7 +26,7 @@ class Candidates:
 
     Args:
         adapter: The model, which keeps its original weights.
-        waiting: Where they wait: in memory up to its bound, then on the disk.
+        waiting: Where they wait, in memory up to its bound, then on the disk; one that nobody else clears.
     """
 
     def __init__(self, adapter: Adapter, waiting: WaitingStates) -> None:
@@ -44,13 +44,13 @@ class Candidates:
         """Give every rank what the others have solved: site i was solved by rank i modulo their number."""
         rank, world = rank_and_world()
         for index, site in enumerate(sites if world > 1 else ()):
-            shapes = dict(zip(site.leaves, site.rows, strict=True))
-            for name, rows in ((site.weight_name(e, leaf), n) for e in range(site.num_experts) for leaf, n in shapes.items()):
+            rows = dict(zip(site.leaves, site.rows, strict=True))
+            for expert, leaf in ((expert, leaf) for expert in range(site.num_experts) for leaf in site.leaves):
+                name = site.weight_name(expert, leaf)
                 for choice in choices[site]:
+                    weight_OI = torch.empty(rows[leaf], site.in_features, dtype=self.adapter.storage_dtype)
                     if index % world == rank:
-                        weight_OI = self.read(name, choice)
-                    else:
-                        weight_OI = torch.empty(rows, site.in_features, dtype=self.adapter.storage_dtype)
+                        weight_OI = self.read(name, choice).clone()
                     broadcast(weight_OI, index % world)
                     self._waiting.put((name, choice), weight_OI)
 

@@ -1,4 +1,4 @@
-"""The judge of a search: plans of a surveyed model, assembled from its candidates and measured on batches kept apart."""
+"""The judge of a search: plans of a surveyed model, assembled from its candidates and measured on other batches."""
 
 from collections.abc import Sequence
 

@@ -106,7 +106,10 @@ def _gradients(
     pairs = [(value, given) for value, given in zip(made, at_output, strict=True) if given is not None]
     inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     found = torch.autograd.grad(
-        [value for value, _ in pairs], [*inputs, *weights], [given for _, given in pairs], allow_unused=True  # type: ignore[misc]
+        [value for value, _ in pairs],
+        [*inputs, *weights],
+        [given for _, given in pairs],
+        allow_unused=True,  # type: ignore[misc]
     )
     return (found[0], found[1] if len(inputs) > 1 else None), found[len(inputs) :]
 
