@@ -61,6 +61,15 @@ class EndToEndTuning(Step):
         """Sequences and predictions before the first pass, and the steps behind the last one."""
         return tuning_phases(work, self.spec, module.trainer.world_size, module.model.config)
 
+    def check(self, module: MoEQuantModule) -> None:
+        """Refuse grids whose levels stand in a table: latents move between evenly spaced ones."""
+        for name, grid in module.run.plan.items():
+            if grid.table is not None:
+                raise ValueError(
+                    f"EndToEndTuning moves codes between evenly spaced levels, and {name} is to have {grid.label}; "
+                    "leave it out, or choose grid: uniform"
+                )
+
     def begin(self, module: MoEQuantModule) -> None:
         """Have the original write and predict, while it is what it is."""
         from moeq.tuning.tune_run import prepare_originals

@@ -58,9 +58,8 @@ def test_orders_and_ranks_that_cannot_work_are_refused_before_work() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_streamed_killed_and_repeated_runs_give_the_bytes_of_one_in_memory(family: str, tmp_path: Path) -> None:
-    model = save_tiny(family, tmp_path / "model")
+def test_streamed_killed_and_repeated_runs_give_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model")
     whole, streamed, killed = (tmp_path / name for name in ("whole", "streamed", "killed"))
     assert run(arguments(whole, model)).returncode == 0
     record = json.loads((whole / "tuning/tuned.json").read_text())
