@@ -58,10 +58,10 @@ def _choices(bits: Sequence[int], sizes: Sequence[int]) -> tuple[Choice, ...]:
 
 OFFERS: dict[str, tuple[Choice, ...]] = {
     "2, 3, 4, 8; groups of 64": _choices((2, 3, 4, 8), (64,)),
-    "2 to 6, 8; groups of 64": _choices((2, 3, 4, 5, 6, 8), (64,)),
-    "2 to 6, 8; groups of 128": _choices((2, 3, 4, 5, 6, 8), (128,)),
-    "2 to 6, 8; groups of 32, 64, 128": _choices((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "the same, or left alone": _choices((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "2 to 6; groups of 64": _choices((2, 3, 4, 5, 6), (64,)),
+    "2 to 6; groups of 128": _choices((2, 3, 4, 5, 6), (128,)),
+    "2 to 6; groups of 32, 64, 128": _choices((2, 3, 4, 5, 6), (32, 64, 128)),
+    "the same, or left alone": _choices((2, 3, 4, 5, 6), (32, 64, 128)),
 }
 
 
@@ -111,7 +111,7 @@ class Sharing(Study[Case]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--sizes", type=float, nargs="+", default=[2.3, 2.8, 3.3])
+        parser.add_argument("--sizes", type=float, nargs="+", default=[2.8, 3.3])
         parser.add_argument("--sets", type=Path, help="folder of sampled sets; default is that of the rows")
 
     def cases(self) -> list[Case]:
@@ -123,7 +123,7 @@ class Sharing(Study[Case]):
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        return Yardstick(MODEL, Texts(num_windows=16))
+        return Yardstick(MODEL, Texts(num_windows=8))
 
     @cached_property
     def weights(self) -> list[WeightShape]:
