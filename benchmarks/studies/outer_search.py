@@ -45,8 +45,9 @@ from moeq.survey.surveyor import survey_model
 from moeq.survey.sweeps import BlockStates, Inputs, unseen
 
 CHOICES = tuple(Choice(bits, GROUP) for bits in WIDTHS)
+MORE = tuple(Choice(bits, GROUP) for bits in (*WIDTHS, 5, 6))
 NUM_ROUNDS = 4
-ARMS = ("one-shot program", "search")
+ARMS = ("one-shot program", "search", "program, also 5 and 6 bits")
 # Rows of ``allocation.py`` that stand beside them.
 OTHERS = ("uniform", "PMQ", "allocator, gemq", "allocator, fisher_kl", "allocator, fisher")
 
@@ -126,7 +127,7 @@ class OuterSearch(Study[Case]):
                 grid=GRID,
                 seed=seed,
                 solve=SolveSpec(damping=0.01),
-                choices=CHOICES,
+                choices=MORE,
                 num_gradient_batches=4,
             )
             solving, searching, others = self.ids(seed).split(NUM_WINDOWS)
@@ -139,7 +140,7 @@ class OuterSearch(Study[Case]):
 
     def measure(self, case: Case) -> Row:
         surveyed = self.surveyed(case.seed)
-        constraints = Constraints(CHOICES, Budget(case.budget), GRID)
+        constraints = Constraints(MORE if case.arm == ARMS[2] else CHOICES, Budget(case.budget), GRID)
         extra: Row = {}
         start = time.process_time()
         if case.arm == "search":
