@@ -66,7 +66,8 @@ class BitAllocation(Step):
         sites = [site for block in range(resume.first_block) for site in module.adapter.sites(block)]
         for name in (name for site in sites for name in site.weight_names()):
             grid = run.plan.get(name)
-            planned, done = None if grid is None else (grid.bits, grid.group_size, grid.kind), resume.grids.get(name)
+            planned = None if grid is None else (grid.bits, grid.group_size, grid.stored_kind)
+            done = resume.grids.get(name)
             if planned != done:
                 raise ValueError(
                     f"{name} was {_said(done)} before this run continued, the plan in {module.run_dir} now says "

@@ -34,6 +34,8 @@ from moeq.models.families import survey_refusal
 from moeq.models.observe import TokenMask, observe
 from moeq.models.residency import Residency
 from moeq.quant.hessian import accumulate
+from moeq.quant.hessian_groups import accumulate_groups
+from moeq.quant.together import taken_together
 from moeq.survey.ahead import SweepsAhead
 from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage
@@ -108,7 +110,8 @@ class Surveyor:
         sites = tuple(site for site in self._sites if site.block == block)
         self._found = empty_findings(self.spec, sites, self._ahead.gradients.of_sites(sites), self.device)
         if self.spec.wants(SOLVED):
-            self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows))
+            grouped = self._on_groups if taken_together(self.device) else None
+            self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows, on_groups=grouped))
         for path in self._found.tokens:
             experts = self.adapter.model.get_submodule(path)
 
@@ -191,6 +194,14 @@ class Surveyor:
         accumulate(solver, expert, x_NI, affinity_N, self.spec.affinity_power)
         if plain is not solver:
             accumulate(plain, expert, x_NI, affinity_N, 0.0)
+
+    def _on_groups(self, site: Site, x_NI: Tensor, affinity_N: Tensor, starts: list[int]) -> None:
+        if not self._listening:
+            return
+        solver, plain = self._found.solver[site.name], self._found.plain[site.name]
+        accumulate_groups(solver, x_NI, affinity_N, starts, self.spec.affinity_power)
+        if plain is not solver:
+            accumulate_groups(plain, x_NI, affinity_N, starts, 0.0)
 
     def _on_routing(self, path: str, call: RoutedCall) -> None:
         if not self._listening:
