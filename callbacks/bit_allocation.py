@@ -54,6 +54,8 @@ class BitAllocation(Step):
             )
         else:
             run.needs.evidence = True
+            if self.spec.search is not None:
+                run.needs.batches_apart = self.spec.search.num_batches
             # Until the survey has decided: what is kept is certain.
             run.plan, _ = base_plan(self.spec, weights, module.grid)
             rehearse(self.spec, weights, module.grid, run.promise)
@@ -83,7 +85,8 @@ class BitAllocation(Step):
         epoch, schedule = module.current_epoch, module.walk.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
-            decision = decide(self.spec, module.weight_shapes(), module.grid, module.run.evidence)
+            decision = decide(self.spec, module.weight_shapes(), module.grid, module.run.evidence, module.run.judge)
+            module.run.judge = None  # its candidates are let go
             self._take(trainer, module, decision)
             self._write(module, decision)
 

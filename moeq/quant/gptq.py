@@ -33,17 +33,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeq.quant.factor import Feedback, factorise
+from moeq.quant.factor import Feedback, factorise_each
 from moeq.quant.grid import QParams, choose_qparams, lowest_level, real_values
 from moeq.quant.scale_refit import refit_scales
-from moeq.quant.solution import Solution, output_energy, relative_error
+from moeq.quant.solution import Solution, output_energies, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
+from moeq.quant.together import taken_together
 from moeq.quant.two_level import join
 from moeq.quant.two_level_refit import refit_integers
 from moeq.quant.workspace import FEW_ROWS, num_together
-
-LARGE_PRODUCT = 1 << 28  # multiplications
 
 
 def gptq_solve(
@@ -83,18 +82,13 @@ def gptq_solve(
     if qparams is not None and not _is_static(grid, solve):
         raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
     size = num_together(out_features, in_features, weight_EOI.device.type)
-    if energy_E is None:
-        # The normaliser of a reported error: its last digits are not worth a third of the time of a large solve.
-        large = out_features * in_features**2 > LARGE_PRODUCT
-        pairs = zip(weight_EOI.float(), hessian_EII.float(), strict=True)
-        energies = [output_energy(*pair, torch.bfloat16 if large else torch.float32) for pair in pairs]
-        energy_E = torch.stack(energies)
     parts = []
     for start in range(0, num_experts, size):
         part = slice(start, start + size)
         known = None if qparams is None else qparams.experts(part)
-        stacks = weight_EOI[part], hessian_EII[part], energy_E[part]
-        parts.append(_solve_together(*stacks, grid, solve, scale_dtype, known))
+        stacks = weight_EOI[part], hessian_EII[part]
+        energy = output_energies(*stacks) if energy_E is None else energy_E[part]
+        parts.append(_solve_together(*stacks, energy, grid, solve, scale_dtype, known))
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point_EOG for part in parts if part.zero_point_EOG is not None]
@@ -125,9 +119,9 @@ def _solve_together(
     qparams: QParams | None,
 ) -> Solution:
     """Solve some experts in one sweep."""
-    factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
+    factors = factorise_each(hessian_EII, solve.damping, solve.act_order)
     # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
-    together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
+    together = taken_together(weight_EOI.device) or weight_EOI.shape[1] <= FEW_ROWS
     static = _is_static(grid, solve)
     chosen = qparams is None
     if static and qparams is None:
