@@ -33,6 +33,19 @@ def test_scales_lower_the_error_and_are_stored_as_they_are_judged(grid: GridSpec
     assert (after.zero_point_EOG is None) == grid.symmetric
 
 
+def test_gptq_fits_full_range_scales_to_its_codes_unless_they_are_given() -> None:
+    weight_EOI, hessian_EII = problem(5, experts=3, shape=(12, 96))
+    grid, dtype = GRIDS[0], torch.bfloat16
+    given = choose_qparams(weight_EOI, grid, dtype)
+    kept, fitted = (gptq_solve(weight_EOI, hessian_EII, grid, SolveSpec(), dtype, qparams=q) for q in (given, None))
+    assert torch.equal(kept.scale_EOG, given.scale_EOG)
+    assert torch.equal(fitted.codes_EOI, kept.codes_EOI)
+    expected = [refit_scales(weight_EOI[e:e + 1], hessian_EII[e:e + 1], kept.codes_EOI[e:e + 1],
+                             given.experts(slice(e, e + 1)), grid)[0].scale_EOG for e in range(3)]  # fmt: skip
+    assert torch.equal(fitted.scale_EOG, torch.cat(expected))
+    assert bool((fitted.relative_error_E < kept.relative_error_E).all())
+
+
 def test_one_group_per_row_gets_its_least_squares_scale() -> None:
     weight_EOI, hessian_EII = problem(2, shape=(5, 32))
     grid = GridSpec(3, None, symmetric=True)
