@@ -70,7 +70,7 @@ def texts(config: Path, other: str | None = None) -> list[str]:
 
 def on_two_levels(config: Path) -> bool:
     """Whether a configuration asks for a grid whose groups are its own."""
-    return "grid" in yaml.safe_load(config.read_text())["model"]
+    return yaml.safe_load(config.read_text())["model"].get("grid", "full_range") != "full_range"
 
 
 def small_groups(config: Path) -> list[str]:
