@@ -96,7 +96,7 @@ def test_large_products_through_onednn_give_the_codes_of_the_other_path(
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_how_many_experts_advance_together_does_not_matter(
     grid: GridSpec, solve: SolveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
