@@ -28,13 +28,12 @@ from callbacks.learned_rounding import LearnedRounding
 
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "GPTQ": list,
-    "straight-through": lambda: [LearnedRounding(softness=0.0, level_rate=0.01)],
-    "soft": lambda: [LearnedRounding()],
-    "soft, 200 steps": lambda: [LearnedRounding(num_steps=200)],
+    "straight-through, 0.01": lambda: [LearnedRounding(softness=0.0, level_rate=0.01)],
+    "soft, 0.01": lambda: [LearnedRounding(softness=0.33, level_rate=0.01)],
+    "soft, 0.03": lambda: [LearnedRounding(softness=0.33, level_rate=0.03)],
     "GSQ": lambda: [GumbelRounding()],
     "GSQ, no noise": lambda: [GumbelRounding(GumbelSpec(noisy=False))],
 }
-DEFAULT = ("GPTQ", "straight-through", "soft", "GSQ")
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,11 @@ class Rounding(Study[Case]):
         "KL to the original in thousandths of a nat per token, mean over the domains and the worst, +- over seeds; "
         "router agreement in percent; seconds of one core for the whole fit. All arms start from the same GPTQ and "
         "take 100 steps of Adam on each block, one batch of 8 sequences each, where their name says nothing else. "
-        "straight-through: gradients pass the rounding unchanged. soft: the default. GSQ: its choice of levels, ours, "
-        "written from the paper (benchmarks/peers/gsq.py)."
+        "straight-through: gradients pass the rounding unchanged; soft: the level is a mean of codes that ends on one; "
+        "both with their step size in levels. GSQ: its choice of levels, ours, written from the paper "
+        "(benchmarks/peers/gsq.py)."
     )
-    quick: ClassVar = {"seeds": [0], "bits": [2], "arms": ["GPTQ", "soft"]}
+    quick: ClassVar = {"seeds": [0], "bits": [2], "arms": ["GPTQ", "soft, 0.03"]}
     keeps = True
 
     @classmethod
@@ -66,7 +66,7 @@ class Rounding(Study[Case]):
         parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
         parser.add_argument("--windows", type=int, nargs="+", default=[64], help="sequences of 256 tokens")
         known = list(ARMS)
-        parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=known, metavar="ARM", help=str(known))
+        parser.add_argument("--arms", nargs="+", default=known, choices=known, metavar="ARM", help=str(known))
         parser.add_argument("--sets", type=Path, default=Path("runs/calibration_data"), help="sampled sets")
 
     def cases(self) -> list[Case]:

@@ -173,12 +173,12 @@ def learned_error(spec: LearnedSpec) -> tuple[float, float]:
 
 
 def test_learning_lowers_an_error_that_spans_two_linears() -> None:
-    before, after = learned_error(LearnedSpec(num_steps=60, scale_rate=0.002))
+    before, after = learned_error(LearnedSpec(num_steps=60, level_rate=0.02, scale_rate=0.002))
     assert after < 0.9 * before
 
 
 def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
-    for spec in (LearnedSpec(60, 0.03, 0.0), LearnedSpec(60, 0.0, 0.002)):
+    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.03, 0.0, softness=0.33), LearnedSpec(60, 0.0, 0.002)):
         before, after = learned_error(spec)
         assert after < before
     before, after = learned_error(LearnedSpec(20, 0.0, 0.0))
