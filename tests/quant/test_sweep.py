@@ -14,7 +14,7 @@ from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec, SolveSpec
-from tests.quant.obq import GRIDS, SOLVES, output_error, problem, reference_obq, rounded
+from tests.quant.obq import GRID_NAMES, GRIDS, SOLVES, output_error, problem, reference_obq, rounded
 
 WIDE_ROWS = 1100  # more than FEW_ROWS: a stack of an expert of every real model
 
@@ -53,7 +53,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_weights_of_many_rows_go_one_expert_at_a_time_and_agree_with_obq(
     grid: GridSpec, solve: SolveSpec, spy: Spy
 ) -> None:
