@@ -34,13 +34,13 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     counts, linear = Spy(), torch.nn.functional.linear
     round_one, round_together = sweep._round_one, sweep._round_together
 
-    def counted_one(*args: Any) -> None:
+    def counted_one(*args: Any, **settings: Any) -> None:
         counts.alone += 1
-        round_one(*args)
+        round_one(*args, **settings)
 
-    def counted_together(*args: Any) -> None:
+    def counted_together(*args: Any, **settings: Any) -> None:
         counts.together += 1
-        round_together(*args)
+        round_together(*args, **settings)
 
     def counted_linear(left: Tensor, *rest: Any) -> Tensor:
         counts.by_onednn += left.is_mkldnn
@@ -96,7 +96,7 @@ def test_large_products_through_onednn_give_the_codes_of_the_other_path(
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_how_many_experts_advance_together_does_not_matter(
     grid: GridSpec, solve: SolveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
