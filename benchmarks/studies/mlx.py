@@ -1,8 +1,9 @@
 """moeq's MLX folders beside mlx-lm's own quantization, at equal size, judged by mlx-lm itself.
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.mlx --json benchmarks/results/mlx.json
+    ... --model runs/mixtral_moe/model --label Mixtral --json benchmarks/results/mlx_mixtral.json
 
-The bundled model.  mlx-lm rounds to nearest, with one width or by its recipes of two; moeq divides the bits by
+One model.  mlx-lm rounds to nearest, with one width or by its recipes of two; moeq divides the bits by
 predicted damage at the sizes of those folders, and calibrates on what the model wrote itself (EBSS, corpus mode, 64
 sequences of 256 tokens, another set for each seed).  Embedding, head, routers and norms are BF16 in every folder.
 mlx-lm computes the logits of each on the CPU in float32, and those of the unquantized model they are compared with.
@@ -23,7 +24,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.lab.files import fit_file
+from benchmarks.lab.files import MODELS, fit_file, tensor_bytes
 from benchmarks.lab.judge import Judge, file_bits
 from benchmarks.lab.sets import calibration_set
 from benchmarks.lab.study import MODEL, Study
@@ -36,8 +37,6 @@ from callbacks.hessian_calibration import HessianCalibration
 from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.plan import parse_choices
 from moeq.disk.atomic import write_json, write_tensors
-from moeq.disk.folder import weight_files
-from moeq.disk.tensor_file import stored_tensors
 from moeq.formats.mlx_families import completed, find_family
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.survey.survey_spec import SurveySpec
@@ -71,8 +70,9 @@ class Mlx(Study[Case]):
     legend = (
         "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
         "seeds (calibration sets); bits of a quantized weight with scales and offsets; bytes of all tensors of the "
-        "folder, BF16 embedding, head and routers included. mlx-lm rounds to nearest in groups of 64, by itself and by "
-        "its recipes (quant_predicate), which are kept from embedding, head and routers: it would round those, too. "
+        "folder, BF16 embedding, head and routers included. Of {model}. mlx-lm rounds to nearest in groups of 64, by "
+        "itself and by its recipes (quant_predicate), which are kept from embedding, head and routers: it would round "
+        "those, too. "
         "moeq's folders have the widths and groups that the allocator chose among 2 to 6 and 8 bits in groups of 64 "
         "and 2 to 4 in groups of 128 (one survey, on the first set), symmetric, by AGQ with refitted routers, every "
         "value exact. Not compared: mlx-lm's learned quantizations (DWQ, AWQ, GPTQ). No Mixtral: its checkpoint is "
@@ -82,8 +82,15 @@ class Mlx(Study[Case]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL, help="folder of a model with the same tokenizer")
+        parser.add_argument("--label", default="reference", choices=MODELS, help="name of the model in reports")
         parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of moeq's folders")
         parser.add_argument("--kinds", nargs="*", default=[*WIDTHS, *RECIPES], help="of mlx-lm's folders")
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        options.folder = options.folder / options.label
+        self.legend = self.legend.format(model=MODELS[options.label])  # type: ignore[misc]
 
     def cases(self) -> list[Case]:
         """mlx-lm's once, since they use no data; then size by size."""
@@ -93,13 +100,13 @@ class Mlx(Study[Case]):
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        return Yardstick(MODEL, Texts(num_windows=NUM_WINDOWS))
+        return Yardstick(self.options.model, Texts(num_windows=NUM_WINDOWS))
 
     @cached_property
     def dense(self) -> Path:
         """Folder of the unquantized model as mlx-lm reads it."""
         folder = self.options.folder / "dense"
-        write_dense(self.yardstick.model, Path(MODEL), folder)
+        write_dense(self.yardstick.model, Path(self.options.model), folder)
         return Path(folder)
 
     @cached_property
@@ -119,7 +126,7 @@ class Mlx(Study[Case]):
     @property
     def num_weights(self) -> int:
         """How many are quantized in every folder."""
-        tensors = load_file(Path(MODEL) / "model.safetensors")
+        tensors = load_file(Path(self.options.model) / "model.safetensors")
         return sum(
             t.numel() for name, t in tensors.items() if t.dim() == 2 and is_quantized(name.removesuffix(".weight"))
         )
@@ -132,7 +139,8 @@ class Mlx(Study[Case]):
         survey = self.options.folder / "survey.json"
         make_survey(survey, self.yardstick.model, calibration_set(self.yardstick, "corpus", 64, 0, survey.parent))
         settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "symmetric": True}
-        return fit_file(ids_NL, steps_of(case.kind, survey), "mlx", folder, group_size=GROUP_SIZE, **settings)
+        settings |= {"group_size": GROUP_SIZE, "model": self.options.model}
+        return fit_file(ids_NL, steps_of(case.kind, survey), "mlx", folder, **settings)
 
     def report(self, rows: Sequence[Row]) -> str:
         return report(rows, (OWN,), MLX_LM)
@@ -165,22 +173,16 @@ def is_quantized(path: str) -> bool:
     return path.rpartition(".")[2] not in KEPT
 
 
-def tensor_bytes(folder: Path) -> int:
-    """Of all tensors of a folder; headers and the other files are left out."""
-    stored = [tensor for path in weight_files(folder) for tensor in stored_tensors(path).values()]
-    return sum(tensor.num_bytes for tensor in stored)
-
-
 def write_dense(model: Any, source: Path, folder: Path) -> None:
-    """The unquantized model for mlx-lm, whose class of this family has a head of its own."""
+    """The unquantized model for mlx-lm, with a head of its own where the class of its family there has one."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(source / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors, family = load_file(source / "model.safetensors"), find_family(model)
+    if not family.has_tied_head:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     write_tensors(folder / "model.safetensors", tensors)
     config = json.loads((source / "config.json").read_text(encoding="utf8"))
-    write_json(
-        folder / "config.json", completed(config, model.config, find_family(model)) | {"tie_word_embeddings": False}
-    )
+    config = completed(config, model.config, family)
+    write_json(folder / "config.json", config if family.has_tied_head else {**config, "tie_word_embeddings": False})
 
 
 def write_mlx_lm(source: Path, folder: Path, kind: str) -> None:
