@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.studies.mlx --json benchmarks/results/mlx.json
     ... --model runs/mixtral_moe/model --label Mixtral --json benchmarks/results/mlx_mixtral.json
 
-One model.  mlx-lm rounds to nearest, with one width or by its recipes of two; moeq divides the bits by
-predicted damage at the sizes of those folders, and calibrates on what the model wrote itself (EBSS, corpus mode, 64
-sequences of 256 tokens, another set for each seed).  Embedding, head, routers and norms are BF16 in every folder.
-mlx-lm computes the logits of each on the CPU in float32, and those of the unquantized model they are compared with.
+One model.  mlx-lm rounds to nearest, with one width or by its recipes of two, or learns (DWQ, GPTQ); moeq divides the
+bits by predicted damage at the sizes of those folders.  What learns or calibrates gets what the model wrote itself
+(EBSS, corpus mode, 64 sequences of 256 tokens, another set for each seed).  Embedding, head, routers and norms are BF16
+in every folder.  mlx-lm computes the logits of each on the CPU in float32, and those of the unquantized model they are
+compared with.
 """
 
 import argparse
@@ -43,11 +44,13 @@ from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
 
 NUM_WINDOWS = 8  # per domain
-OWN, MLX_LM = "moeq", "mlx-lm"
+OWN, MLX_LM, DWQ, MLX_GPTQ = "moeq", "mlx-lm", "mlx-lm, DWQ", "mlx-lm, GPTQ"
 WIDTHS = {"2 bits": 2, "3 bits": 3, "4 bits": 4}
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 GROUP_SIZE = 64
 DAMPING = 0.1
+# 32 steps; with them the scales go as far, for their size, as in the 512 of 1e-6 that are mlx-lm's defaults.
+DWQ_PASSES, DWQ_RATE = 2, 5e-5
 # Bits of a weight in the folders of mlx-lm; mixed_3_4 and mixed_4_6, of 3.66 and 4.82, meet those of 3.5 and 4.5.
 BUDGETS = (2.5, 3.13, 3.5, 3.97, 4.5)
 CHOICES: tuple[int | str, ...] = ("2g128", "2g64", "3g128", "3g64", "4g128", "4g64", "5g64", "6g64", "8g64")
@@ -56,7 +59,7 @@ KEPT = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")  # last parts o
 
 @dataclass(frozen=True)
 class Case:
-    """One folder; a seed is one calibration set, which mlx-lm does not use."""
+    """One folder; a seed is one calibration set, which rounding to nearest does not use."""
 
     seed: int
     quantizer: str
@@ -75,10 +78,11 @@ class Mlx(Study[Case]):
         "those, too. "
         "moeq's folders have the widths and groups that the allocator chose among 2 to 6 and 8 bits in groups of 64 "
         "and 2 to 4 in groups of 128 (one survey, on the first set), symmetric, by AGQ with refitted routers, every "
-        "value exact. Not compared: mlx-lm's learned quantizations (DWQ, AWQ, GPTQ). No Mixtral: its checkpoint is "
-        "trained on demand and was not there."
+        "value exact. DWQ learns scales and offsets in 32 steps of 1,024 tokens at a rate of 5e-5, with dequantized "
+        "products, since those with packed weights take a minute on this CPU; GPTQ of mlx-lm knows 2, 4 and 8 bits, "
+        "and one Hessian for all experts of a projection. Its AWQ knows no model with experts."
     )
-    quick: ClassVar = {"seeds": [0], "budgets": [3.5], "kinds": ["3 bits"]}
+    quick: ClassVar = {"seeds": [0], "budgets": [3.5], "kinds": ["3 bits"], "dwq": [], "gptq": []}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -86,6 +90,8 @@ class Mlx(Study[Case]):
         parser.add_argument("--label", default="reference", choices=MODELS, help="name of the model in reports")
         parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of moeq's folders")
         parser.add_argument("--kinds", nargs="*", default=[*WIDTHS, *RECIPES], help="of mlx-lm's folders")
+        parser.add_argument("--dwq", nargs="*", default=[*WIDTHS], help="folders that mlx-lm learns, too")
+        parser.add_argument("--gptq", nargs="*", default=["2 bits", "4 bits"], help="folders by mlx-lm's GPTQ")
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -93,9 +99,11 @@ class Mlx(Study[Case]):
         self.legend = self.legend.format(model=MODELS[options.label])  # type: ignore[misc]
 
     def cases(self) -> list[Case]:
-        """mlx-lm's once, since they use no data; then size by size."""
+        """mlx-lm's once where they use no data; then size by size."""
         o = self.options
         theirs = [Case(o.seeds[0], MLX_LM, kind) for kind in o.kinds]
+        for seed in o.seeds:
+            theirs += [Case(seed, name, kind) for name, kinds in ((DWQ, o.dwq), (MLX_GPTQ, o.gptq)) for kind in kinds]
         return theirs + [Case(seed, OWN, f"{budget:g}") for budget in o.budgets for seed in o.seeds]
 
     @cached_property
@@ -136,6 +144,9 @@ class Mlx(Study[Case]):
             write_mlx_lm(self.dense, folder, case.kind)
             return folder
         ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.folder)
+        if case.quantizer in (DWQ, MLX_GPTQ):
+            write_learned(self.dense, folder, case, ids_NL)
+            return folder
         survey = self.options.folder / "survey.json"
         make_survey(survey, self.yardstick.model, calibration_set(self.yardstick, "corpus", 64, 0, survey.parent))
         settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "symmetric": True}
@@ -198,6 +209,16 @@ def write_mlx_lm(source: Path, folder: Path, kind: str) -> None:
     )  # fmt: skip
     save_model(folder, model)
     save_config(config, folder / "config.json")
+
+
+def write_learned(source: Path, folder: Path, case: Case, ids_NL: Tensor) -> None:
+    """A folder of one width by what mlx-lm learns it with."""
+    from benchmarks.lab.mlx_learned import write_dwq, write_gptq
+
+    if case.quantizer == DWQ:
+        write_dwq(source, folder, WIDTHS[case.kind], GROUP_SIZE, ids_NL, DWQ_PASSES, DWQ_RATE, is_quantized)
+    else:
+        write_gptq(source, folder, WIDTHS[case.kind], GROUP_SIZE, ids_NL, is_quantized)
 
 
 def logits_of(folder: Path) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,8 @@ from benchmarks.lab.files import tensor_bytes
 from benchmarks.lab.study import MODEL
 from benchmarks.studies.mlx import (
     BUDGETS,
+    DWQ,
+    MLX_GPTQ,
     MLX_LM,
     OWN,
     RECIPES,
@@ -25,10 +27,12 @@ from moeq.checkpoint.loading import load_model
 from tests.tiny import save_tiny
 
 
-def test_moeq_comes_for_every_seed_and_mlx_lm_which_uses_no_data_once() -> None:
+def test_what_uses_data_comes_for_every_seed_and_rounding_to_nearest_once() -> None:
     found = Counter((case.quantizer, case.kind) for case in Mlx(Mlx.parser().parse_args([])).cases())
+    learned = [*((DWQ, kind) for kind in WIDTHS), (MLX_GPTQ, "2 bits"), (MLX_GPTQ, "4 bits")]
     assert found == {
-        **{(MLX_LM, kind): 1 for kind in (*WIDTHS, *RECIPES)}, **{(OWN, f"{budget:g}"): 3 for budget in BUDGETS}
+        **{(MLX_LM, kind): 1 for kind in (*WIDTHS, *RECIPES)}, **dict.fromkeys(learned, 3),
+        **{(OWN, f"{budget:g}"): 3 for budget in BUDGETS},
     }  # fmt: skip
 
 
