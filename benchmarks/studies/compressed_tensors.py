@@ -123,7 +123,9 @@ class CompressedTensors(Study[Case]):
         with TemporaryDirectory() as temporary:
             folder = self._make(case, Path(temporary))
             num_bytes = tensor_bytes(folder)
-            domains = self.yardstick.row(load_model(str(write_values(folder, Path(temporary) / "values")), "auto"))
+            domains = self.yardstick.row(
+                load_model(str(write_values(folder, Path(MODEL), Path(temporary) / "values")), "auto")
+            )
         bits = file_bits(num_bytes, tensor_bytes(Path(MODEL)), self.num_weights)
         return {"bytes": num_bytes, "bits": bits, "domains": domains}
 
@@ -186,11 +188,12 @@ def run_llmcompressor(python: Path, case: Case, ids_NL: Tensor, folder: Path) ->
     return packed
 
 
-def write_values(packed: Path, folder: Path) -> Path:
+def write_values(packed: Path, source: Path, folder: Path) -> Path:
     """A folder with the values of another, as compressed-tensors reads them by its configuration.
 
     Args:
         packed: Folder of compressed-tensors, its weights under the keys of the original.
+        source: The original, of one file.
         folder: To create.
     """
     from compressed_tensors.compressors import BaseCompressor
@@ -200,7 +203,7 @@ def write_values(packed: Path, folder: Path) -> Path:
     config = json.loads((packed / "config.json").read_text(encoding="utf8"))
     said = QuantizationConfig.model_validate(config["quantization_config"])
     stored, linear, values = load_folder(packed), nn.Linear(1, 1, device="meta"), dict[str, Tensor]()
-    for key, original in load_folder(Path(MODEL)).items():
+    for key, original in load_folder(source).items():
         path = key.removesuffix(".weight")
         if key in stored:
             values[key] = stored[key]
