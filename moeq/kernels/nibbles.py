@@ -50,8 +50,8 @@ def arrangement() -> Arrangement | None:
         halves = [(ones & 15) + 16 * (sixteens & 15), (ones >> 4) + 16 * (sixteens >> 4)]
         if all((half == half[:1]).all() and int(half.max()) < block for half in halves):
             low, high = (_as_slice(half[0].tolist()) for half in halves)
-            found = Arrangement(block, low, high)
-            return found if _holds(found) else None
+            if low is not None and high is not None and _holds(found := Arrangement(block, low, high)):
+                return found
     return None
 
 
@@ -99,8 +99,9 @@ def _pack(code_OI: Tensor) -> Tensor:
     return packed
 
 
-def _as_slice(rows: list[int]) -> slice:
-    return slice(rows[0], rows[-1] + 1, rows[1] - rows[0])
+def _as_slice(rows: list[int]) -> slice | None:
+    step = rows[1] - rows[0]
+    return slice(rows[0], rows[-1] + 1, step) if step > 0 and rows == [*range(rows[0], rows[-1] + 1, step)] else None
 
 
 def _holds(order: Arrangement) -> bool:
