@@ -38,6 +38,11 @@ class Prepared:
     num_bytes: tuple[int, int]
     fallbacks: list[Fallback]
 
+    @property
+    def any(self) -> bool:
+        """Whether the model has packed weights."""
+        return bool(self.forms or self.fallbacks)
+
     def line(self) -> str:
         """For people."""
         now, before = self.num_bytes
@@ -74,7 +79,7 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
     if any(isinstance(module, PackedExperts) for module in model.modules()):
         model.set_experts_implementation(IMPLEMENTATION)
     result = Prepared(dict(forms), (model_bytes(model), before), fallbacks)
-    if layers:
+    if result.any:
         _log.info(result.line())
     return result
 
