@@ -151,13 +151,20 @@ class NibbleForm:
 
     def product(self, x_MI: Tensor) -> Tensor:
         """x W^T, [M, O]; few rows by the operation."""
-        if not 0 < len(x_MI) <= FEW_ROWS or x_MI.dtype != torch.bfloat16:
-            return _by_dense(x_MI, self.weight(_product_dtype(x_MI.dtype)))
+        few = 0 < len(x_MI) <= FEW_ROWS and x_MI.dtype == torch.bfloat16
+        return self.by_operation(x_MI) if few else self.by_weight(x_MI)
+
+    def by_operation(self, x_MI: Tensor) -> Tensor:
+        """The product without the weight, of rows in bfloat16."""
         y_MO = nibble_product(x_MI.contiguous(), self.packed, self.group_size, self.scale_offset_GO2)
         if self.frame.bits <= 4:
             return y_MO
         higher_MO, lower_MO = y_MO.chunk(2, 1)
         return higher_MO + lower_MO
+
+    def by_weight(self, x_MI: Tensor) -> Tensor:
+        """The product with the weight."""
+        return _by_dense(x_MI, self.weight(_product_dtype(x_MI.dtype)))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight, [I, O], in the reused buffer: valid until the next one is made."""
