@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moeq.checkpoint.cpu_forms import NibbleForm, PlaneForm, nibble_bytes, why_no_nibbles, why_no_planes
+from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm, nibble_bytes, why_no_nibbles
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.checkpoint.plane_form import PlaneForm, why_no_planes
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -54,11 +55,11 @@ Grouped = Callable[[Sequence[nn.Module], Tensor, Sequence[int]], Tensor]
 def choose_on_cpu(packed: Packed) -> Maker | str:
     """How a form is made on a CPU, or why there is none.
 
-    With room, the operation on codes of 4 bits where it takes the weight; else planes of bits, which are as large as
-    the file.
+    The operation on codes of 4 bits where it takes the weight, with room as it reads it, else squeezed; all others as
+    planes of bits.
     """
-    if packed.room and why_no_nibbles(packed.grid, packed.shape, packed.weight_dtype, packed.dtype) is None:
-        return NibbleForm.of
+    if why_no_nibbles(packed.grid, packed.shape, packed.weight_dtype, packed.dtype) is None:
+        return NibbleForm.of if packed.room else SqueezedForm.of
     reason = why_no_planes(packed.grid, packed.shape)
     return PlaneForm.of if reason is None else reason
 
