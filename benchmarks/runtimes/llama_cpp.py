@@ -75,7 +75,9 @@ def _library() -> Any:
     library.llama_decode.argtypes = [ctypes.c_void_p, _Batch]
     library.llama_get_logits.argtypes = [ctypes.c_void_p]
     library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-    library.llama_synchronize.argtypes = library.llama_free.argtypes = library.llama_model_free.argtypes = [ctypes.c_void_p]
+    library.llama_synchronize.argtypes = library.llama_free.argtypes = library.llama_model_free.argtypes = [
+        ctypes.c_void_p
+    ]
     library.llama_log_set(_listen, None)
     library.llama_backend_init()
     return library

@@ -1,4 +1,4 @@
-"""Decoding with a small model of drawn weights: bfloat16, prepared packed weights, and llama.cpp with the same codes."""
+"""Decoding with a small model of drawn weights: bfloat16, prepared packed weights, llama.cpp with the same codes."""
 
 import tempfile
 from collections.abc import Sequence
@@ -47,8 +47,10 @@ def decode_row(sequences: int, layers: int, num_tokens: int, turns: int = 3) -> 
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(turns):
         for name, side in found["sides"].items():
-            steps = side.step_seconds(sequences, PROMPT, num_tokens) if name == "llama.cpp" else (
-                step_seconds(side, sequences, num_tokens)
+            steps = (
+                side.step_seconds(sequences, PROMPT, num_tokens)
+                if name == "llama.cpp"
+                else (step_seconds(side, sequences, num_tokens))
             )
             seconds[name].append(median(steps))
     return {"seconds": seconds, "bytes": found["bytes"]}

@@ -2,8 +2,8 @@
 
 The reference (``moeq.checkpoint.packed``) makes a whole weight anew at every call, by the formula of the fit.  A form
 holds the same codes, scales and zero points arranged for a processor, multiplies by them, and gives them back as they
-were, so that a prepared model writes the checkpoint that it was read from.  ``CHOICE`` says for each type
-of device how the form of a weight is made, ``GROUPED`` how the products of many experts are.  What has no form stays with the
+were, so that a prepared model writes the checkpoint that it was read from.  For each type of device ``CHOICE`` says how
+the form of a weight is made, and ``GROUPED`` how the products of many experts are.  What has no form stays with the
 reference, which says why.
 
 Shapes: M rows of the input, O out features, I in features, S rows of all experts.
@@ -30,7 +30,7 @@ class Form(Protocol):
         """Bytes in memory."""
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """x W^T, [M, O], in the dtype of ``x_MI``; without gradients."""
+        """Product with the weight, [M, O], in the dtype of ``x_MI``; without gradients."""
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it was given, to the bit."""

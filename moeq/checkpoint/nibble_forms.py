@@ -61,7 +61,9 @@ class NibbleForm:
             code_OI = weight.codes_OI + _added(bits)[0]
         else:
             higher, lower = _added(bits)
-            code_OI = torch.cat([weight.codes_OI // 2 ** (bits - 4) + higher, weight.codes_OI % 2 ** (bits - 4) + lower])
+            code_OI = torch.cat(
+                [weight.codes_OI // 2 ** (bits - 4) + higher, weight.codes_OI % 2 ** (bits - 4) + lower]
+            )
         zero_GO = None if weight.zero_point_OG is None else weight.zero_point_OG.mT
         scale_offset_GO2 = _scale_and_offset(weight.scale_OG.mT, zero_GO, weight, columns)
         group_size = _operation_group(weight.group_size, columns)
@@ -73,7 +75,7 @@ class NibbleForm:
         return self.packed.nbytes + self.scale_offset_GO2.nbytes
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """x W^T, [M, O]; few rows by the operation."""
+        """Product with the weight, [M, O]; few rows by the operation."""
         few = 0 < len(x_MI) <= FEW_ROWS and x_MI.dtype == torch.bfloat16
         return self.by_operation(x_MI) if few else self.by_weight(x_MI)
 
@@ -179,7 +181,7 @@ class SqueezedForm:
         return sum(tensor.nbytes for tensor in (*planes, *self.zero_planes, self.scale_GO))
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """x W^T, [M, O]."""
+        """Product with the weight, [M, O]."""
         return self.whole().product(x_MI)
 
     def quantized(self) -> QuantizedWeight:

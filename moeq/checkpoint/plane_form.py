@@ -56,7 +56,7 @@ class PlaneForm:
         return sum(tensor.nbytes for tensor in (*self.planes, *self.zero_planes, self.scale_GO))
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """x W^T, [M, O]."""
+        """Product with the weight, [M, O]."""
         return by_weight(x_MI, self.weight(product_dtype(x_MI.dtype)))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -150,7 +150,7 @@ def why_no_planes(grid: PackedFormat, shape: tuple[int, int]) -> str | None:
 
 
 def by_weight(x_MI: Tensor, weight_IO: Tensor) -> Tensor:
-    """x W, in the dtype of ``x_MI``, multiplied in that of the weight."""
+    """Product, in the dtype of ``x_MI``, multiplied in that of the weight."""
     return (x_MI.to(weight_IO.dtype) @ weight_IO).to(x_MI.dtype)
 
 

@@ -91,7 +91,7 @@ def unpack_rows(packed_OH: Tensor, order: Arrangement, part: slice, out_IO: Tens
 
 
 def nibble_product(x_MI: Tensor, packed_OH: Tensor, group_size: int, scale_offset_GO2: Tensor) -> Tensor:
-    """x W^T, [M, O].
+    """Product with the weight, [M, O].
 
     Args:
         x_MI: bfloat16, contiguous.

@@ -119,4 +119,6 @@ def test_what_has_no_form_says_why() -> None:
     assert why_no_planes(PackedFormat(4, 16, symmetric=True), (72, 48)) is None
     for grid, shape in ((PackedFormat(4, 16, symmetric=True), SHAPE), (PackedFormat(4, 32, symmetric=True), (72, 64))):
         assert "multiples of 64" in str(why_no_nibbles(grid, shape, *bfloat16))
-    assert why_no_nibbles(PackedFormat(4, 32, symmetric=True), SHAPE, torch.bfloat16, torch.float32) == "not in bfloat16"
+    assert (
+        why_no_nibbles(PackedFormat(4, 32, symmetric=True), SHAPE, torch.bfloat16, torch.float32) == "not in bfloat16"
+    )
