@@ -99,12 +99,18 @@ def _rope_of_kinds(full: float, sliding: float, factor: float) -> dict[str, Any]
 
 # Options of tiny models, other than those of ``tests.families``, with which runtimes compute.
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4, "sliding_window": None},
     "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},
     "mimo_v2_flash": {"rope_parameters": _rope_of_kinds(5e6, 1e4, 0.5)},
+    "mellum": {"rope_parameters": _rope_of_kinds(1e4, 1e4, 1.0)},
+    "deepseek_v2": {"rope_parameters": _YARN},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 

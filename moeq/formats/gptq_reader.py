@@ -21,7 +21,8 @@ def dequantize_words(parts: Mapping[str, Tensor], config: Mapping[str, Any], nam
         float32, [O, I].
 
     Raises:
-        ValueError: The configuration says that the module is not quantized.
+        ValueError: The configuration says that the module is not quantized, or ``g_idx`` names groups that are not
+            there.
     """
     bits = settings_of(config, name)["bits"]
     codes_OI = _unpacked(parts["qweight"].numpy().T, bits)
@@ -29,6 +30,8 @@ def dequantize_words(parts: Mapping[str, Tensor], config: Mapping[str, Any], nam
     zero_GO = _unpacked(parts["qzeros"].numpy(), bits) + (config["checkpoint_format"] == "gptq")
     zero_GO %= 2**bits
     group_I = parts["g_idx"].numpy()
+    if not (group_I.min() >= 0 and group_I.max() < len(zero_GO)):
+        raise ValueError(f"g_idx of {name} names groups beyond its {len(zero_GO)}; export again")
     scale_GO = parts["scales"].numpy().astype(np.float32)
     real_OI = (codes_OI - zero_GO[group_I].T).astype(np.float32) * scale_GO[group_I].T
     return torch.from_numpy(real_OI)

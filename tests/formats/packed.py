@@ -57,9 +57,13 @@ def write_tiny_packed(
     *,
     dtype: torch.dtype = torch.bfloat16,
     prepare: Callable[[Path], object] = lambda source: None,
+    multiple: int = 1,
     **overrides: Any,
 ) -> Tiny:
-    """Quantize and export a tiny model; ``prepare`` changes its source's folder first."""
+    """Quantize and export a tiny model; ``prepare`` changes its source's folder first.
+
+    Weights whose sides are no multiples of ``multiple`` are kept.
+    """
     source = save_tiny(family, folder / "source", dtype=dtype, **overrides)
     prepare(source)
     model = open_model(source, dtype)
@@ -69,6 +73,8 @@ def write_tiny_packed(
             if name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
                 continue
             view = dense_weight(model, name, experts)
+            if any(side % multiple for side in view.shape):
+                continue
             quantized[name] = round_weight(view, *grid)
             view.copy_(real_weight(quantized[name]))
     write_checkpoint(model, tiny_tokenizer(), quantized, folder / "packed", metadata={"seed": 1})

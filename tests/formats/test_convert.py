@@ -1,6 +1,6 @@
 """Files of runtimes: refused before the work, verified before they have their name, made of finished exports too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from moeq.export.compare import ExportMismatchError
 from moeq.formats import __main__ as command
 from moeq.formats import convert as module
 from moeq.formats.convert import convert, find_format, proof
+from moeq.formats.source import PackedExport
 from moeq.quant.carrier import FORMATS
 from tests.formats.packed import Tiny
 
@@ -73,6 +74,31 @@ def test_what_fails_leaves_nothing_and_keeps_what_was_there(
             convert(export, "gptq", tmp_path / target, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "gptq").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_half_written_and_damaged_files_never_stand_under_their_final_name(
+    name: str, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = find_format(name)
+
+    def full_disk(items: range, label: str) -> Iterator[int]:
+        yield from items[:5]
+        raise OSError(28, "No space left on device")
+
+    def damaged(packed: PackedExport, folder: Path, *rest: Any) -> None:
+        chosen.write(packed, folder, *rest)
+        path = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        octets = bytearray(path.read_bytes())
+        octets[len(octets) // 2] ^= 0x40
+        path.write_bytes(octets)
+
+    with pytest.raises((OSError, ValueError), match="No space left"):
+        convert(export, name, tmp_path / name, progress=full_disk)
+    monkeypatch.setattr(module, "find_format", lambda name: replace(chosen, write=damaged))
+    with pytest.raises(ValueError, match="export again"):
+        convert(export, name, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_says_how_equal_the_values_are(export: Path, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Products of rows with packed weights of several experts, each row with its own expert's: shapes, support, torch twin.
+
+    out_n = x_token(n) W_e^T,    W_e = ((code - zero point) * scale), rounded to the dtype of the scales
+
+for the rows n of expert e.  Weights are as their files hold them: codes are a little-endian stream of bits along the
+inputs, zero points one along the outputs (``moeq.quant.packing``), both in int32 words.  A linear is a stack of one
+expert.  The kernel is in ``packed_triton``; this file imports no triton.
+
+Shapes: E experts of a stack, O out features, I in features, G groups per row, W words, T tokens, N rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KERNEL_BITS = (2, 3, 4, 8)
+OCTET = 8  # codes that fill whole bytes at every width
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """Weights of experts that share a grid; views of what a checkpoint stores.
+
+    Attributes:
+        packed_EOW: int32, codes.
+        scale_EOG: In the dtype that the weights have.
+        zero_EWG: int32, zero points packed along O; None for a symmetric grid (zero point 2^(bits - 1)).
+        bits: Bits per code.
+        in_features: I.
+    """
+
+    packed_EOW: Tensor
+    scale_EOG: Tensor
+    zero_EWG: Tensor | None
+    bits: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.packed_EOW.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """In features per scale."""
+        return self.in_features // self.scale_EOG.shape[2]
+
+
+def kernel_problem(bits: int, group_size: int, in_features: int) -> str | None:
+    """Why the kernel does not take a grid; None where it does."""
+    if bits not in KERNEL_BITS:
+        return f"{bits} bits are none of {', '.join(map(str, KERNEL_BITS))}"
+    if in_features % OCTET or group_size % OCTET:
+        return f"rows of {in_features} in groups of {group_size} are no multiples of {OCTET}"
+    return None
+
+
+def grouped_product_by_torch(
+    x_TI: Tensor, tokens_N: Tensor | None, bounds_E2: Tensor, stack: PackedStack, out_NO: Tensor
+) -> None:
+    """The twin of ``packed_triton.grouped_product``: one expert after another, summed in float32.
+
+    Args: See there.
+    """
+    for expert, (start, stop) in enumerate(bounds_E2.tolist()):
+        if stop > start:
+            chosen = slice(start, stop) if tokens_N is None else tokens_N[start:stop]
+            weight_OI = dequantized(stack, expert).to(x_TI.dtype)
+            out_NO[start:stop] = (x_TI[chosen].float() @ weight_OI.float().mT).to(out_NO.dtype)
+
+
+def dequantized(stack: PackedStack, expert: int) -> Tensor:
+    """The weight of one expert, [O, I]."""
+    code_OI = _stream(stack.packed_EOW[expert], stack.bits, stack.in_features)
+    if stack.zero_EWG is None:
+        level_OI = code_OI - 2 ** (stack.bits - 1)
+    else:
+        zero_OG = _stream(stack.zero_EWG[expert].mT, stack.bits, stack.out_features).mT
+        level_OI = code_OI - zero_OG.repeat_interleave(stack.group_size, 1)
+    scale_OI = stack.scale_EOG[expert].float().repeat_interleave(stack.group_size, 1)
+    return (level_OI.float() * scale_OI).to(stack.scale_EOG.dtype)
+
+
+def _stream(words: Tensor, bits: int, num: int) -> Tensor:
+    """The first ``num`` codes of streams [..., W], int64: each from the word it starts in and the next one."""
+    position = torch.arange(num, device=words.device) * bits
+    first, shift = position // 32, position % 32
+    unsigned = words.long() & 0xFFFFFFFF
+    low = unsigned[..., first] >> shift
+    high = unsigned[..., (first + 1).clamp_max(words.shape[-1] - 1)] << (32 - shift)
+    return (low | high) & (2**bits - 1)
