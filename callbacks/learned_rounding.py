@@ -37,6 +37,15 @@ class LearnedRounding(Step):
             raise ValueError(f"LearnedRounding starts from what {name} has solved; put {name} before LearnedRounding")
         module.run.needs.originals = module.run.needs.offsets = True
 
+    def check(self, module: MoEQuantModule) -> None:
+        """Refuse grids whose levels stand in a table: latents move between evenly spaced ones."""
+        for name, grid in module.run.plan.items():
+            if grid.table is not None:
+                raise ValueError(
+                    f"LearnedRounding moves evenly spaced levels, and {name} is to have {grid.kind}; leave it out, or "
+                    "choose another grid"
+                )
+
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """Each block is learned after its last solve."""
         return learning_phases(work, self.spec.num_steps)

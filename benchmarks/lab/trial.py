@@ -54,8 +54,10 @@ class CachedGridGPTQ(GPTQ):
                 rows.append(self._cache[key])
                 start = stop
             scales.append(torch.cat([part.scale_EOG for part in rows], 1))
-            zero_points.append(torch.cat([part.zero_point_EOG for part in rows if part.zero_point_EOG is not None], 1))
-        known = QParams(torch.cat(scales), torch.cat(zero_points))
+            if not unit.grid.symmetric:
+                zeros = [part.zero_point_EOG for part in rows if part.zero_point_EOG is not None]
+                zero_points.append(torch.cat(zeros, 1))
+        known = QParams(torch.cat(scales), torch.cat(zero_points) if zero_points else None)
         return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, dtype, qparams=known)
 
 

@@ -16,8 +16,8 @@ Groups.  With act-order, columns are visited by decreasing Hessian diagonal and 
 column order, with parameters from the original weight.  Without it a group's parameters are chosen when its first
 column is reached, from the weights as the columns before it have left them.
 
-Two-level grids (``moeq.quant.kinds``) are always committed beforehand, scales and minima: the sweep then rounds the
-weights plus the offsets of their groups. Their integers are fitted to the codes once more (``two_level_refit``).
+Two-level and table grids (``moeq.quant.kinds``) are always committed beforehand. On two-level ones the sweep rounds the
+weights plus the offsets of their groups, and integers are fitted to the codes once more (``two_level_refit``).
 
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
@@ -104,7 +104,7 @@ def gptq_solve(
 
 def _is_static(grid: GridSpec, solve: SolveSpec) -> bool:
     """Whether scales are chosen before the sweep, not on its way."""
-    return grid.group_size is None or solve.act_order or grid.two_level is not None
+    return grid.group_size is None or solve.act_order or grid.is_named
 
 
 def _solve_together(

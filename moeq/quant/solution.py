@@ -58,6 +58,7 @@ class Solution:
             bits=grid.bits,
             group_size=grid.group_size,
             super_scales=None if supers is None else supers.each(lambda tensor: tensor[expert_idx, rows]),
+            table=None if grid.table is None else grid.stored_kind,
         )
 
 

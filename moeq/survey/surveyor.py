@@ -14,7 +14,7 @@ Shapes: B batch, T tokens of a sequence, N = B T, D width, E experts, K experts 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir
@@ -37,6 +37,7 @@ from moeq.quant.hessian import accumulate
 from moeq.quant.hessian_groups import accumulate_groups
 from moeq.quant.together import taken_together
 from moeq.survey.ahead import SweepsAhead
+from moeq.survey.candidates import Candidates
 from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage
 from moeq.survey.findings import empty_findings
@@ -59,15 +60,19 @@ class Surveyor:
         spec: What to find out.
         waiting: Where what is needed again waits.
         device: Where the model computes.
+        candidates: Takes the solved weights, where costs are asked for that solve.
+        apart: Numbers of batches, in the whole set, that nothing is to be found on.
 
     Raises:
         ValueError: The family, or none of the choices, suits the survey.
     """
 
     def __init__(
-        self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu"
-    ) -> None:
+        self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu",
+        candidates: Candidates | None = None, apart: Collection[int] = (),
+    ) -> None:  # fmt: skip
         self.adapter, self.spec, self.device = adapter, spec, torch.device(device)
+        self._candidates, self._apart = candidates, frozenset(apart)
         self._sites = adapter.all_sites()
         config, stages = getattr(adapter.model, "config", None), {site.stage for site in self._sites}
         if why := survey_refusal(config, stages, of_output=spec.wants(MEASURED)):
@@ -128,9 +133,11 @@ class Surveyor:
         """
         rank, world = rank_and_world()
         self._batch, self._mask_BT = batch_idx * world + rank, inputs.get("attention_mask")
+        self._listening = self._batch not in self._apart
+        if not self._listening:
+            return
         self._mask.keep = keep_N(inputs)
         self._found.num_tokens += inputs["input_ids"].numel() if self._mask_BT is None else int(self._mask_BT.sum())
-        self._listening = True
 
     def finish_block(self) -> None:
         """Take the hooks off, add up the ranks, make the block's part of every table."""
@@ -142,7 +149,10 @@ class Surveyor:
         rank, world = rank_and_world()
         parts = [measured_costs(self.spec, found)] if rank == 0 else []
         if self.spec.wants(SOLVED):
-            parts.append(solved_costs(self.adapter, self.spec, found, found.sites[rank::world]))
+            keep = None if self._candidates is None else self._candidates.keep
+            parts.append(solved_costs(self.adapter, self.spec, found, found.sites[rank::world], keep))
+            if self._candidates is not None:
+                self._candidates.share(found.sites, {site: self.spec.choices_of(site) for site in found.sites})
         for part in gather_lists(parts):
             for cost, table in part.items():
                 self._tables[cost] |= table
@@ -231,7 +241,7 @@ class Surveyor:
 @torch.no_grad()
 def survey_model(
     model: nn.Module, batches: Iterable[Tensor], spec: SurveySpec,
-    residency: Residency | None = None, waiting: WaitingStates | None = None,
+    residency: Residency | None = None, waiting: WaitingStates | None = None, candidates: Candidates | None = None,
 ) -> Evidence:  # fmt: skip
     """Evidence about a model from token ids, without a trainer.
 
@@ -241,12 +251,13 @@ def survey_model(
         spec: What to find out; backward passes and measured changes use the first batches.
         residency: Where the weights of its blocks are; None is in memory, all of them.
         waiting: Where hidden states wait; None is up to 4 GiB of memory, then a file in the system's temporary folder.
+        candidates: Takes the solved weights, of the same model.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = [{"input_ids": ids_BT.to(device)} for ids_BT in batches]
     adapter, waiting = Adapter(model, residency), waiting or WaitingStates(4 << 30, Path(gettempdir()))
     with waiting:
-        surveyor, activations = Surveyor(adapter, spec, waiting, device), ActivationStore(waiting)
+        surveyor, activations = Surveyor(adapter, spec, waiting, device, candidates), ActivationStore(waiting)
         surveyor.sweep_ahead(inputs)
         try:
             for block in range(len(adapter.blocks)):

@@ -39,7 +39,10 @@ def weights(seed: int = 0) -> Tensor:
     return torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(seed))
 
 
-GRIDS = [GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True)]
+GRIDS = [
+    GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True),
+    GridSpec(2, 8, symmetric=True, kind="full_range"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -61,10 +64,13 @@ def test_what_is_learned_is_what_is_stored(grid: GridSpec) -> None:
     generator = torch.Generator().manual_seed(1)
     latent.level_EOGS.data.add_(torch.randn(latent.level_EOGS.shape, generator=generator))
     latent.log_EOG.data.add_(0.2 * torch.randn(latent.log_EOG.shape, generator=generator))
-    for weight_OI, stored in zip(latent_weight(latent), close_latent(latent, given), strict=True):
+    closed = close_latent(latent, given)
+    for weight_OI, stored, before in zip(latent_weight(latent), closed, given, strict=True):
         assert torch.equal(weight_OI, dequantize_weight(stored, torch.float32))
         assert int(stored.codes_OI.max()) < 2**grid.bits
         assert stored.scale_OG.dtype == torch.bfloat16
+        assert torch.equal(stored.scale_OG.sign(), before.scale_OG.sign())
+    assert any(bool((weight.scale_OG < 0).any()) for weight in given) == (grid.kind == "full_range")
 
 
 @pytest.mark.parametrize("grid", GRIDS)
