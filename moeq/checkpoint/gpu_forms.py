@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors, unpacked_weight
 from moeq.kernels.packed_products import PackedMatrix, PackedStack, grouped_product_by_torch, kernel_problem
-from moeq.quant.kinds import TWO_LEVEL
 from moeq.quant.spec import QuantizedWeight
 
 Product = Callable[[Tensor, Tensor | None, Tensor, PackedStack, Tensor], None]
@@ -70,8 +69,8 @@ class KernelForm:
 
 def why_no_kernel(grid: PackedFormat, shape: tuple[int, int]) -> str | None:
     """Why the kernel does not take a weight."""
-    if grid.kind in TWO_LEVEL:
-        return "two-level grid"
+    if grid.kind != "uniform":
+        return f"grid {grid.kind}"
     if find_spec("triton") is None:
         return "triton is not installed"
     return kernel_problem(grid.bits, grid.group_size or shape[1], shape[1])

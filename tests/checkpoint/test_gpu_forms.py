@@ -60,7 +60,7 @@ def test_a_linear_multiplies_by_the_references_numbers(grid: tuple[int, int | No
 
 
 def test_grids_without_a_kernel_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_no_kernel(PackedFormat(4, 32, True, "q4_k"), (8, 256)) == "two-level grid"
+    assert why_no_kernel(PackedFormat(4, 32, True, "q4_k"), (8, 256)) == "grid q4_k"
     monkeypatch.setattr(gpu_forms, "find_spec", lambda _: None)
     assert why_no_kernel(PackedFormat(4, 32, True), (8, 256)) == "triton is not installed"
     monkeypatch.setattr(gpu_forms, "find_spec", lambda _: True)
