@@ -25,23 +25,23 @@ PEERS: dict[str, tuple[str, Callable[..., Callable[[], object]]]] = {
 
 def solves(setting: Setting) -> Iterator[Row]:
     """Seconds per expert of each model's block; the loop and peers work on one expert."""
-    models = [QUICK] if setting.quick else [name for name in MODELS if name != QUICK]
-    for name in models:
-        experts = min(MODELS[name][0], 2 if setting.quick else 16)
+    models = {QUICK: (4, 64, 32)} if setting.quick else {name: sizes for name, sizes in MODELS.items() if name != QUICK}
+    for name, sizes in models.items():
+        experts = min(sizes[0], 2 if setting.quick else 16)
         tokens = 64 if setting.quick else 256
         o = argparse.Namespace(experts=experts, batches=2, tokens=tokens, device=setting.device.type)
-        linears = make_linears(MODELS[name], o, 0)
+        linears = make_linears(sizes, o, 0)
         hessians = [grouped_hessian(linear) for linear in linears]
         loop = seconds(partial(each, Linear.loop_hessian, linears), setting.device, 1)
         ours = seconds(partial(each, grouped_hessian, linears), setting.device)
         rate = product_rate(torch.float32, setting.device, 256 if setting.quick else 4096)
         floor = sum(o.batches * o.tokens * linear.weight_EOI.shape[2] ** 2 for linear in linears) / rate
-        yield row(f"Hessians, {name}", loop / experts, ours / experts, floor, MODELS[name][0])
+        yield row(f"Hessians, {name}", loop / experts, ours / experts, floor, sizes[0])
         ours = seconds(partial(each, Linear.our_solve, linears, hessians), setting.device, 2)
         one = [(first_expert(linear), h[:1]) for linear, h in zip(linears, hessians, strict=True)]
         loop = seconds(partial(each, Linear.loop_solve, *zip(*one, strict=True)), setting.device, 1)
         floor = sum(solve_operations(linear) for linear in linears) / rate
-        yield row(f"solve, {name}", loop, ours / experts, floor, MODELS[name][0])
+        yield row(f"solve, {name}", loop, ours / experts, floor, sizes[0])
         for peer, (module, solver) in PEERS.items():
             if find_spec(module) is not None:
                 works = [solver(as_peers_take_it(linear, h)) for linear, h in one]
