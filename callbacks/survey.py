@@ -1,7 +1,5 @@
 """Survey the original model before anything is quantized: costs and scores for bit allocation."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -23,14 +21,12 @@ from moeq.fit.schedule import GIB
 from moeq.forecast import data_shape
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
-from moeq.survey.assembled import AssembledModels
-from moeq.survey.candidates import Candidates
-from moeq.survey.judge import SurveyJudge
+from moeq.survey.judge import SurveyJudge, check_apart, open_judge
 from moeq.survey.preflight import survey_phases
-from moeq.survey.remembered import RememberingJudge
+from moeq.survey.remembered import RememberingJudge, survey_mark
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
-from moeq.survey.sweeps import BlockStates, Show
+from moeq.survey.sweeps import Show
 
 
 class Survey(Step):
@@ -69,7 +65,7 @@ class Survey(Step):
         """Batches that are kept apart must leave others."""
         shape = data_shape(module.trainer)
         if shape is not None:
-            _check_apart(module.run.needs.batches_apart, shape.num_batches)
+            check_apart(module.run.needs.batches_apart, shape.num_batches)
 
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """Its passes."""
@@ -91,14 +87,10 @@ class Survey(Step):
     def _open(self, trainer: Trainer, module: MoEQuantModule) -> None:
         """A surveyor, whose sweeps ahead are made; and a judge of plans, where a step wants one."""
         adapter, spec, device = module.adapter, self._spec, module.device
-        candidates, apart = None, dict[int, dict[str, Tensor]]()
         if module.run.needs.batches_apart:
-            apart = self._apart(trainer, module)
-            candidates = Candidates(adapter, self._waiting(module))
-            models = AssembledModels(adapter, candidates, apart, BlockStates(self._waiting(module)), device)
-            choices = {site: spec.choices_of(site) for site in adapter.all_sites()}
-            self._judge = SurveyJudge(models, choices, self._shown(trainer, module))
-        self._surveyor = Surveyor(adapter, spec, self._waiting(module), device, candidates, apart)
+            apart, show = self._apart(trainer, module), self._shown(trainer, module)
+            self._judge = open_judge(adapter, spec, apart, self._waiting(module), device, show)
+        self._surveyor = Surveyor(adapter, spec, self._waiting(module), device, self._judge)
         num_batches = min(self._surveyor.num_ahead, int(trainer.num_training_batches))
         # Not into run.seconds, where the first pass counts it already.
         self._surveyor.sweep_ahead(self._batches(trainer, module, num_batches), self._shown(trainer, module))
@@ -123,8 +115,7 @@ class Survey(Step):
             return
         evidence = module.run.evidence = self._surveyor.evidence()
         if self._judge is not None:
-            mark = hashlib.sha256(json.dumps(evidence.to_json()["costs"]).encode()).hexdigest()
-            module.run.judge = RememberingJudge(self._judge, module.run_dir / "search.json", mark)
+            module.run.judge = RememberingJudge(self._judge, module.run_dir / "search.json", survey_mark(evidence))
         self._surveyor = self._judge = None
         found = [*evidence.costs, *evidence.scores, *(["predictor"] if self._spec.predictor else [])]
         rank_zero_info(f"Survey: {', '.join(found) or 'expert usage and similarity'}")
@@ -151,7 +142,7 @@ class Survey(Step):
         rank, world = rank_and_world()
         num = int(trainer.num_training_batches)
         first = num * world - module.run.needs.batches_apart
-        _check_apart(module.run.needs.batches_apart, num * world)
+        check_apart(module.run.needs.batches_apart, num * world)
         every = self._batches(trainer, module, num)
         numbered = {index * world + rank: inputs for index, inputs in enumerate(every)}
         return {number: inputs for number, inputs in numbered.items() if number >= first}
@@ -163,14 +154,6 @@ class Survey(Step):
             return tqdm(blocks, f"survey {sweep}", total=len(module.adapter.blocks), unit="block", disable=hidden)
 
         return show
-
-
-def _check_apart(num_apart: int, num_batches: int) -> None:
-    if num_apart and num_apart >= num_batches:
-        raise ValueError(
-            f"num_batches ({num_apart}) of search are kept apart from the survey, and the data are {num_batches} batches; give "
-            "more data, a smaller --data.batch_size, or fewer num_batches"
-        )
 
 
 def _inputs(batch: Any) -> dict[str, Tensor]:

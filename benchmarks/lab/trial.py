@@ -37,7 +37,7 @@ class CachedGridGPTQ(GPTQ):
     _cache: ClassVar[dict[tuple[str, str, GridSpec, float], QParams]] = {}
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
-        if unit.grid.two_level is not None:  # chosen by the Hessian, too
+        if unit.grid.is_named:  # chosen by the Hessian, too, or fitted to the codes
             return super().solve(module, unit, weight_EOI, hessian_EII)
         scales, zero_points = [], []
         model, dtype = str(module.hparams["name"]), module.adapter.storage_dtype

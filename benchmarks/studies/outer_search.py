@@ -5,7 +5,8 @@
 
 The setting is that of ``allocation.py``: AGQ in groups of 64 at 2, 3, 4 or 8 bits, on 32 windows that the model writes
 (EBSS in corpus mode).  The search measures on 32 further windows that it writes.  Both plans are then solved by an
-ordinary fit; the other ways to give bits stand in the results of ``allocation.py``, on the same windows.
+ordinary fit.  Other ways to give bits stand in the results of ``allocation.py`` (``--others``), on windows of the same
+kind.
 """
 
 import argparse
@@ -39,15 +40,15 @@ from moeq.models.adapter import Adapter
 from moeq.module import MoEQuantModule
 from moeq.quant.spec import SolveSpec, WeightShape
 from moeq.survey.assembled import AssembledModels
-from moeq.survey.candidates import Candidates
-from moeq.survey.judge import SurveyJudge
+from moeq.survey.judge import SurveyJudge, open_judge
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
-from moeq.survey.sweeps import BlockStates
+from moeq.survey.sweeps import BlockStates, Inputs, unseen
 
 CHOICES = tuple(Choice(bits, GROUP) for bits in WIDTHS)
+MORE = tuple(Choice(bits, GROUP) for bits in (*WIDTHS, 5, 6))
 NUM_ROUNDS = 4
-ARMS = ("one-shot program", "search")
+ARMS = ("one-shot program", "search", "program, also 5 and 6 bits")
 # Rows of ``allocation.py`` that stand beside them.
 OTHERS = ("uniform", "PMQ", "allocator, gemq", "allocator, fisher_kl", "allocator, fisher")
 
@@ -63,11 +64,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A surveyed model with its judges: of the search, and of further windows that neither saw."""
+    """A surveyed model, the judge of the search, and the same plans on further windows that neither saw."""
 
     costs: CostTable
     judge: SurveyJudge
-    control: SurveyJudge
+    control: AssembledModels
 
 
 class OuterSearch(Study[Case]):
@@ -76,8 +77,8 @@ class OuterSearch(Study[Case]):
     title = "Allocation judged on the assembled model"
     legend = (
         "KL to the original in nats per token: of the plan assembled from solved candidates, on the windows of the "
-        "search and on 32 others that the model wrote, and of an ordinary fit, mean over four domains of text. Mean and "
-        "standard deviation over seeds."
+        "search and on 32 others that the model wrote, and of an ordinary fit, mean over four domains of text. Mean "
+        "and standard deviation over seeds."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [2.5]}
 
@@ -122,29 +123,19 @@ class OuterSearch(Study[Case]):
             self._surveyed.clear()
             model, waiting = self.yardstick.model, WaitingStates(1 << 30, Path(gettempdir()))
             adapter = Adapter(model)
-            candidates = Candidates(adapter, waiting)
-            spec = SurveySpec(
-                costs=("fisher",),
-                grid=GRID,
-                seed=seed,
-                solve=SolveSpec(damping=0.01),
-                choices=CHOICES,
-                num_gradient_batches=4,
-            )
-            solving, *measuring = self.ids(seed).split(NUM_WINDOWS)
-            found = survey_model(model, solving.split(8), spec, candidates=candidates)
-            choices = {site: spec.choices_of(site) for site in adapter.all_sites()}
-            judges = []
-            for ids_NL in measuring:
-                batches = {number: {"input_ids": ids_BL} for number, ids_BL in enumerate(ids_NL.split(8))}
-                states = BlockStates(WaitingStates(1 << 30, Path(gettempdir())))
-                judges.append(SurveyJudge(AssembledModels(adapter, candidates, batches, states), choices))
-            self._surveyed[seed] = Surveyed(found.costs["fisher"], *judges)
+            solve = SolveSpec(damping=0.01)
+            spec = SurveySpec(("fisher",), grid=GRID, seed=seed, solve=solve, choices=MORE, num_gradient_batches=4)
+            solving, searching, others = self.ids(seed).split(NUM_WINDOWS)
+            judge = open_judge(adapter, spec, _batches(searching), waiting)
+            found = survey_model(model, solving.split(8), spec, judge=judge)
+            states = BlockStates(WaitingStates(1 << 30, Path(gettempdir())))
+            models = AssembledModels(adapter, judge.candidates, _batches(others), states)
+            self._surveyed[seed] = Surveyed(found.costs["fisher"], judge, models)
         return self._surveyed[seed]
 
     def measure(self, case: Case) -> Row:
         surveyed = self.surveyed(case.seed)
-        constraints = Constraints(CHOICES, Budget(case.budget), GRID)
+        constraints = Constraints(MORE if case.arm == ARMS[2] else CHOICES, Budget(case.budget), GRID)
         extra: Row = {}
         start = time.process_time()
         if case.arm == "search":
@@ -157,7 +148,10 @@ class OuterSearch(Study[Case]):
         else:
             found = allocate(self.weights, surveyed.costs, constraints)
         seconds = time.process_time() - start
-        (kl_search,), (kl_control,) = surveyed.judge.measure([found.plan]), surveyed.control.measure([found.plan])
+        (kl_search,), (kl_control,) = (
+            surveyed.judge.measure([found.plan]),
+            surveyed.control.measure([found.plan], unseen),
+        )
         steps = [GivenPlan(found.plan), HessianCalibration(), CachedGridGPTQ()]
         solving = self.ids(case.seed)[:NUM_WINDOWS]
         module = fit(solving, steps, name=self.options.model, bits=2, group_size=GROUP, affinity_power=1.0)
@@ -167,17 +161,8 @@ class OuterSearch(Study[Case]):
         }  # fmt: skip
 
     def report(self, rows: Sequence[Row]) -> str:
-        head = [
-            "bits",
-            "arm",
-            "code bits",
-            "predicted",
-            "assembled, searched on",
-            "assembled, others",
-            "fit",
-            "worst domain",
-            "seconds",
-        ]
+        assembled, fits = ["assembled (searched on)", "assembled (others)"], ["fit", "fit (worst domain)"]
+        head = ["bits", "arm", "code bits", "predicted", *assembled, *fits, "seconds"]
         lines = []
         for (budget, arm), group in sorted(grouped(rows, lambda row: (row["budget"], row["arm"])).items()):
             mean = fmean(row["code_bits"] for row in group)
@@ -188,7 +173,7 @@ class OuterSearch(Study[Case]):
 
     def _ratios(self, rows: Sequence[Row]) -> str:
         """KL of the search over that of every other way, paired by seed."""
-        others = json.loads(self.options.others.read_text())["rows"] if self.options.others else []
+        others = json.loads(self.options.others.read_text())["entries"] if self.options.others else []
         known: dict[tuple[str, float, int], float] = {
             (row["row"], row["budget"], row["seed"]): mean_kl(row) for row in others if row["row"] in OTHERS
         }
@@ -205,7 +190,15 @@ class OuterSearch(Study[Case]):
                 cells.append(cell(pairs, ".3f") if pairs else "")
             lines.append([name, *cells])
         text = markdown(["KL of the search over that of", *(f"{budget} bits" for budget in budgets)], lines)
-        return f"Fits, paired by seed; below 1 the search is better.\n\n{text}"
+        return (
+            "Fits, paired by seed; below 1 the search is better. Rows of `allocation.py` were solved on other windows "
+            f"of the same kind.\n\n{text}"
+        )
+
+
+def _batches(ids_NL: torch.Tensor) -> dict[int, Inputs]:
+    """Batches of 8 by number, behind those that are solved on."""
+    return {NUM_WINDOWS + number: {"input_ids": ids_BL} for number, ids_BL in enumerate(ids_NL.split(8))}
 
 
 if __name__ == "__main__":

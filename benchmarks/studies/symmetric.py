@@ -4,14 +4,15 @@
 
 2, 3 and 4 bits in groups of 32, 64 and 128 (the experts' down projections have rows of 128), by rounding to nearest, by
 AGQ on data that the model wrote itself (EBSS, corpus mode, 64 sequences of 256 tokens), and with learned rounding after
-it.  Two more arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone.  Beside 4 bits in
+it.  More arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone, or fit the scales to
+the codes afterwards.  Beside 4 bits in
 groups of 32 stand llama.cpp's tables of levels.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,8 @@ from moeq.fit.solve import Unit
 from moeq.module import MoEQuantModule
 from moeq.quant.clip import clip_by_output_error
 from moeq.quant.gptq import gptq_solve
+from moeq.quant.grid import QParams
+from moeq.quant.scale_refit import refit_scales
 from moeq.quant.solution import Solution
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -42,7 +45,9 @@ GRIDS: dict[str, dict[str, Any]] = {
     "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"},
 }  # fmt: skip
 BY_TABLE = ("IQ4_NL", "MXFP4")  # of 4 bits in groups of 32
-METHODS = ("RTN", "AGQ", "AGQ, ranges by output error", "AGQ, ranges by input energy", "AGQ, learned")
+METHODS = (
+    "RTN", "AGQ", "AGQ, ranges by output error", "AGQ, ranges by input energy", "AGQ, refitted scales", "AGQ, learned",
+)  # fmt: skip
 WITHOUT_DATA = METHODS[:1]
 
 
@@ -62,6 +67,18 @@ class RangedGPTQ(GPTQ):
         return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, dtype, qparams=qparams)
 
 
+class RefittedGPTQ(CachedGridGPTQ):
+    """GPTQ, and the scales of all groups once more for the codes that it chose."""
+
+    affects_weights = False
+
+    def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
+        solution = super().solve(module, unit, weight_EOI, hessian_EII)
+        known = QParams(solution.scale_EOG, solution.zero_point_EOG)
+        fitted, _ = refit_scales(weight_EOI, hessian_EII.float(), solution.codes_EOI, known, unit.grid)
+        return replace(solution, scale_EOG=fitted.scale_EOG)
+
+
 @dataclass(frozen=True)
 class Case:
     """One quantization."""
@@ -78,6 +95,8 @@ class Case:
             return [BitAllocation(), RTN()]
         ranged = {METHODS[2]: True, METHODS[3]: False}
         solver = RangedGPTQ(whole=ranged[self.method]) if self.method in ranged else CachedGridGPTQ()
+        if self.method == METHODS[4]:
+            solver = RefittedGPTQ()
         learned = [LearnedRounding()] if self.method.endswith("learned") else []
         return [BitAllocation(), HessianCalibration(), solver, *learned]
 

@@ -102,7 +102,7 @@ class AllocationSpec:
             )
         if self.search is not None and (self.method != "allocate" or self.cost not in IN_NATS):
             raise ValueError(
-                f"search starts from the allocator and reads its costs as nats; method ({self.method}) must be allocate and "
+                f"search starts from an allocated plan and adds nats; method ({self.method}) must be allocate and "
                 f"cost ({self.cost}) {' or '.join(IN_NATS)}; give cost: {IN_NATS[0]}, or leave out search"
             )
         if self.method == "rules" and (self.cost is not None or self.floors):

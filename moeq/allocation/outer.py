@@ -3,13 +3,14 @@
 A plan of the program (``problem.py``) is as good as its cost table, which takes the errors of different weights for
 uncorrelated and knows nothing of the others' widths.  Around the plan that stands, the KL of the assembled model is
 
-    KL(plan') = KL(plan) + sum_w [ slope_w(c') + t (cost_w(c) + cost_w(c')) ]      over the weights w that go from c to c'
+    KL(plan') = KL(plan) + sum_w [ slope_w(c') + t (cost_w(c) + cost_w(c')) ]    over weights w that go from c to c'
 
 slope_w is its measured first-order change (``Judge.slopes``), which holds the errors of all other weights; what is left
 is of second order in the two errors of the weight itself, as they are nearly uncorrelated, and that the cost table has.
 The program over this table, under the same constraints, gives the next plan: the budget is kept exactly.  t is what a
-cost is worth in measured nats, and how far a step goes: plans of several t are measured, and the best stands
-if it is better than the last; if none is, as many changes at once go too far, all t are doubled.  Costs must be in nats per token (``fisher``, ``fisher_kl``).
+cost is worth in measured nats, and how far a step goes: plans of several t are measured, and the best stands if it is
+better than the last; if none is, many changes at once go too far, and all t are doubled.  Costs must be in nats per
+token (``fisher``, ``fisher_kl``).
 """
 
 from collections.abc import Mapping, Sequence

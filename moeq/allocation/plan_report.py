@@ -159,7 +159,8 @@ def _allocator_lines(decision: Decision) -> list[str]:
 def _search_lines(searched: Searched) -> list[str]:
     lines = [
         f"KL of the assembled model, in nats per token, {searched.kl_before:.5f} with the plan of the program, "
-        f"{searched.kl_after:.5f} after the search: {searched.num_measured} plans measured, slopes of {searched.num_slopes}.",
+        f"{searched.kl_after:.5f} after the search: {searched.num_measured} plans measured, slopes of "
+        f"{searched.num_slopes}.",
         "",
         "| round | KL by what a cost is worth | weights changed |",
         "|---|---|---|",

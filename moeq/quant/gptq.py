@@ -17,7 +17,8 @@ column order, with parameters from the original weight.  Without it a group's pa
 column is reached, from the weights as the columns before it have left them.
 
 Two-level and table grids (``moeq.quant.kinds``) are always committed beforehand. On two-level ones the sweep rounds the
-weights plus the offsets of their groups, and integers are fitted to the codes once more (``two_level_refit``).
+weights plus the offsets of their groups. Their scales, and those of full-range grids, are fitted to the codes once more
+(``two_level_refit``, ``scale_refit``).
 
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from moeq.quant.factor import Feedback, factorise_each
 from moeq.quant.grid import QParams, choose_qparams, lowest_level, real_values
+from moeq.quant.scale_refit import refit_scales
 from moeq.quant.solution import Solution, output_energies, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
@@ -64,8 +66,8 @@ def gptq_solve(
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
             solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
-            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none
-            beforehand.
+            and its integers, like the scales of tables and full-range grids, are fitted to the codes.  Groups that are
+            chosen on the way (without act-order) have none beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
@@ -133,7 +135,7 @@ def _solve_together(
         assert qparams is not None
         columns = _static_columns(qparams, factors, grid, together)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
-        if chosen and grid.two_level is not None and grid.clip_search:
+        if chosen and grid.kind != "uniform" and grid.clip_search:
             qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         assert grid.group_size is not None
@@ -163,14 +165,15 @@ def _refit_each(
     weight_EOI: Tensor, hessian_EII: Tensor, codes_EOI: Tensor, qparams: QParams, grid: GridSpec,
     factors: Sequence[Feedback], error_E: Tensor,
 ) -> QParams:  # fmt: skip
-    """Integers of a two-level grid once more; expert by expert, so that no result depends on its company."""
+    """Scales once more, for the codes; expert by expert, so that no result depends on its company."""
+    refit = refit_integers if grid.two_level is not None else refit_scales
     fitted = []
     for expert, factor in enumerate(factors):
         one = slice(expert, expert + 1)
         known = qparams.experts(one)
         if not factor.failed:
             part = weight_EOI[one].float(), hessian_EII[one].float(), codes_EOI[one]
-            known, error_E[one] = refit_integers(*part, known, grid)
+            known, error_E[one] = refit(*part, known, grid)
         fitted.append(known)
     minima = [part.zero_point_EOG for part in fitted if part.zero_point_EOG is not None]
     scale_EOG = torch.cat([part.scale_EOG for part in fitted])

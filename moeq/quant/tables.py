@@ -48,7 +48,7 @@ def table_scales(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> T
     best_N, found_N = torch.full_like(largest_N, torch.inf), torch.zeros_like(largest_N)
     for step in range(STEPS if grid.clip_search else 1):
         shrink = 1.0 - step * (1.0 - SMALLEST) / STEPS
-        size_N = _stored(largest_N * (shrink / outermost), table, scale_dtype)
+        size_N = stored_scales(largest_N * (shrink / outermost), table, scale_dtype)
         for sign_N in signs:
             error_N = _error(rows_NS, size_N * sign_N, largest_N, table)
             better_N = error_N < best_N
@@ -65,7 +65,7 @@ def _error(rows_NS: Tensor, scale_N: Tensor, largest_N: Tensor, table: TableKind
     return error_NS.mul_(unit_N.unsqueeze(1)).pow_(CLIP_NORM).sum(1)
 
 
-def _stored(scale_N: Tensor, table: TableKind, dtype: torch.dtype) -> Tensor:
+def stored_scales(scale_N: Tensor, table: TableKind, dtype: torch.dtype) -> Tensor:
     """Positive scales that the runtime's type and the dtype both hold, float32; 0 where there is nothing to scale."""
     if table.power_of_two:
         limits = torch.finfo(dtype)

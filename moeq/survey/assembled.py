@@ -110,7 +110,7 @@ class AssembledModels:
         return found
 
     def logits(self, key: Key, batch: int, row: int) -> tuple[Tensor, Tensor]:
-        """Last hidden states [1, T, D] of one sequence of a branch, which may get a gradient, and its logits of them."""
+        """Last hidden states [1, T, D] of one sequence of a branch, which may get a gradient, and their logits."""
         sequence = {name: value[row : row + 1] for name, value in self.batches[batch].items()}
         hidden_1TD = (
             self.states.read((*key, batch, row), self.device)[0].detach().requires_grad_(torch.is_grad_enabled())

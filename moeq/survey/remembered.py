@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeq.allocation.evidence import CostTable
+from moeq.allocation.evidence import CostTable, Evidence
 from moeq.allocation.outer import Judge
 from moeq.allocation.plan import Choice
 from moeq.disk.atomic import write_json
@@ -20,7 +20,7 @@ class RememberingJudge:
     Args:
         judge: Measures.
         path: The file; one with another mark is written anew.
-        mark: What the measurements depend on, such as a digest of the survey and of the batches.
+        mark: What the measurements depend on, as ``survey_mark`` has it.
     """
 
     def __init__(self, judge: Judge, path: Path, mark: str) -> None:
@@ -53,6 +53,11 @@ class RememberingJudge:
     def _write(self) -> None:
         if rank_and_world()[0] == 0:
             write_json(self._path, self._known)
+
+
+def survey_mark(evidence: Evidence) -> str:
+    """Digest of what a survey found to the last digit: of another model, other data or other choices it is another."""
+    return hashlib.sha256(json.dumps(evidence.to_json()["costs"]).encode()).hexdigest()
 
 
 def _digest(plan: Plan) -> str:

@@ -103,13 +103,11 @@ def _gradients(
     made: Pair, at_output: Pair, leaves: Pair, weights: Sequence[Tensor]
 ) -> tuple[Pair, Sequence[Tensor | None]]:
     """From gradients at what a block made to those at what it read, and in its weights."""
-    pairs = [(value, given) for value, given in zip(made, at_output, strict=True) if given is not None]
+    both = zip(made, at_output, strict=True)
+    pairs = [(value, given) for value, given in both if value is not None and given is not None]
     inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     found = torch.autograd.grad(
-        [value for value, _ in pairs],
-        [*inputs, *weights],
-        [given for _, given in pairs],
-        allow_unused=True,  # type: ignore[misc]
+        [value for value, _ in pairs], [*inputs, *weights], [given for _, given in pairs], allow_unused=True
     )
     return (found[0], found[1] if len(inputs) > 1 else None), found[len(inputs) :]
 

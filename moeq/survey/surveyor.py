@@ -14,7 +14,7 @@ Shapes: B batch, T tokens of a sequence, N = B T, D width, E experts, K experts 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir
@@ -37,10 +37,10 @@ from moeq.quant.hessian import accumulate
 from moeq.quant.hessian_groups import accumulate_groups
 from moeq.quant.together import taken_together
 from moeq.survey.ahead import SweepsAhead
-from moeq.survey.candidates import Candidates
 from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage
 from moeq.survey.findings import empty_findings
+from moeq.survey.judge import SurveyJudge
 from moeq.survey.measured_scale import anchor_factors, anchored
 from moeq.survey.sensitivity import round_trip
 from moeq.survey.similarity import SimilarityProbe
@@ -60,8 +60,7 @@ class Surveyor:
         spec: What to find out.
         waiting: Where what is needed again waits.
         device: Where the model computes.
-        candidates: Takes the solved weights, where costs are asked for that solve.
-        apart: Numbers of batches, in the whole set, that nothing is to be found on.
+        judge: Gets the solved weights, where costs are asked for that solve; nothing is found on its batches.
 
     Raises:
         ValueError: The family, or none of the choices, suits the survey.
@@ -69,10 +68,11 @@ class Surveyor:
 
     def __init__(
         self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu",
-        candidates: Candidates | None = None, apart: Collection[int] = (),
+        judge: SurveyJudge | None = None,
     ) -> None:  # fmt: skip
         self.adapter, self.spec, self.device = adapter, spec, torch.device(device)
-        self._candidates, self._apart = candidates, frozenset(apart)
+        self._candidates = None if judge is None else judge.candidates
+        self._apart = frozenset() if judge is None else frozenset(judge.batches)
         self._sites = adapter.all_sites()
         config, stages = getattr(adapter.model, "config", None), {site.stage for site in self._sites}
         if why := survey_refusal(config, stages, of_output=spec.wants(MEASURED)):
@@ -241,7 +241,7 @@ class Surveyor:
 @torch.no_grad()
 def survey_model(
     model: nn.Module, batches: Iterable[Tensor], spec: SurveySpec,
-    residency: Residency | None = None, waiting: WaitingStates | None = None, candidates: Candidates | None = None,
+    residency: Residency | None = None, waiting: WaitingStates | None = None, judge: SurveyJudge | None = None,
 ) -> Evidence:  # fmt: skip
     """Evidence about a model from token ids, without a trainer.
 
@@ -251,13 +251,13 @@ def survey_model(
         spec: What to find out; backward passes and measured changes use the first batches.
         residency: Where the weights of its blocks are; None is in memory, all of them.
         waiting: Where hidden states wait; None is up to 4 GiB of memory, then a file in the system's temporary folder.
-        candidates: Takes the solved weights, of the same model.
+        judge: Gets the solved weights; its batches have no number among these.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = [{"input_ids": ids_BT.to(device)} for ids_BT in batches]
     adapter, waiting = Adapter(model, residency), waiting or WaitingStates(4 << 30, Path(gettempdir()))
     with waiting:
-        surveyor, activations = Surveyor(adapter, spec, waiting, device, candidates), ActivationStore(waiting)
+        surveyor, activations = Surveyor(adapter, spec, waiting, device, judge), ActivationStore(waiting)
         surveyor.sweep_ahead(inputs)
         try:
             for block in range(len(adapter.blocks)):

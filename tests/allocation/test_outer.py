@@ -21,7 +21,7 @@ GRID = GridSpec(2, 16)
 
 
 class QuadraticModel:
-    """KL = 1/2 d F d, d the sum of an error vector per weight and choice: every quantity of the search in closed form."""
+    """KL = 1/2 d F d, d the sum of an error vector per weight and choice: all of the search in closed form."""
 
     def __init__(self, weights: Sequence[WeightShape], seed: int = 0, size: int = 60) -> None:
         generator = np.random.default_rng(seed)

@@ -90,9 +90,10 @@ def test_streamed_and_taken_up_again_it_finds_the_same(
     assert (tmp_path / "stream/allocation.json").read_bytes() == expected
     # Ended in its second round, it measures the rest alone.
     asked: list[int] = []
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+    with monkeypatch.context() as patch:
         patch.setattr("moeq.survey.remembered.RememberingJudge.measure", stopping(after=2))
-        fit(model, tmp_path / "ended", *steps())
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(model, tmp_path / "ended", *steps())
     known = json.loads((tmp_path / "ended/search.json").read_text())
     measure = assembled.AssembledModels.measure
     monkeypatch.setattr(

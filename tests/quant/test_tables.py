@@ -106,8 +106,9 @@ def test_gptq_is_column_by_column_obq_on_the_table(kind: Kind, rows: int, act_or
     grid, solve = GridSpec.of_kind(kind), SolveSpec(0.01, act_order, 40)
     solution = gptq_solve(weight_EOI, hessian_EII, grid, solve, BF16)
     qparams = choose_qparams(weight_EOI, grid, BF16)
-    assert torch.equal(solution.scale_EOG, qparams.scale_EOG)
-    real_EOI = real_values(solution.codes_EOI, qparams, grid)
+    kept = gptq_solve(weight_EOI, hessian_EII, grid, solve, BF16, qparams=qparams)
+    assert torch.equal(kept.codes_EOI, solution.codes_EOI)
+    real_EOI = real_values(kept.codes_EOI, qparams, grid)
     expected_EOI = torch.stack([
         reference_obq(weight_OI, hessian_II, scale_OG, kind, solve)
         for weight_OI, hessian_II, scale_OG in zip(weight_EOI, hessian_EII, qparams.scale_EOG.double(), strict=True)
@@ -117,8 +118,14 @@ def test_gptq_is_column_by_column_obq_on_the_table(kind: Kind, rows: int, act_or
         rtol=1e-4, atol=0,
     )  # fmt: skip
     torch.testing.assert_close(
-        solution.relative_error_E, output_error(weight_EOI, real_EOI, hessian_EII), rtol=1e-3, atol=0
+        kept.relative_error_E, output_error(weight_EOI, real_EOI, hessian_EII), rtol=1e-3, atol=0
     )
+    refitted_EOI = real_values(solution.codes_EOI, QParams(solution.scale_EOG, None), grid)
+    torch.testing.assert_close(
+        solution.relative_error_E, output_error(weight_EOI, refitted_EOI, hessian_EII), rtol=1e-3, atol=0
+    )
+    assert bool((solution.relative_error_E <= kept.relative_error_E * (1 + 1e-6)).all())
+    assert kind == "mxfp4" or bool((solution.relative_error_E < 0.99 * kept.relative_error_E).all())
     nearest = round_to_nearest(weight_EOI, grid, BF16, hessian_EII).relative_error_E
     assert bool((solution.relative_error_E < 0.9 * nearest).all())
 

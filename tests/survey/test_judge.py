@@ -15,13 +15,12 @@ from moeq.checkpoint.stream import open_stream
 from moeq.disk.waiting import WaitingStates
 from moeq.models.adapter import Adapter, Site
 from moeq.quant.spec import GridSpec
-from moeq.survey.assembled import AssembledModels
 from moeq.survey.candidates import Candidates, Plan
-from moeq.survey.judge import SurveyJudge
+from moeq.survey.judge import SurveyJudge, open_judge
 from moeq.survey.remembered import RememberingJudge
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
-from moeq.survey.sweeps import BlockStates, Inputs
+from moeq.survey.sweeps import Inputs
 from tests.tiny import save_tiny, tiny_model
 
 GRID = GridSpec(4, 16, clip_search=False)
@@ -42,10 +41,9 @@ def apart() -> dict[int, Inputs]:
 
 def surveyed(adapter: Adapter, waiting: WaitingStates) -> tuple[SurveyJudge, Candidates]:
     """A judge of a model, and its candidates."""
-    candidates = Candidates(adapter, waiting)
-    survey_model(adapter.model, ids_NT()[:2].split(1), SPEC, adapter.residency, candidates=candidates)
-    models = AssembledModels(adapter, candidates, apart(), BlockStates(waiting))
-    return SurveyJudge(models, {site: SPEC.choices_of(site) for site in adapter.all_sites()}), candidates
+    judge = open_judge(adapter, SPEC, apart(), waiting)
+    survey_model(adapter.model, ids_NT()[:2].split(1), SPEC, adapter.residency, judge=judge)
+    return judge, judge.candidates
 
 
 def some_plans(adapter: Adapter) -> list[Plan]:
