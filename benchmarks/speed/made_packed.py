@@ -5,6 +5,7 @@ Scales are those of weights with a standard deviation of 0.02, so that activatio
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moeq.checkpoint.model_class import model_class
-from moeq.checkpoint.names import weight_names
+from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
-from moeq.models.experts import expert_weight, projections
+from moeq.export.moeq_format import write_checkpoint
+from moeq.formats.convert import convert
+from moeq.models.experts import expert_modules, expert_weight, projections
 from moeq.quant.spec import QuantizedWeight
+from tests.tiny import tiny_tokenizer
 
 DEVIATION = 0.02
 # The experts of Qwen3-30B-A3B, and the whole of a small model of its kind (0.86 B parameters with 16 thousand tokens).
@@ -92,6 +96,27 @@ def packed_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrainedMo
         if isinstance(module, PackedLinear):
             fill(module)
     return _filled(model)
+
+
+@torch.no_grad()
+def gguf_of(packed: PreTrainedModel, folder: Path) -> Path:
+    """The file for llama.cpp of a packed model, with a tokenizer of few tokens."""
+    dense, quantized = _on_meta(packed.config), {}
+    parts = dict(packed.named_parameters())
+    _filled(dense)
+    experts = expert_modules(dense)
+    for name in weight_names(dense):
+        layer = packed.get_submodule(name)
+        if isinstance(layer, PackedLinear):
+            quantized[name] = layer.quantized()
+            dense_weight(dense, name, experts).copy_(layer.weight)
+    for name, parameter in dense.named_parameters():
+        if name in parts:
+            parameter.copy_(parts[name])
+    write_checkpoint(dense, tiny_tokenizer(), quantized, folder / "export", metadata={})
+    del dense, quantized
+    convert(folder / "export", "gguf", folder / "gguf")
+    return folder / "gguf/model.gguf"
 
 
 @torch.no_grad()

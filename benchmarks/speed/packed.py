@@ -29,8 +29,8 @@ from benchmarks.lab.study import Study
 from benchmarks.lab.tables import Row, markdown
 from benchmarks.speed.made_packed import LARGE_BLOCK, dense_experts, drawn_weight, packed_experts
 from benchmarks.speed.packed_decode import decode_row, decode_table
-from moeq.checkpoint.cpu_forms import NibbleForm, PlaneForm
 from moeq.checkpoint.forms import Maker
+from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm
 from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat
 
@@ -39,9 +39,9 @@ PARTS = ("block", "weight", "decode")
 SIDES: dict[str, tuple[int, Maker]] = {
     "4 bits": (4, NibbleForm.of),
     "8 bits": (8, NibbleForm.of),
-    "4 bits, planes": (4, PlaneForm.of),
-    "3 bits, planes": (3, PlaneForm.of),
-    "2 bits, planes": (2, PlaneForm.of),
+    "4 bits, squeezed": (4, SqueezedForm.of),
+    "3 bits, squeezed": (3, SqueezedForm.of),
+    "2 bits, squeezed": (2, SqueezedForm.of),
 }
 GROUP = 64
 DENSE = ("grouped_mm", "eager")

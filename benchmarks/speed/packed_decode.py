@@ -1,11 +1,11 @@
-"""Decoding with a small model of drawn weights: bfloat16, prepared packed weights, and llama.cpp with the same codes."""
+"""Decoding with a small model of drawn weights: bfloat16, prepared packed weights, llama.cpp with the same codes."""
 
 import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def models(layers: int) -> dict[str, Any]:
     packed, roomy = packed_model(config, grids), packed_model(config, grids)
     with tempfile.TemporaryDirectory() as folder:
         path = gguf_of(packed, Path(folder))
-        size, runtime = path.stat().st_size, LlamaCpp(path)
+        size, runtime = path.stat().st_size, LlamaCpp(path)  # which maps the file and keeps it open
     prepare(packed)
     prepare(roomy, UNLIMITED)
     sides = dict(zip(SIDES, (dense, packed, roomy, runtime), strict=True))
@@ -47,8 +47,10 @@ def decode_row(sequences: int, layers: int, num_tokens: int, turns: int = 3) -> 
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(turns):
         for name, side in found["sides"].items():
-            steps = side.step_seconds(sequences, PROMPT, num_tokens) if name == "llama.cpp" else (
-                step_seconds(side, sequences, num_tokens)
+            steps = (
+                side.step_seconds(sequences, PROMPT, num_tokens)
+                if name == "llama.cpp"
+                else (step_seconds(side, sequences, num_tokens))
             )
             seconds[name].append(median(steps))
     return {"seconds": seconds, "bytes": found["bytes"]}
@@ -65,3 +67,15 @@ def step_seconds(model: PreTrainedModel, sequences: int, num_tokens: int) -> lis
         found = model(ids, past_key_values=found.past_key_values, use_cache=True)
         steps.append(process_time() - start)
     return steps
+
+
+def decode_table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = []
+    for row in rows:
+        llama = row["seconds"]["llama.cpp"]
+        for name, seconds in row["seconds"].items():
+            share = median(a / b for a, b in zip(llama, seconds, strict=True))
+            rate = f"{row['num'] / min(seconds):.1f}"
+            lines.append([row["num"], name, rate, f"{share:.2f}", f"{row['bytes'][name] / 2**20:.0f}"])
+    return markdown(["sequences", "side", "tokens/s", "of llama.cpp's", "MiB"], lines)

@@ -2,8 +2,8 @@
 
 The reference (``moeq.checkpoint.packed``) makes a whole weight anew at every call, by the formula of the fit.  A form
 holds the same codes, scales and zero points arranged for a processor, multiplies by them, and gives them back as they
-were, so that a prepared model writes the checkpoint that it was read from.  ``CHOICE`` says for each type
-of device how the form of a weight is made, ``GROUPED`` how the products of many experts are.  What has no form stays with the
+were, so that a prepared model writes the checkpoint that it was read from.  For each type of device ``CHOICE`` says how
+the form of a weight is made, and ``GROUPED`` how the products of many experts are.  What has no form stays with the
 reference, which says why.
 
 Shapes: M rows of the input, O out features, I in features, S rows of all experts.
@@ -16,9 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moeq.checkpoint.cpu_forms import NibbleForm, PlaneForm, nibble_bytes, why_no_nibbles, why_no_planes
 from moeq.checkpoint.gpu_forms import KernelForm, why_no_kernel
+from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm, nibble_bytes, why_no_nibbles
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.checkpoint.plane_form import PlaneForm, why_no_planes
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -30,7 +31,7 @@ class Form(Protocol):
         """Bytes in memory."""
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """x W^T, [M, O], in the dtype of ``x_MI``; without gradients."""
+        """Product with the weight, [M, O], in the dtype of ``x_MI``; without gradients."""
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it was given, to the bit."""
@@ -55,11 +56,11 @@ Grouped = Callable[[Sequence[nn.Module], Tensor, Sequence[int]], Tensor]
 def choose_on_cpu(packed: Packed) -> Maker | str:
     """How a form is made on a CPU, or why there is none.
 
-    With room, the operation on codes of 4 bits where it takes the weight; else planes of bits, which are as large as
-    the file.
+    The operation on codes of 4 bits where it takes the weight, with room as it reads it, else squeezed; all others as
+    planes of bits.
     """
-    if packed.room and why_no_nibbles(packed.grid, packed.shape, packed.weight_dtype, packed.dtype) is None:
-        return NibbleForm.of
+    if why_no_nibbles(packed.grid, packed.shape, packed.weight_dtype, packed.dtype) is None:
+        return NibbleForm.of if packed.room else SqueezedForm.of
     reason = why_no_planes(packed.grid, packed.shape)
     return PlaneForm.of if reason is None else reason
 

@@ -69,7 +69,7 @@ class KernelForm:
 
 def why_no_kernel(grid: PackedFormat, shape: tuple[int, int]) -> str | None:
     """Why the kernel does not take a weight."""
-    if grid.kind != "uniform":
+    if grid.kind not in ("uniform", "full_range"):
         return f"grid {grid.kind}"
     if find_spec("triton") is None:
         return "triton is not installed"

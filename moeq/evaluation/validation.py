@@ -19,8 +19,8 @@ from tqdm import tqdm
 from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config
 from moeq.checkpoint.packed import keep_dequantized
-from moeq.checkpoint.prepare import prepare
 from moeq.checkpoint.placement import Placement
+from moeq.checkpoint.prepare import prepare
 from moeq.checkpoint.source_options import source_options
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity

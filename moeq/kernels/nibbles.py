@@ -7,7 +7,7 @@ quarter of bfloat16's time.  It has a fast path for inputs in bfloat16 only, rou
 slower than a dense product from some tens of rows on.  How it arranges the codes is its own affair and differs between
 processors: ``arrangement`` finds out by packing numbered rows.
 
-Shapes: M rows of the input, O out features, I in features, G groups of a row, B rows of a block.
+Shapes: M rows of the input, O out features, I in features, G groups of a row, N blocks of B rows.
 """
 
 from dataclasses import dataclass
@@ -67,22 +67,31 @@ def pack_nibbles(code_OI: Tensor) -> Tensor:
     return torch.cat([_pack(part_OI) for part_OI in code_OI.split(_AT_ONCE)])
 
 
-def unpack_block(packed_OH: Tensor, order: Arrangement, block: int, out_IB: Tensor) -> None:
-    """Codes of one block of rows, in features first.
+def known_arrangement() -> Arrangement:
+    """``arrangement()`` where there is one."""
+    order = arrangement()
+    assert order is not None
+    return order
+
+
+def unpack_rows(packed_OH: Tensor, order: Arrangement, part: slice, out_IO: Tensor) -> None:
+    """Codes of some in features, in features first.
 
     Args:
         packed_OH: From ``pack_nibbles``.
         order: ``arrangement()``.
-        block: Its index.
-        out_IB: uint8, written; any strides.
+        part: Which in features.
+        out_IO: uint8, contiguous, written.
     """
-    octets_IH = packed_OH.view(-1, out_IB.shape[0], order.block // 2)[block]
-    torch.bitwise_and(octets_IH, 15, out=out_IB[:, order.low])
-    torch.bitwise_right_shift(octets_IH, 4, out=out_IB[:, order.high])
+    blocks = len(packed_OH) // order.block
+    octets_INH = packed_OH.view(blocks, -1, order.block // 2)[:, part].transpose(0, 1)
+    out_INB = out_IO.view(-1, blocks, order.block)
+    torch.bitwise_and(octets_INH, 15, out=out_INB[..., order.low])
+    torch.bitwise_right_shift(octets_INH, 4, out=out_INB[..., order.high])
 
 
 def nibble_product(x_MI: Tensor, packed_OH: Tensor, group_size: int, scale_offset_GO2: Tensor) -> Tensor:
-    """x W^T, [M, O].
+    """Product with the weight, [M, O].
 
     Args:
         x_MI: bfloat16, contiguous.
@@ -107,7 +116,6 @@ def _as_slice(rows: list[int]) -> slice | None:
 def _holds(order: Arrangement) -> bool:
     """Whether what was found of numbered rows holds for any codes."""
     code_OI = (torch.arange(2 * ROWS * 32) * 7919 // 13 % 16).to(torch.uint8).view(2 * ROWS, 32)
-    packed_OH, code_IO = pack_nibbles(code_OI), torch.empty(32, 2 * ROWS, dtype=torch.uint8)
-    for block, out_IB in enumerate(code_IO.split(order.block, 1)):
-        unpack_block(packed_OH, order, block, out_IB)
+    code_IO = torch.empty(32, 2 * ROWS, dtype=torch.uint8)
+    unpack_rows(pack_nibbles(code_OI), order, slice(None), code_IO)
     return torch.equal(code_IO.mT, code_OI)

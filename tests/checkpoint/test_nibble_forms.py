@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.checkpoint import cpu_forms
-from moeq.checkpoint.cpu_forms import NibbleForm, PlaneForm, nibble_bytes, why_no_nibbles, why_no_planes
+from moeq.checkpoint import plane_form
+from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm, nibble_bytes, why_no_nibbles
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.checkpoint.plane_form import PlaneForm, why_no_planes
 from moeq.kernels.crossover import FEW_ROWS
 from moeq.kernels.nibbles import arrangement
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight, round_weight
 
 SHAPE = (128, 256)
-GRIDS = tuple(itertools.product(range(2, 9), (32, None), (False, True)))
+GRIDS = tuple(itertools.product((2, 3, 4, 5, 8), (32, None), (False, True)))
 needs_nibbles = pytest.mark.skipif(arrangement() is None, reason="torch has no operation on 4 bits for this processor")
-FORMS = (PlaneForm, pytest.param(NibbleForm, marks=needs_nibbles))
+FORMS = (PlaneForm, *(pytest.param(form, marks=needs_nibbles) for form in (NibbleForm, SqueezedForm)))
 
 
 def rounded(grid: tuple[int, int | None, bool], dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
@@ -43,10 +44,12 @@ def test_a_form_gives_the_weight_back_as_it_was(grid: tuple[int, int | None, boo
 def test_the_weight_that_many_rows_take_is_the_references_to_the_bit(
     grid: tuple[int, int | None, bool], form: type[PlaneForm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_forms, "CHUNK", 5000)
+    monkeypatch.setattr(plane_form, "CHUNK", 5000)
     weight = rounded(grid)
+    made = form.of(weight)
+    made = made.whole() if isinstance(made, SqueezedForm) else made
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(form.of(weight).weight(dtype).mT, real_weight(weight).to(dtype))
+        assert torch.equal(made.weight(dtype).mT, real_weight(weight).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -56,11 +59,13 @@ def test_planes_hold_weights_of_other_dtypes(grid: tuple[int, int | None, bool],
     assert torch.equal(PlaneForm.of(weight).weight(dtype).mT, real_weight(weight))
 
 
+@pytest.mark.parametrize("form", [PlaneForm, pytest.param(SqueezedForm, marks=needs_nibbles)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_planes_take_the_bytes_of_the_file(grid: tuple[int, int | None, bool]) -> None:
-    packed = PackedFormat(*grid)
-    overhead = packed.spec.overhead_bits(SHAPE[1])
-    assert PlaneForm.of(rounded(grid)).nbytes == SHAPE[0] * (SHAPE[1] * grid[0] + overhead) // 8
+def test_planes_and_squeezed_nibbles_take_the_bytes_of_the_file(
+    grid: tuple[int, int | None, bool], form: type[PlaneForm]
+) -> None:
+    overhead = PackedFormat(*grid).spec.overhead_bits(SHAPE[1])
+    assert form.of(rounded(grid)).nbytes == SHAPE[0] * (SHAPE[1] * grid[0] + overhead) // 8
 
 
 @needs_nibbles
@@ -76,6 +81,7 @@ def test_few_rows_by_4_bits_agree_with_the_reference_up_to_the_roundings_of_bflo
         expected = x_MI.double() @ real_weight(weight).double().mT
         dense = relative_error(torch.nn.functional.linear(x_MI, real_weight(weight)), expected)
         # Beside the result's own rounding, those of weights and, above 4 bits, of two results instead of one.
+        assert torch.equal(SqueezedForm.of(weight).product(x_MI), form.product(x_MI))
         assert relative_error(form.product(x_MI), expected) < (2.0 if grid[0] <= 4 else 3.5) * dense
     assert form.product(x_MI[:0]).shape == (0, SHAPE[0])
 
@@ -98,7 +104,7 @@ def test_inputs_in_float32_are_multiplied_in_float32() -> None:
 
 
 def test_where_bfloat16_is_emulated_many_rows_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_forms, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(plane_form, "has_bfloat16_products", lambda: False)
     weight = rounded((3, 32, False))
     x_MI = torch.randn(3, SHAPE[1]).bfloat16()
     expected = torch.nn.functional.linear(x_MI.float(), real_weight(weight).float()).bfloat16()
@@ -113,4 +119,6 @@ def test_what_has_no_form_says_why() -> None:
     assert why_no_planes(PackedFormat(4, 16, symmetric=True), (72, 48)) is None
     for grid, shape in ((PackedFormat(4, 16, symmetric=True), SHAPE), (PackedFormat(4, 32, symmetric=True), (72, 64))):
         assert "multiples of 64" in str(why_no_nibbles(grid, shape, *bfloat16))
-    assert why_no_nibbles(PackedFormat(4, 32, symmetric=True), SHAPE, torch.bfloat16, torch.float32) == "not in bfloat16"
+    assert (
+        why_no_nibbles(PackedFormat(4, 32, symmetric=True), SHAPE, torch.bfloat16, torch.float32) == "not in bfloat16"
+    )
