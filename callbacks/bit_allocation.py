@@ -54,6 +54,8 @@ class BitAllocation(Step):
             )
         else:
             run.needs.evidence = True
+            if self.spec.search is not None:
+                run.needs.batches_apart = self.spec.search.num_batches
             # Until the survey has decided: what is kept is certain.
             run.plan, _ = base_plan(self.spec, weights, module.grid)
             rehearse(self.spec, weights, module.grid, run.promise)
@@ -64,7 +66,8 @@ class BitAllocation(Step):
         sites = [site for block in range(resume.first_block) for site in module.adapter.sites(block)]
         for name in (name for site in sites for name in site.weight_names()):
             grid = run.plan.get(name)
-            planned, done = None if grid is None else (grid.bits, grid.group_size, grid.kind), resume.grids.get(name)
+            planned = None if grid is None else (grid.bits, grid.group_size, grid.stored_kind)
+            done = resume.grids.get(name)
             if planned != done:
                 raise ValueError(
                     f"{name} was {_said(done)} before this run continued, the plan in {module.run_dir} now says "
@@ -82,7 +85,8 @@ class BitAllocation(Step):
         epoch, schedule = module.current_epoch, module.walk.schedule
         last = schedule[epoch].kind == "survey" and schedule[epoch + 1].kind != "survey"
         if last and self.spec.needs_evidence and self.survey is None:
-            decision = decide(self.spec, module.weight_shapes(), module.grid, module.run.evidence)
+            decision = decide(self.spec, module.weight_shapes(), module.grid, module.run.evidence, module.run.judge)
+            module.run.judge = None  # its candidates are let go
             self._take(trainer, module, decision)
             self._write(module, decision)
 

@@ -21,7 +21,7 @@ class GPTQ(SolveStep):
         kappa: Strength of the shrinkage, in effective samples, or "auto": proportional to the in features.
     """
 
-    needs_hessians, solves_two_level = True, True
+    needs_hessians, solves_named = True, True
 
     def __init__(self, coverage: CoveragePolicy = "shrink", min_tokens: int = 128, kappa: Kappa = "auto") -> None:
         self.coverage = CoverageSpec(coverage, min_tokens, kappa)

@@ -2,11 +2,7 @@
 
 from contextlib import ExitStack
 
-from torch import Tensor
-
 from moeq.callback import HookedStep
-from moeq.models.adapter import Site
-from moeq.models.observe import observe
 from moeq.module import MoEQuantModule
 
 
@@ -24,12 +20,6 @@ class HessianCalibration(HookedStep):
 
     def attach(self, module: MoEQuantModule, hooks: ExitStack) -> None:
         """Attach to the sites of this pass."""
-        hessians, parts = module.run.hessians, module.current_pass.parts
-        power = float(module.hparams["affinity_power"])
-        hessians.open(parts, module.device)
-
-        def on_rows(site: Site, expert: int, x_TI: Tensor, affinity_T: Tensor | None) -> None:
-            hessians.add(site, expert, x_TI, affinity_T, power)
-
-        sites = tuple(part.site for part in parts)
-        hooks.enter_context(observe(module.adapter, sites, on_rows, module.hparams["routing"], self.mask))
+        hessians, power = module.run.hessians, float(module.hparams["affinity_power"])
+        hessians.open(module.current_pass.parts, module.device)
+        hooks.enter_context(hessians.gathered(module.adapter, power, module.hparams["routing"], self.mask))

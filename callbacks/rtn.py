@@ -9,7 +9,7 @@ from moeq.quant.rtn import round_to_nearest
 class RTN(SolveStep):
     """Round-to-nearest; uses no calibration data."""
 
-    solves_two_level = True
+    solves_named = True
 
     def solver(self, module: MoEQuantModule) -> Solver:
         return lambda unit, weight_EOI: round_to_nearest(weight_EOI, unit.grid, module.adapter.storage_dtype)

@@ -15,13 +15,18 @@ from moeq.allocation.plan import DEFAULT_CHOICES, parse_choices
 from moeq.callback import Step, module_of
 from moeq.disk.atomic import write_json
 from moeq.disk.waiting import WaitingStates
+from moeq.distributed import rank_and_world
 from moeq.fit.preflight import FitWork
 from moeq.fit.schedule import GIB
+from moeq.forecast import data_shape
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
+from moeq.survey.judge import SurveyJudge, check_apart, open_judge
 from moeq.survey.preflight import survey_phases
+from moeq.survey.remembered import RememberingJudge, survey_mark
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 from moeq.survey.surveyor import Surveyor
+from moeq.survey.sweeps import Show
 
 
 class Survey(Step):
@@ -39,6 +44,7 @@ class Survey(Step):
         # A mistake in the configuration shows before a model is loaded.
         SurveySpec(**vars(self.options), choices=parse_choices(self.choices, None))
         self._surveyor: Surveyor | None = None
+        self._judge: SurveyJudge | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the passes of a survey, and say what it will hold."""
@@ -55,6 +61,12 @@ class Survey(Step):
         spec = self._spec
         module.run.promise = Promise(spec.costs, spec.scores, spec.choices, spec.predictor)
 
+    def check(self, module: MoEQuantModule) -> None:
+        """Batches that are kept apart must leave others."""
+        shape = data_shape(module.trainer)
+        if shape is not None:
+            check_apart(module.run.needs.batches_apart, shape.num_batches)
+
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """Its passes."""
         return survey_phases(work, self._spec)
@@ -68,10 +80,20 @@ class Survey(Step):
                 logging.getLogger(__name__).warning(
                     f"No step of this run needs its survey; {path} can serve another run (survey of BitAllocation)"
                 )
-            self._surveyor = Surveyor(module.adapter, self._spec, self._waiting(module), module.device)
-            self._sweep_ahead(trainer, module, self._surveyor)
+            self._open(trainer, module)
         elif path.exists():
             run.evidence = read_evidence(path, module.weight_shapes())
+
+    def _open(self, trainer: Trainer, module: MoEQuantModule) -> None:
+        """A surveyor, whose sweeps ahead are made; and a judge of plans, where a step wants one."""
+        adapter, spec, device = module.adapter, self._spec, module.device
+        if module.run.needs.batches_apart:
+            apart, show = self._apart(trainer, module), self._shown(trainer, module)
+            self._judge = open_judge(adapter, spec, apart, self._waiting(module), device, show)
+        self._surveyor = Surveyor(adapter, spec, self._waiting(module), device, self._judge)
+        num_batches = min(self._surveyor.num_ahead, int(trainer.num_training_batches))
+        # Not into run.seconds, where the first pass counts it already.
+        self._surveyor.sweep_ahead(self._batches(trainer, module, num_batches), self._shown(trainer, module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the block of a survey pass."""
@@ -92,7 +114,9 @@ class Survey(Step):
         if module.current_pass.block + 1 < len(module.adapter.blocks):
             return
         evidence = module.run.evidence = self._surveyor.evidence()
-        self._surveyor = None
+        if self._judge is not None:
+            module.run.judge = RememberingJudge(self._judge, module.run_dir / "search.json", survey_mark(evidence))
+        self._surveyor = self._judge = None
         found = [*evidence.costs, *evidence.scores, *(["predictor"] if self._spec.predictor else [])]
         rank_zero_info(f"Survey: {', '.join(found) or 'expert usage and similarity'}")
         if trainer.is_global_zero:
@@ -107,20 +131,29 @@ class Survey(Step):
         """As much as the module's hidden states may take, which do not wait yet while the sweeps are made."""
         return WaitingStates(int(module.walk_spec.hidden_gib * GIB), module.run_dir)
 
-    def _sweep_ahead(self, trainer: Trainer, module: MoEQuantModule, surveyor: Surveyor) -> None:
-        num_batches = min(surveyor.num_ahead, trainer.num_training_batches)
+    def _batches(self, trainer: Trainer, module: MoEQuantModule, num: int) -> list[dict[str, Tensor]]:
+        """The first batches of this rank."""
         loader: Any = trainer.train_dataloader
-        batches = [
-            _inputs(trainer.strategy.batch_to_device(batch, module.device))
-            for batch in (islice(loader, int(num_batches)) if num_batches else ())
-        ]
+        batches = islice(loader, num) if num else ()
+        return [_inputs(trainer.strategy.batch_to_device(batch, module.device)) for batch in batches]
+
+    def _apart(self, trainer: Trainer, module: MoEQuantModule) -> dict[int, dict[str, Tensor]]:
+        """This rank's batches of those that the survey keeps apart, by number: the last ones of the whole set."""
+        rank, world = rank_and_world()
+        num = int(trainer.num_training_batches)
+        first = num * world - module.run.needs.batches_apart
+        check_apart(module.run.needs.batches_apart, num * world)
+        every = self._batches(trainer, module, num)
+        numbered = {index * world + rank: inputs for index, inputs in enumerate(every)}
+        return {number: inputs for number, inputs in numbered.items() if number >= first}
+
+    def _shown(self, trainer: Trainer, module: MoEQuantModule) -> Show:
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
 
         def show(blocks: Iterable[int], sweep: str) -> Iterable[int]:
-            hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
             return tqdm(blocks, f"survey {sweep}", total=len(module.adapter.blocks), unit="block", disable=hidden)
 
-        # Not into run.seconds, where the first pass counts it already.
-        surveyor.sweep_ahead(batches, show)
+        return show
 
 
 def _inputs(batch: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from moeq.fit.memory import DataShape
 from moeq.fit.preflight import FitWork
 from moeq.preflight.phases import Phase
 from moeq.sampling.balance import is_degenerate
+from moeq.sampling.candidates import first_token_candidates
 from moeq.sampling.ebss_spec import EBSSSpec, NextToken, Sampled
 from moeq.sampling.writer import BITS, WRITERS, Writer, WriterChoice
 
@@ -287,14 +288,6 @@ class EBSSDataModule(CalibrationDataModule):
 def _parts(path: Path) -> Path:
     """Folder of the parts of a set that is being written."""
     return path.with_suffix(".parts")
-
-
-def first_token_candidates(model: Any, tokenizer: Any) -> Tensor:
-    """Ids that a sequence may start with: known to both tokenizer and model, no special tokens."""
-    num_tokens = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    allowed_V = torch.ones(num_tokens, dtype=torch.bool)
-    allowed_V[[i for i in tokenizer.all_special_ids if i < num_tokens]] = False
-    return allowed_V.nonzero().squeeze(1)
 
 
 class _Shown:

@@ -60,11 +60,11 @@ class SolveStep(Step):
 
     Attributes:
         needs_hessians: Whether the solver reads ``run.hessians``.
-        solves_two_level: Whether the solver takes two-level grids (``moeq.quant.kinds``).
+        solves_named: Whether the solver takes two-level and table grids (``moeq.quant.kinds``).
     """
 
     needs_hessians: ClassVar[bool] = False
-    solves_two_level: ClassVar[bool] = False
+    solves_named: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self, module: MoEQuantModule) -> Solver:
@@ -85,12 +85,12 @@ class SolveStep(Step):
 
     @override
     def check(self, module: MoEQuantModule) -> None:
-        """Refuse two-level grids where the solver does not take them."""
-        two_level = {name: grid for name, grid in module.run.plan.items() if grid.two_level is not None}
-        if two_level and not self.solves_two_level:
-            name, grid = next(iter(two_level.items()))
+        """Refuse two-level and table grids where the solver does not take them."""
+        named = {name: grid for name, grid in module.run.plan.items() if grid.is_named}
+        if named and not self.solves_named:
+            name, grid = next(iter(named.items()))
             raise ValueError(
-                f"{type(self).__name__} does not solve two-level grids, and {name} is to have {grid.kind}; use RTN or "
+                f"{type(self).__name__} solves uniform groups alone, and {name} is to have {grid.kind}; use RTN or "
                 "GPTQ, or grid: uniform"
             )
 

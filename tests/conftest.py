@@ -54,10 +54,15 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers begin with what takes long, so that none is left alone with it at the end.
+    """Skip what needs a GPU where there is none, and let several workers begin with what takes long.
 
-    That is what is marked slow, then the files beside this one, which run whole commands.
+    That is what is marked slow, then the files beside this one, which run whole commands: no worker is left alone with
+    one at the end.
     """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if hasattr(config, "workerinput"):
         here = config.rootpath / "tests"
         items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.parent != here))

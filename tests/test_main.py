@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from main import main
 from moeq.report.results import read_results
 from moeq.tasks.registry import GROUPS, expand, task_names
+from moeq.tuning.tuning_spec import TuningSpec
 from tests.evaluation_data import write_evaluation_data
 from tests.tiny import save_tiny
 from tests.two_level import save_wide
@@ -69,7 +70,7 @@ def texts(config: Path, other: str | None = None) -> list[str]:
 
 def on_two_levels(config: Path) -> bool:
     """Whether a configuration asks for a grid whose groups are its own."""
-    return "grid" in yaml.safe_load(config.read_text())["model"]
+    return yaml.safe_load(config.read_text())["model"].get("grid", "full_range") != "full_range"
 
 
 def small_groups(config: Path) -> list[str]:
@@ -85,12 +86,19 @@ def small_groups(config: Path) -> list[str]:
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
     """Run fit."""
-    main(
-        [
-            "fit", "--config", str(config), f"--model.name={model}", *small_groups(config),
-            f"--trainer.default_root_dir={folder}", *small_data(config), *QUIET, *options,
-        ]
-    )  # fmt: skip
+    with patch.object(TuningSpec, "__post_init__", small_tuning):
+        main(
+            [
+                "fit", "--config", str(config), f"--model.name={model}", *small_groups(config),
+                f"--trainer.default_root_dir={folder}", *small_data(config), *QUIET, *options,
+            ]
+        )  # fmt: skip
+
+
+def small_tuning(spec: TuningSpec) -> None:
+    """Few tokens for end-to-end tuning, whatever a configuration asks for."""
+    for name, value in {"num_sequences": 8, "length": 16, "batch_size": 2}.items():
+        object.__setattr__(spec, name, value)
 
 
 def fit(config: Path, model: Path, folder: Path, *options: str) -> None:

@@ -50,7 +50,7 @@ def test_a_solved_model_is_exported_packed_and_as_gguf_with_the_same_values(tmp_
     module = fit([*steps, Export(formats=["moeq", "gguf"])], model, tmp_path / "run")
     kinds = {name: weight.kind for name, weight in read_quantized(tmp_path / "run/export").items()}
     assert set(kinds.values()) == {"q3_k", "q4_k", "q5_k", "uniform"}
-    assert {name: grid.kind for name, grid in module.run.plan.items()} == kinds
+    assert {name: grid.stored_kind for name, grid in module.run.plan.items()} == kinds
     report = json.loads((tmp_path / "run/verification.json").read_text())
     assert report["checkpoint"]["logits_equal"]
     assert report["gguf"]["largest_error"] == 0.0
@@ -82,9 +82,9 @@ def test_a_streamed_fit_has_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
     [
         ([RTN()], {}, r"grid \(q3_k\) needs in_features in multiples of 256, which are not 32 of .*down_proj \(8 x\); "
          r"give these .*\{pattern: '.*down_proj', bits: 4, group_size: 32\}"),
-        ([BitAllocation(patterns=[NARROW]), HQQ()], {}, "HQQ does not solve two-level grids"),
-        ([BitAllocation(patterns=[NARROW]), HessianCalibration(), AWQ()], {}, "AWQ does not solve two-level grids"),
-        ([BitAllocation(patterns=[NARROW]), RTN(), Export(formats=["mlx"])], {}, "two-level grids are gguf's alone"),
+        ([BitAllocation(patterns=[NARROW]), HQQ()], {}, "HQQ solves uniform groups alone"),
+        ([BitAllocation(patterns=[NARROW]), HessianCalibration(), AWQ()], {}, "AWQ solves uniform groups alone"),
+        ([BitAllocation(patterns=[NARROW]), RTN(), Export(formats=["mlx"])], {}, "grids with a name are gguf's alone"),
         ([RTN()], {"bits": 2}, r"bits \(2\) follows from grid \(q3_k\)"),
     ],
 )  # fmt: skip

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.lab.yardstick import Yardstick
 from benchmarks.recipes.reference_model.corpus import arithmetic_lines
-from datamodules.ebss import first_token_candidates
 from moeq.disk.texts import read_documents, token_stream
 from moeq.sampling.balance import is_degenerate
+from moeq.sampling.candidates import first_token_candidates
 from moeq.sampling.ebss_spec import EBSSSpec
 from moeq.sampling.effective import measure_evidence
 from moeq.sampling.next_token import ModelNextToken

@@ -37,7 +37,7 @@ class CachedGridGPTQ(GPTQ):
     _cache: ClassVar[dict[tuple[str, str, GridSpec, float], QParams]] = {}
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
-        if unit.grid.two_level is not None:  # chosen by the Hessian, too
+        if unit.grid.is_named:  # chosen by the Hessian, too, or fitted to the codes
             return super().solve(module, unit, weight_EOI, hessian_EII)
         scales, zero_points = [], []
         model, dtype = str(module.hparams["name"]), module.adapter.storage_dtype
@@ -54,8 +54,10 @@ class CachedGridGPTQ(GPTQ):
                 rows.append(self._cache[key])
                 start = stop
             scales.append(torch.cat([part.scale_EOG for part in rows], 1))
-            zero_points.append(torch.cat([part.zero_point_EOG for part in rows if part.zero_point_EOG is not None], 1))
-        known = QParams(torch.cat(scales), torch.cat(zero_points))
+            if not unit.grid.symmetric:
+                zeros = [part.zero_point_EOG for part in rows if part.zero_point_EOG is not None]
+                zero_points.append(torch.cat(zeros, 1))
+        known = QParams(torch.cat(scales), torch.cat(zero_points) if zero_points else None)
         return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, dtype, qparams=known)
 
 

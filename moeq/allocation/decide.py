@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from moeq.allocation.allocate import Allocation, RuntimePrice, allocate, runtime_prices
 from moeq.allocation.constraints import Budget, BudgetUnit, Constraints, Floor
 from moeq.allocation.evidence import Evidence, find_costs
+from moeq.allocation.outer import Judge, Searched, SearchSpec, search
 from moeq.allocation.patterns import Pattern, Wish, match_patterns
 from moeq.allocation.plan import (
     DEFAULT_CHOICES,
@@ -33,6 +34,8 @@ from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import GridSpec, WeightShape
 
 Method = Literal["rules", "allocate"]
+# Costs that are in nats per token: a search adds them to measured ones.
+IN_NATS = ("fisher", "fisher_kl")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class AllocationSpec:
         carrier: Types of those files: "exact" (every value is held, some by types wider than the grids) or "native" (of
             the grids' own widths where there are such, at the price of their rounding).
         floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
+        search: Rounds of a search around the allocator's plan, on the assembled quantized model, as {num_rounds: 4}.
     """
 
     attention: int | None = None
@@ -79,6 +83,7 @@ class AllocationSpec:
     runtime: RuntimeName = "research"
     carrier: CarrierMode = "exact"
     floors: tuple[Floor, ...] = ()
+    search: SearchSpec | None = None
 
     def __post_init__(self) -> None:
         if self.carrier not in get_args(CarrierMode):
@@ -94,6 +99,11 @@ class AllocationSpec:
             raise ValueError(
                 f"method allocate needs cost ({self.cost}) and budget ({self.budget}); "
                 "give for example cost: fisher and budget: 2.5"
+            )
+        if self.search is not None and (self.method != "allocate" or self.cost not in IN_NATS):
+            raise ValueError(
+                f"search starts from an allocated plan and adds nats; method ({self.method}) must be allocate and "
+                f"cost ({self.cost}) {' or '.join(IN_NATS)}; give cost: {IN_NATS[0]}, or leave out search"
             )
         if self.method == "rules" and (self.cost is not None or self.floors):
             raise ValueError(f"cost ({self.cost}) and floors belong to the allocator; set method: allocate")
@@ -131,6 +141,7 @@ class Decision:
         kept: Names of weights that are kept as they are.
         effects: What rules did.
         allocation: What the allocator found.
+        searched: How the search around it went.
         prices: What each runtime would cost.
         runtime: What must read the result.
         carrier: Types of its files.
@@ -141,6 +152,7 @@ class Decision:
     kept: tuple[str, ...] = ()
     effects: tuple[RuleEffect, ...] = ()
     allocation: Allocation | None = None
+    searched: Searched | None = None
     prices: tuple[RuntimePrice, ...] = ()
     runtime: RuntimeName = "research"
     carrier: CarrierMode = "exact"
@@ -148,8 +160,9 @@ class Decision:
 
 
 def decide(
-    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None = None
-) -> Decision:
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None = None,
+    judge: Judge | None = None,
+) -> Decision:  # fmt: skip
     """The plan that a run asks for.
 
     Args:
@@ -157,12 +170,13 @@ def decide(
         weights: All quantizable weights.
         grid: Base width, group size and symmetry.
         evidence: Findings of the survey, where rules or the allocator need them.
+        judge: Measures plans, where a search is asked for.
 
     Raises:
-        ValueError: Names, widths, budget, evidence or runtime do not fit; the message says what does.
+        ValueError: Names, widths, budget, evidence, judge or runtime do not fit; the message says what does.
     """
     if spec.method == "allocate":
-        return _allocate(spec, weights, grid, evidence)
+        return _allocate(spec, weights, grid, evidence, judge)
     effects: Sequence[RuleEffect] = ()
     if spec.plan is not None:
         plan, kept = plan_from_json(Path(spec.plan)), kept_from_json(Path(spec.plan))
@@ -231,19 +245,28 @@ def least_bits(rules: Iterable[Rule], weights: Sequence[WeightShape], evidence: 
 
 
 def _allocate(
-    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None
+    spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpec, evidence: Evidence | None, judge: Judge | None
 ) -> Decision:
     assert spec.cost is not None
     base, wishes = base_plan(spec, weights, grid)
     quantized, costs = planned(base, weights), find_costs(evidence, spec.cost)
     constraints = make_constraints(spec, weights, grid, least_bits(spec.parsed_rules, quantized, evidence))
-    found, runtime = allocate(quantized, costs, constraints), find_runtime(spec.runtime)
+    searched, runtime = None, find_runtime(spec.runtime)
+    if spec.search is None:
+        found = allocate(quantized, costs, constraints)
+    elif judge is None:
+        raise ValueError(
+            "search measures plans on a survey of the same run; put Survey before BitAllocation, without survey: PATH"
+        )
+    else:
+        found, searched = search(quantized, costs, constraints, judge, spec.search.num_rounds)
     check_runtime(found.plan, weights, runtime, spec.carrier)
     grids = ((weight, choice.grid(grid)) for weight in quantized for choice in constraints.choices)
     return Decision(
         found.plan,
         kept_names(wishes, weights),
         allocation=found,
+        searched=searched,
         prices=tuple(runtime_prices(quantized, costs, constraints)),
         runtime=spec.runtime,
         carrier=spec.carrier,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
+from moeq.allocation.constraints import Constraints
 from moeq.allocation.decide import AllocationSpec, base_plan, least_bits, make_constraints
 from moeq.allocation.evidence import Evidence, Promise, find_costs, num_experts_by_path
-from moeq.allocation.plan import planned
+from moeq.allocation.plan import Choice, planned
 from moeq.allocation.problem import build_problem
 from moeq.allocation.rules import apply_rules
 from moeq.allocation.solver import check_reachable
@@ -36,6 +37,18 @@ def rehearse(spec: AllocationSpec, weights: Sequence[WeightShape], grid: GridSpe
     certain = [rule for rule in spec.parsed_rules if not rule.needs_evidence]
     constraints = make_constraints(spec, weights, grid, least_bits(certain, quantized, None))
     check_reachable(build_problem(quantized, find_costs(findings, spec.cost), constraints))
+    if spec.search is not None:
+        _check_candidates(constraints, promised)
+
+
+def _check_candidates(constraints: Constraints, promised: Promise) -> None:
+    """A search assembles fixed weights, too: a survey has to solve their grids."""
+    for name, grid in constraints.fixed.items():
+        if Choice.of(grid) not in promised.choices:
+            label = Choice.of(grid).label
+            raise ValueError(
+                f"search needs {name} at {label}, which the survey does not solve; add {label} to choices of Survey"
+            )
 
 
 def placeholder(promised: Promise, weights: Sequence[WeightShape]) -> Evidence:

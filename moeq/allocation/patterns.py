@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import translate
 
-from moeq.quant.kinds import TWO_LEVEL, Kind
+from moeq.quant.kinds import NAMED, Kind
 from moeq.quant.spec import MAX_BITS, MIN_BITS, GridSpec
 
 UNIFORM_BESIDE_TWO_LEVEL = 32  # in-features that share a scale
@@ -26,7 +26,7 @@ class Pattern:
         bits: Bits of these weights; null says nothing of them.
         group_size: In-features that share a scale, 0 for one scale per output channel; null says nothing of them.
         keep: Leave these weights as they are.
-        grid: A two-level grid, such as "q6_k"; null says nothing of it.
+        grid: A two-level or table grid, such as "q6_k"; null says nothing of it.
     """
 
     pattern: str
@@ -41,9 +41,9 @@ class Pattern:
         if told == self.keep:
             what = "says both that weights are kept and how they are quantized" if told else "says nothing"
             raise ValueError(f"pattern {self.pattern!r} {what}; give bits, group_size or both, or keep: true")
-        if self.grid is not None and (uniform or self.grid not in TWO_LEVEL):
+        if self.grid is not None and (uniform or self.grid not in NAMED):
             raise ValueError(
-                f"pattern {self.pattern!r}: grid ({self.grid}) must be one of {', '.join(TWO_LEVEL)}, without bits and "
+                f"pattern {self.pattern!r}: grid ({self.grid}) must be one of {', '.join(NAMED)}, without bits and "
                 "group_size, which follow from it; give bits and group_size alone for a uniform grid"
             )
         if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
@@ -82,13 +82,13 @@ class Wish:
     def grid(self, like: GridSpec) -> GridSpec:
         """A grid with the bits and group size that are said, else those of another.
 
-        Where the other one is two-level, what is said is on a symmetric uniform grid, in groups of 32 unless a size is
-        said: the blocks of the runtime for which two-level grids are made.
+        Where the other one has a name, what is said is on a full-range grid, in groups of 32 unless a size is said: the
+        blocks of the runtime for which grids with names are made.
         """
         if self.two_level is not None:
             return GridSpec.of_kind(self.two_level, clip_search=like.clip_search)
-        if like.two_level is not None and (self.bits is not None or self.group_size is not None):
-            like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, symmetric=True, clip_search=like.clip_search)
+        if like.is_named and (self.bits is not None or self.group_size is not None):
+            like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, True, like.clip_search, "full_range")
         bits = like.bits if self.bits is None else self.bits
         group_size = like.group_size if self.group_size is None else self.group_size or None
         return replace(like, bits=bits, group_size=group_size)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq.allocation.patterns import UNIFORM_BESIDE_TWO_LEVEL, Wish, kinds_of
-from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind
+from moeq.quant.kinds import NAMED, StoredKind
 from moeq.quant.spec import GridSpec, WeightShape
 
 PLAN_VERSION = 1
@@ -32,17 +32,17 @@ class Choice:
     Attributes:
         bits: Bits per code.
         group_size: In-features that share a scale; None is one scale per output channel.
-        kind: Of the grid; bits and group size follow from a two-level one (``of_kind``).
+        kind: Of the grid; bits and group size follow from one with a name (``of_kind``).
     """
 
     bits: int
     group_size: int | None = None
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     @classmethod
     def of(cls, grid: GridSpec) -> "Choice":
         """That of a grid."""
-        return cls(grid.bits, grid.group_size, grid.kind)
+        return cls(grid.bits, grid.group_size, grid.stored_kind)
 
     def __lt__(self, other: "Choice") -> bool:
         return self._key() < other._key()
@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """Bits, and the group size where there are groups: "4", "4g64"; the name of a two-level grid: "q4_k"."""
+        """Bits, and the group size where there are groups: "4", "4g64"; the name of a grid that has one: "q4_k"."""
         if self.kind != "uniform":
             return self.kind
         return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
@@ -60,20 +60,21 @@ class Choice:
     @classmethod
     def from_label(cls, label: str) -> "Choice":
         """The inverse of ``label``, "4g0" being "4"; raises ValueError for any other text."""
-        if label in TWO_LEVEL:
+        if label in NAMED:
             return cls.of(GridSpec.of_kind(label))  # type: ignore[arg-type]
         bits, separator, group_size = label.partition("g")
         if not bits.isdecimal() or (separator and not group_size.isdecimal()):
             raise ValueError(
-                f"choice ({label!r}) must be bits, bits and group size, or a two-level grid; write '4', '4g64', 'q4_k'"
+                f"choice ({label!r}) must be bits, bits and group size, or a grid's name; write '4', '4g64', 'q4_k'"
             )
         return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
-        """The grid of this choice, symmetric (unless its kind says) and clipped as ``like``."""
+        """The grid of this choice, symmetric or full-range (unless its kind says) and clipped as ``like``."""
         if self.kind != "uniform":
             return GridSpec.of_kind(self.kind, clip_search=like.clip_search)
-        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search)
+        kind = "uniform" if like.is_named else like.kind
+        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search, kind)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of so many weights divide into its groups, or super-blocks."""
@@ -167,16 +168,16 @@ def check_plan(plan: Mapping[str, GridSpec], weights: Iterable[WeightShape], kep
 
 def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape]) -> None:
     """Name all weights whose in-features their groups or super-blocks do not divide, by shape, and the ways out."""
-    misfits: dict[str, dict[int, list[str]]] = {}
+    misfits: dict[StoredKind, dict[int, list[str]]] = {}
     sizes = set()
     for name, grid in plan.items():
         size, in_features = grid.unit, shapes[name].in_features
         if size is not None and in_features % size:
-            misfits.setdefault(grid.kind, {}).setdefault(in_features, []).append(name)
+            misfits.setdefault(grid.stored_kind, {}).setdefault(in_features, []).append(name)
             sizes.add(size)
     for kind, of_kind in misfits.items():
         if kind != "uniform":
-            raise ValueError(_two_level_misfits(kind, of_kind))
+            raise ValueError(_named_misfits(kind, of_kind))
     if not misfits:
         return
     found = misfits["uniform"]
@@ -191,13 +192,13 @@ def _check_groups(plan: Mapping[str, GridSpec], shapes: Mapping[str, WeightShape
     )
 
 
-def _two_level_misfits(kind: str, found: Mapping[int, list[str]]) -> str:
+def _named_misfits(kind: StoredKind, found: Mapping[int, list[str]]) -> str:
     pattern, in_features = _first_pattern(found)
     remedy = f"bits: 4, group_size: {UNIFORM_BESIDE_TWO_LEVEL}"
     if in_features % UNIFORM_BESIDE_TWO_LEVEL:
         remedy = "keep: true"
     return (
-        f"grid ({kind}) needs in_features in multiples of {SUPER_BLOCK}, which are not "
+        f"grid ({kind}) needs in_features in multiples of {GridSpec.of_kind(kind).unit}, which are not "
         f"{', nor '.join(_by_shape(found))}; give these weights a grid of their own by patterns of "
         f"BitAllocation: [{{pattern: '{pattern}', {remedy}}}]"
     )

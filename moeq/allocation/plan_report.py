@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moeq.allocation.decide import Decision
+from moeq.allocation.outer import Searched
 from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json, planned
 from moeq.allocation.price import file_cost, file_types
 from moeq.allocation.rules import RuleEffect
@@ -33,6 +34,8 @@ def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> di
         found = asdict(decision.allocation)
         found.pop("plan")
         data["allocation"] = found | {"runtimes": [asdict(price) for price in decision.prices]}
+    if decision.searched is not None:
+        data["search"] = asdict(decision.searched)
     return data
 
 
@@ -48,6 +51,8 @@ def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str
         lines += [f"- {e.rule}: {describe(shapes[name] for name in e.selected)}" for e in decision.effects]
     if decision.allocation is not None:
         lines += ["", "## Allocator", "", *_allocator_lines(decision)]
+    if decision.searched is not None:
+        lines += ["", "## Search", "", *_search_lines(decision.searched)]
     lines += ["", "## Widths by linear", "", *_widths_table(decision, weights, lambda w: (w.kind, w.linear))]
     lines += ["", "## Widths by block", "", *_widths_table(decision, weights, lambda w: ("block", w.block))]
     return "\n".join(lines) + "\n"
@@ -148,6 +153,21 @@ def _allocator_lines(decision: Decision) -> list[str]:
         ratio = f"{price.predicted / least:.3f}" if least else ""
         cells = f"{price.predicted:.6g} | {ratio} | {price.used:.6g} | {price.average_bits:.3f}"
         lines.append(f"| {price.runtime} | {cells} |")
+    return lines
+
+
+def _search_lines(searched: Searched) -> list[str]:
+    lines = [
+        f"KL of the assembled model, in nats per token, {searched.kl_before:.5f} with the plan of the program, "
+        f"{searched.kl_after:.5f} after the search: {searched.num_measured} plans measured, slopes of "
+        f"{searched.num_slopes}.",
+        "",
+        "| round | KL by what a cost is worth | weights changed |",
+        "|---|---|---|",
+    ]
+    for number, each in enumerate(searched.rounds, 1):
+        measured = ", ".join(f"{kl:.5f} ({trust:g})" for trust, kl in each.measured.items())
+        lines.append(f"| {number} | {measured or 'the same plan'} | {each.num_changed} |")
     return lines
 
 

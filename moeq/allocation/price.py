@@ -82,12 +82,7 @@ def symmetry_note(grids: Iterable[tuple[WeightShape, GridSpec]], runtime: Runtim
     for weight, grid in grids if runtime.format is not None else ():
         even, size = GridSpec(grid.bits, grid.group_size, symmetric=True), (weight.out_features, weight.in_features)
         label = Choice.of(grid).label
-        if (
-            grid.symmetric
-            or grid.two_level is not None
-            or label in found
-            or not runtime.holds(even, weight.in_features, mode)
-        ):
+        if grid.symmetric or grid.is_named or label in found or not runtime.holds(even, weight.in_features, mode):
             continue
         cheaper, takes = runtime.carrier(even, weight.in_features, mode), "no type"
         if runtime.holds(grid, weight.in_features, mode):
@@ -100,5 +95,5 @@ def symmetry_note(grids: Iterable[tuple[WeightShape, GridSpec]], runtime: Runtim
         return ""
     return (
         f"asymmetric grids take more bits per weight than symmetric ones in files for {runtime.name} ({mode}): "
-        f"{', '.join(found.values())}; --model.symmetric true is smaller"
+        f"{', '.join(found.values())}; --model.grid full_range is smaller"
     )

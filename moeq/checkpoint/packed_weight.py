@@ -4,7 +4,8 @@
 had in the evaluated model: the same numbers whatever dtype the checkpoint is opened in.
 
 On a two-level grid (``moeq.quant.kinds``) ``weight_scale`` and ``weight_min`` are d and dmin, float16, and the integers
-of the groups are packed as codes are, in ``weight_sub_scale`` and ``weight_sub_min``.
+of the groups are packed as codes are, in ``weight_sub_scale`` and ``weight_sub_min``.  A weight whose levels stand in a
+table has the parts of a symmetric uniform one; its kind says what codes mean.
 
 Shape suffixes: O out, I in, G groups, B super-blocks, W words.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeq.quant.grid import dequantize_weight
-from moeq.quant.kinds import TWO_LEVEL, Kind
+from moeq.quant.kinds import TABLES, TWO_LEVEL, StoredKind
 from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
 
@@ -37,12 +38,12 @@ class PackedFormat:
     bits: int
     group_size: int | None
     symmetric: bool
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     @classmethod
     def of(cls, grid: GridSpec) -> "PackedFormat":
         """That of weights on a grid."""
-        return cls(grid.bits, grid.group_size, grid.symmetric, grid.kind)
+        return cls(grid.bits, grid.group_size, grid.symmetric, grid.stored_kind)
 
     @property
     def spec(self) -> GridSpec:
@@ -102,11 +103,12 @@ def unpacked_weight(
     """
     rows, columns = shape
     codes_OI = unpack(parts["weight_packed"], grid.bits, columns)
-    if grid.kind == "uniform":
+    if grid.kind not in TWO_LEVEL:
         zero_OG = None
         if not grid.symmetric:
             zero_OG = unpack(parts["weight_zero_point"].mT, grid.bits, rows).mT.contiguous()
-        return QuantizedWeight(codes_OI, parts["weight_scale"], zero_OG, grid.bits, grid.group_size)
+        table = grid.kind if grid.kind in TABLES else None
+        return QuantizedWeight(codes_OI, parts["weight_scale"], zero_OG, grid.bits, grid.group_size, table=table)
     kind, groups = TWO_LEVEL[grid.kind], grid.spec.num_groups(columns)
     scale_OG = _unpack_integers(parts["weight_sub_scale"], kind.lowest_scale, kind.scale_bits, groups)
     min_OG = None

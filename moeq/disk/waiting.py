@@ -4,6 +4,9 @@ The file has no name: when the process ends, killed or not, its space is free ag
 two processes can wait in one folder.  It is written and read, not mapped: a full disk is an error that says so, not a
 signal, and what is on the disk takes no memory but the system's cache.  A tensor takes the place of one of its size
 that was taken, so the file is as large as the most that waited at once.
+
+What comes from a GPU waits in page-locked memory, so that it comes and goes without the host waiting for the copy;
+such memory is given out in powers of two, and counts as that.
 """
 
 import os
@@ -17,6 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in memory: what it takes there, and what tells that its copy has arrived; None where it has."""
+
+    tensor: Tensor
+    num_bytes: int
+    arrived: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class WaitingStates:
 
     def __init__(self, bound_bytes: int, folder: Path) -> None:
         self.bound_bytes, self.folder = bound_bytes, folder
-        self._in_memory: dict[Hashable, Tensor] = {}
+        self._in_memory: dict[Hashable, _Held] = {}
         self._on_disk: dict[Hashable, _Place] = {}
         self.bytes_in_memory = self.bytes_on_disk = 0
         self._file: int | None = None  # its descriptor
@@ -62,14 +74,13 @@ class WaitingStates:
             ValueError: The disk is full, or does not take the file for another reason.
         """
         self.drop(key)
-        value = tensor.detach().cpu().contiguous()
-        if self.bytes_in_memory + value.nbytes <= self.bound_bytes:
-            is_part = value.untyped_storage().nbytes() > value.nbytes
-            self._in_memory[key] = value.clone() if is_part else value
-            self.bytes_in_memory += value.nbytes
+        num_bytes = locked_bytes(tensor.nbytes) if tensor.is_cuda else tensor.nbytes
+        if self.bytes_in_memory + num_bytes <= self.bound_bytes:
+            self._in_memory[key] = _held(tensor.detach(), num_bytes)
+            self.bytes_in_memory += num_bytes
         else:
-            self._on_disk[key] = self._write(value)
-            self.bytes_on_disk += value.nbytes
+            self._on_disk[key] = self._write(tensor.detach().cpu().contiguous())
+            self.bytes_on_disk += tensor.nbytes
 
     def read(self, key: Hashable, device: torch.device | str = "cpu") -> Tensor:
         """What waits under a key, on a device; it goes on waiting, so it must not be changed.
@@ -77,9 +88,16 @@ class WaitingStates:
         Raises:
             KeyError: Nothing waits under it.
         """
-        if key in self._in_memory:
-            return self._in_memory[key].to(device)
-        return self._read(self._on_disk[key]).to(device)
+        if key not in self._in_memory:
+            return self._read(self._on_disk[key]).to(device)
+        held = self._in_memory[key]
+        if held.arrived is None:
+            return held.tensor.to(device)
+        if torch.device(device).type != "cuda":
+            held.arrived.synchronize()
+            return held.tensor.to(device)
+        torch.cuda.current_stream(device).wait_event(held.arrived)
+        return held.tensor.to(device, non_blocking=True)
 
     def take(self, key: Hashable, device: torch.device | str = "cpu") -> Tensor:
         """What waits under a key, on a device; it waits no longer.
@@ -93,8 +111,8 @@ class WaitingStates:
 
     def drop(self, key: Hashable) -> None:
         """Forget what waits under a key, if anything does."""
-        if (value := self._in_memory.pop(key, None)) is not None:
-            self.bytes_in_memory -= value.nbytes
+        if (held := self._in_memory.pop(key, None)) is not None:
+            self.bytes_in_memory -= held.num_bytes
         if (place := self._on_disk.pop(key, None)) is not None:
             self.bytes_on_disk -= place.num_bytes
             self._vacant.setdefault(place.num_bytes, []).append(place.start)
@@ -157,6 +175,24 @@ class WaitingStates:
                 raise ValueError(f"hidden states that wait on the disk of {self.folder} are gone; start again")
             done += count
         return value
+
+
+def locked_bytes(num_bytes: int) -> int:
+    """What a tensor takes in page-locked memory: torch gives it out in powers of two."""
+    return 1 << max(num_bytes - 1, 0).bit_length() if num_bytes else 0
+
+
+def _held(tensor: Tensor, num_bytes: int) -> _Held:
+    """A tensor as it waits in memory."""
+    if not tensor.is_cuda:
+        value = tensor.cpu().contiguous()
+        is_part = value.untyped_storage().nbytes() > value.nbytes
+        return _Held(value.clone() if is_part else value, num_bytes)
+    value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    value.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    return _Held(value, num_bytes, arrived)
 
 
 def _bytes(value: Tensor) -> Tensor:

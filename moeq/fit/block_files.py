@@ -15,12 +15,12 @@ from torch import Tensor
 
 from moeq.disk.checked import read_checked, write_checked
 from moeq.fit.run import Run
-from moeq.quant.kinds import Kind
+from moeq.quant.kinds import StoredKind
 from moeq.quant.packing import pack, unpack
 from moeq.quant.spec import Fallback, QuantizedWeight, SuperScales
 
-# Bits, group size and kind of the grid of a weight.
-Grid = tuple[int, int | None, Kind]
+# Bits, group size and kind of what is stored of a weight.
+Grid = tuple[int, int | None, StoredKind]
 RECORDS = "moeq"
 _CHANGED, _USAGE = "changed:", "usage:"
 _REMEDY = "the block is quantized again"
@@ -59,14 +59,15 @@ class BlockFile(Mapping[str, QuantizedWeight]):
         return replace(self, tensors=kept)
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        bits, group_size, num_columns, *two_level = self.records["grids"][name]
+        bits, group_size, num_columns, *kinds = self.records["grids"][name]
         zero_point_OG = self.tensors.get(f"{name}.zero_point")
         codes_OI, supers = unpack(self.tensors[f"{name}.packed"], bits, num_columns), None
-        if two_level:
-            kind, dtype = two_level
+        if len(kinds) == 2:
+            kind, dtype = kinds
             parts = self.tensors[f"{name}.super_scale"], self.tensors.get(f"{name}.super_min")
             supers = SuperScales(kind, *parts, getattr(torch, dtype))
-        return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size, supers)
+        table = kinds[0] if len(kinds) == 1 else None
+        return QuantizedWeight(codes_OI, self.tensors[f"{name}.scale"], zero_point_OG, bits, group_size, supers, table)
 
     def __contains__(self, name: object) -> bool:
         return name in self.records["grids"]
@@ -122,8 +123,10 @@ def save_block(
 
 
 def _record(weight: QuantizedWeight) -> list[Any]:
-    """Grid and columns of a weight; of a two-level one its kind and the dtype of what it stands for, too."""
+    """Grid and columns of a weight; its kind, too, where it is a table, or two-level with the dtype of its values."""
     told = [weight.bits, weight.group_size, weight.codes_OI.shape[1]]
+    if weight.table is not None:
+        return [*told, weight.table]
     return told if weight.super_scales is None else [*told, weight.kind, str(weight.dtype).removeprefix("torch.")]
 
 

@@ -7,16 +7,21 @@ Shapes: E experts, I in features, T tokens of one expert.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moeq.distributed import sum_over_ranks
 from moeq.fit.schedule import SitePart
-from moeq.models.adapter import Site
+from moeq.models.adapter import Adapter, Site
+from moeq.models.observe import TokenMask, observe
 from moeq.quant.coverage import CoverageSpec, find_uncovered, hessians_to_solve, shared_by
 from moeq.quant.hessian import HessianState, accumulate, empty_state
-from moeq.quant.spec import Fallback
+from moeq.quant.hessian_groups import accumulate_groups
+from moeq.quant.spec import Fallback, Routing
+from moeq.quant.together import taken_together
 
 # Mean Hessians, float32 [E, I, I], of some experts of a site.
 HessiansOf = Callable[[Site, Sequence[int]], Tensor]
@@ -30,14 +35,24 @@ class Hessians:
         self._sums: dict[str, HessianState] = {}
         self._pools: dict[str, HessianState] = {}
         self._reduced = False
+        self._device = torch.device("cpu")
 
     def open(self, parts: Sequence[SitePart], device: torch.device | str) -> None:
         """Start a pass: sums over no token for its parts, and for the pool of each site that is new."""
         self._parts, self._reduced = {part.site.name: part for part in parts}, False
+        self._device = torch.device(device)
         for name, part in self._parts.items():
             self._sums[name] = empty_state(part.num_sums, part.site.in_features, device)
             if part.opens_pool:
                 self._pools[name] = empty_state(1, part.site.in_features, device)
+
+    def gathered(
+        self, adapter: Adapter, power: float, routing: Routing, mask: TokenMask | None = None
+    ) -> AbstractContextManager[TokenMask]:
+        """Within, forward passes add the inputs of the pass's parts: on a CPU one expert after another."""
+        add = partial(self.add, power=power)
+        add_groups = partial(self.add_groups, power=power) if taken_together(self._device) else None
+        return observe(adapter, tuple(part.site for part in self._parts.values()), add, routing, mask, add_groups)
 
     def add(self, site: Site, expert: int, x_TI: Tensor, affinity_T: Tensor | None, power: float) -> None:
         """Add the inputs of one expert; those of experts of no part count for the pool alone.
@@ -45,16 +60,34 @@ class Hessians:
         Raises:
             ValueError: The sums have been read already: what comes later would be missing in what was solved.
         """
-        if self._reduced:
-            raise ValueError(f"the Hessian of {site.name} was read before its pass was over; read it at its end")
-        part, sums = self._parts[site.name], self._sums[site.name]
-        pool = self._pools[site.name] if part.opens_pool else None
+        part, sums, pool = self._open_sums(site)
         if part.shared:
             accumulate(sums, 0, x_TI, affinity_T, power)
         elif expert in part.experts:
             accumulate(sums, expert - part.experts.start, x_TI, affinity_T, power, pool)
         elif pool is not None:
             accumulate(pool, 0, x_TI, affinity_T, power)
+
+    def add_groups(self, site: Site, x_NI: Tensor, affinity_N: Tensor, starts: list[int], power: float) -> None:
+        """Add the inputs of all experts of a site, sorted by expert; the same sums as ``add`` makes one by one.
+
+        Raises:
+            ValueError: The sums have been read already.
+        """
+        part, sums, pool = self._open_sums(site)
+        own = slice(starts[part.experts.start], starts[part.experts.stop])
+        local = [start - own.start for start in starts[part.experts.start : part.experts.stop + 1]]
+        accumulate_groups(sums, x_NI[own], affinity_N[own], local, power, pool)
+        for others in (slice(0, own.start), slice(own.stop, len(x_NI))):
+            if pool is not None and others.stop > others.start:
+                accumulate(pool, 0, x_NI[others], affinity_N[others], power)
+
+    def _open_sums(self, site: Site) -> tuple[SitePart, HessianState, HessianState | None]:
+        """The part of a site, its sums, and its pool where this pass gathers it."""
+        if self._reduced:
+            raise ValueError(f"the Hessian of {site.name} was read before its pass was over; read it at its end")
+        part = self._parts[site.name]
+        return part, self._sums[site.name], self._pools[site.name] if part.opens_pool else None
 
     def close(self) -> None:
         """End a pass: its sums are dropped, pools after the last part of their site."""

@@ -28,6 +28,7 @@ from moeq.kernels.onednn import most_kernels
 from moeq.models.adapter import Adapter
 from moeq.models.sites import Site
 from moeq.quant.hessian import PANEL
+from moeq.quant.hessian_groups import groups_bytes
 from moeq.quant.kinds import SUPER_BLOCK
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, WeightShape
@@ -75,6 +76,20 @@ def gather_bytes(parts: Sequence[SitePart], num_tokens: int) -> int:
     """Most that adding a batch to the Hessians holds: float32 rows, with their weighted copy or a panel's product."""
     rows = num_tokens + max(num_tokens, 2 * PANEL)
     return max((4 * rows * part.site.in_features for part in parts), default=0)
+
+
+def gather_together_bytes(parts: Sequence[SitePart], num_tokens: int, experts_per_token: int) -> int:
+    """The same on a GPU, where the rows of all experts of a site are added at once.
+
+    Args:
+        parts: Of the pass.
+        num_tokens: Of a batch.
+        experts_per_token: K.
+    """
+    sizes = [
+        (part.num_sums, part.site.in_features, num_tokens * (experts_per_token if part.pooled else 1)) for part in parts
+    ]
+    return max((groups_bytes(*size) for size in sizes), default=0)
 
 
 def hessian_bytes(parts: Sequence[SitePart]) -> dict[str, int]:

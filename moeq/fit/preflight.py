@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from moeq.fit.duration import Speed, block_products, pass_seconds, solve_seconds
-from moeq.fit.memory import DataShape, gather_bytes, hessian_bytes, kernel_bytes, stack_bytes
+from moeq.fit.memory import (
+    DataShape,
+    gather_bytes,
+    gather_together_bytes,
+    hessian_bytes,
+    kernel_bytes,
+    stack_bytes,
+)
 from moeq.fit.run import Needs
 from moeq.fit.schedule import Pass, SitePart, whole
 from moeq.fit.share import experts_per_unit
@@ -120,11 +127,14 @@ def load_phase(work: FitWork, block: int) -> Phase:
 def sweep_phase(work: FitWork, current: Pass, solved: Sequence[SitePart] = ()) -> Phase:
     """All batches run through a block, as far as the pass needs it; ``solved`` is what is solved of it already."""
     tokens = work.data.batch_tokens
+    if work.device_type == "cpu":
+        gathered = gather_bytes(current.parts, tokens)
+    else:
+        gathered = gather_together_bytes(current.parts, tokens, work.experts_per_token)
     held = {
         **work.model.held(current.block),
         **hessian_bytes(current.parts),
-        "activations": forward_bytes(work.adapter, current.block, tokens, work.data.length)
-        + gather_bytes(current.parts, tokens),
+        "activations": forward_bytes(work.adapter, current.block, tokens, work.data.length) + gathered,
     }
     seconds = None
     if work.speed is not None:

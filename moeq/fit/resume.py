@@ -75,6 +75,7 @@ class Resume:
         self.sites = [adapter.sites(block) for block in range(len(adapter.blocks))]
         self.first_block = 0
         self.grids: dict[str, Grid] = {}
+        self._finished = folder
         self._before: list[dict[str, str]] = []
         self._restart = restart
 
@@ -135,11 +136,19 @@ class Resume:
 
     def quantized(self, block: int) -> Mapping[str, QuantizedWeight]:
         """Quantized weights of a finished block by canonical name, each unpacked when it is asked for."""
-        return read_block(self.folder, block)
+        return read_block(self._finished, block)
+
+    def replace_blocks(self, folder: Path) -> None:
+        """Files of the same blocks in another folder take the place of all that are finished, from here on."""
+        self._finished = folder
+        for block in range(len(self.sites)):
+            file = read_block(folder, block).without_codes()
+            self.run.changed |= file.changed
+            self.run.reasons |= file.records["reasons"]
 
     def commit(self, block: int) -> None:
         """Write the weights and changed parameters of a finished block into the model, where it is resident."""
-        file = read_block(self.folder, block)
+        file = read_block(self._finished, block)
         commit(self.adapter, self.sites[block], file)
         change_parameters(self.adapter, self.run, file.changed)
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from moeq.allocation.evidence import Evidence, Promise
+from moeq.allocation.outer import Judge
 from moeq.fit.hessians import Hessians
 from moeq.preflight.meter import Meter
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
@@ -17,6 +18,7 @@ class Needs:
 
     Attributes:
         survey: A sweep of every block of the original model before anything is quantized.
+        batches_apart: Batches, of all ranks together, that a survey finds nothing on: a search measures plans there.
         evidence: What a survey finds: a step decides from it.
         originals: What the original blocks return on the original hidden states.
         routers: A pass for the router of every block, before its experts.
@@ -24,6 +26,7 @@ class Needs:
     """
 
     survey: bool = False
+    batches_apart: int = 0
     evidence: bool = False
     originals: bool = False
     routers: bool = False
@@ -38,6 +41,7 @@ class Run:
         needs: What the steps ask for.
         promise: What a survey of the original model will find; None where no step makes one.
         evidence: What it found; None before its end.
+        judge: Measures plans of the surveyed model, where batches were kept apart for it; None before and after.
         plan: Grid of every weight that is quantized, by canonical name.
         hessians: Hessians of the current pass.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
@@ -57,6 +61,7 @@ class Run:
     needs: Needs = field(default_factory=Needs)
     promise: Promise | None = None
     evidence: Evidence | None = None
+    judge: Judge | None = None
     plan: dict[str, GridSpec] = field(default_factory=dict)
     hessians: Hessians = field(default_factory=Hessians)
     usage: dict[str, Tensor] = field(default_factory=dict)

@@ -8,6 +8,7 @@ The result of a unit does not depend on which other units there are, so one rank
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,22 +126,22 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = Fal
     """Quantize the weights of one unit; results are on the CPU, with ``level_offset`` where it is asked for."""
     weight_EOI = adapter.get_weight(unit.site, unit.experts)
     stacked = torch.cat([weight_EOI[:, rows] for rows in unit_rows(unit)], 1).float()
-    solution = solver(unit, stacked)
+    on_device = solver(unit, stacked)
+    solution = on_device.on_cpu()
     solved, end = [], 0
     for leaf in unit.leaves:
         start, end = end, end + unit.site.rows[leaf]
         for position, expert in enumerate(unit.experts):
             name = unit.site.weight_name(expert, unit.site.leaves[leaf])
-            weight = solution.expert(position, unit.grid, slice(start, end))
-            offset_OI = level_offset(weight, stacked[position, start:end]).cpu() if offsets else None
+            rows = slice(start, end)
+            weight, offset_OI = solution.expert(position, unit.grid, rows), None
+            if offsets:
+                real_OI = stacked[position, rows]
+                offset_OI = level_offset(on_device.expert(position, unit.grid, rows), real_OI).cpu()
             error = float(solution.relative_error_E[position])
             fallbacks = _solver_fallbacks(name, solution, position)
-            solved.append(SolvedWeight(name, _on_cpu(weight), error, fallbacks, offset_OI))
+            solved.append(SolvedWeight(name, weight.each(Tensor.contiguous), error, fallbacks, offset_OI))
     return solved
-
-
-def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
-    return weight.each(lambda tensor: tensor.cpu().contiguous())
 
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
@@ -167,9 +168,12 @@ def change_parameters(adapter: Adapter, run: Run, values: Mapping[str, Tensor], 
 
 
 def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Write the dequantized weights of the sites into the model, rounded to its storage dtype; others stay."""
+    """Write the dequantized weights of the sites into the model, rounded to its storage dtype; others stay.
+
+    Codes go to the device of the weights and become values there: a byte for each, not two or four.
+    """
     for site in sites:
-        dtype = adapter.dtype_of(site)
+        dtype, moved = adapter.dtype_of(site), partial(Tensor.to, device=adapter.device_of(site))
         for expert in range(site.num_experts):
             names = [site.weight_name(expert, leaf) for leaf in site.leaves]
             done = [name in quantized for name in names]
@@ -177,7 +181,7 @@ def commit(adapter: Adapter, sites: Sequence[Site], quantized: Mapping[str, Quan
                 continue
             kept = () if all(done) else adapter.get_weight(site, (expert,))[0].split(site.rows)
             rows = [
-                dequantize_weight(quantized[name], dtype) if here else kept[leaf].cpu()
+                dequantize_weight(quantized[name].each(moved), dtype) if here else kept[leaf]
                 for leaf, (name, here) in enumerate(zip(names, done, strict=True))
             ]
             adapter.set_weight(site, torch.cat(rows).unsqueeze(0), (expert,))

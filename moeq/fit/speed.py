@@ -19,7 +19,6 @@ from moeq.fit.hessians import Hessians
 from moeq.fit.schedule import Pass, SitePart
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import BlockCall, capture_calls, hands_on, run_block, until_reached
-from moeq.models.observe import observe
 from moeq.models.sizes import model_bytes
 from moeq.quant.hessian import mean_hessian
 from moeq.quant.spec import Routing
@@ -97,13 +96,8 @@ def _step(adapter: Adapter, block: int, ids_BT: Tensor, rows: int) -> float:
 
 def _sweep(adapter: Adapter, current: Pass, call: BlockCall, hessians: Hessians, routing: Routing) -> None:
     """One batch of a calibration pass."""
-
-    def on_rows(site: Any, expert: int, x_TI: Tensor, affinity_T: Tensor | None) -> None:
-        hessians.add(site, expert, x_TI, affinity_T, 1.0)
-
     entered, finished = adapter.observed_modules(current.observed)
-    sites = tuple(part.site for part in current.parts)
-    with observe(adapter, sites, on_rows, routing), until_reached(entered, finished):
+    with hessians.gathered(adapter, 1.0, routing), until_reached(entered, finished):
         run_block(adapter.blocks[current.block], call.hidden, call)
 
 

@@ -25,13 +25,14 @@ from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
+from moeq.quant.kinds import NAMED
 from moeq.quant.spec import QuantizedWeight
 
 NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
 _FILE_KINDS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
-    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "MXFP4": 38,
 }  # fmt: skip
 
 _OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp and what is built on it:
@@ -129,7 +130,7 @@ def _compare(path: Path, export: PackedExport, planned: Planned, found: StoredTe
         name = planned.weights[index] if planned.weights else planned.tensor
         if torch.equal(theirs.to(ours.dtype), ours):
             continue
-        if not planned.has_blocks or found.kind.endswith("_K"):
+        if not planned.has_blocks or found.kind.lower() in NAMED:
             raise ExportMismatchError(f"{path}: {planned.name} is not {name}; export again")
         largest = max(largest, _rounded(path, theirs, planned.piece.of_codes(export.quantized(name)), name))
     return largest
@@ -145,7 +146,7 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
     error_OI = (theirs - (weight.codes_OI.float() - zero) * scale_OI).abs()
     if bool((error_OI > rounding_bound(weight).repeat_interleave(spread, 1)).any()):
         raise ExportMismatchError(f"{path}: {name} differs by more than the rounding of its scales; export again")
-    return float((error_OI / scale_OI).max())
+    return float((error_OI / scale_OI.abs()).max())
 
 
 def _describe(model: PreTrainedModel) -> Metadata:

@@ -5,10 +5,13 @@ A block is some consecutive in-features of one row: a float16 scale d, for some 
     Q2_0  64 of d (q - 1)      Q4_0  32 of d (q - 8)      Q5_0  32 of d (q - 16)      Q8_0  32 of d q, q signed
     Q4_1  32 of d q + m        Q5_1  32 of d q + m
 
+    IQ4_NL  32 of d level[q], 16 levels      MXFP4  32 of 2^(e - 128) level[q], an exponent e of 8 bits, e2m1 twofold
+
 Types of two-level grids (Q2_K to Q6_K) are in ``gguf_kquants``.
 
 moeq's symmetric grids have the levels -2^(b-1) .. 2^(b-1) - 1, as Q4_0, Q5_0 and Q8_0 have.  Q2_0 has -1 .. 2: with
-d = -scale, q = 1 - level gives the same values.  Source: ggml-common.h and ggml-quants.c of llama.cpp.
+d = -scale, q = 1 - level gives the same values.  d may be of either sign in all of them.
+Source: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 from collections.abc import Callable
@@ -46,7 +49,9 @@ FILE_TYPES: dict[str, FileType] = {
     "Q4_0": FileType(2, 32, 18), "Q4_1": FileType(3, 32, 20), "Q5_0": FileType(6, 32, 22), "Q5_1": FileType(7, 32, 24),
     "Q8_0": FileType(8, 32, 34), "Q2_K": FileType(10, 256, 84), "Q3_K": FileType(11, 256, 110),
     "Q4_K": FileType(12, 256, 144), "Q5_K": FileType(13, 256, 176), "Q6_K": FileType(14, 256, 210),
+    "IQ4_NL": FileType(20, 32, 18), "MXFP4": FileType(39, 32, 17),
 }  # fmt: skip
+_TABLE_TYPES = ("IQ4_NL", "MXFP4")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a float16: the largest relative rounding, and the largest absolute one of a number below its normal ones.
 RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
@@ -80,6 +85,8 @@ def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "e
     if weight.super_scales is not None:
         blocks: Bytes = k_blocks(weight, kind.lower()).numpy()
         return blocks
+    if (weight.table or "uniform") != (kind.lower() if kind in _TABLE_TYPES else "uniform"):
+        raise ValueError(f"{kind} does not hold a weight on {weight.kind}; quantize it on grid {kind.lower()}")
     return _BLOCKS[kind](regroup(weight, FILE_TYPES[kind].block), mode)
 
 
@@ -91,7 +98,7 @@ def floats(kind: str, values: Tensor) -> Bytes:
 
 def rounding_bound(weight: QuantizedWeight) -> Tensor:
     """The most by which a float16 scale and offset may change a value, [O, G]: 2^bits roundings of the scale."""
-    return 2**weight.bits * (weight.scale_OG.float() * RELATIVE + ABSOLUTE)
+    return 2**weight.bits * (weight.scale_OG.float().abs() * RELATIVE + ABSOLUTE)
 
 
 def _symmetric(bits: int, pack: Callable[[Tensor], Tensor]) -> Callable[[QuantizedWeight, CarrierMode], Bytes]:
@@ -117,6 +124,23 @@ def _with_offset(bits: int, pack: Callable[[Tensor], Tensor]) -> Callable[[Quant
     return make
 
 
+def _by_table(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
+    """Blocks of IQ4_NL: a scale, and places in its table as they are."""
+    return _join([_half(weight, mode)], _halves(_blocks(weight.codes_OI, weight)))
+
+
+def _microscaled(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
+    """Blocks of MXFP4: the exponent of a scale, and signs with places among the magnitudes."""
+    mantissa_OB, exponent_OB = torch.frexp(weight.scale_OG.float())
+    if not bool(((mantissa_OB == 0.5) | (mantissa_OB == 0.0)).all()):
+        raise ValueError("a scale is no power of two, as MXFP4 has them")
+    place_OBS = _blocks(weight.codes_OI, weight).short() - 7  # the 8th of 15 levels is 0
+    nibble_OBS = torch.where(place_OBS < 0, 8 - place_OBS, place_OBS).to(torch.uint8)
+    octet_OB = (exponent_OB - 1 + 127).clamp_min(0).masked_fill(mantissa_OB == 0, 0).to(torch.uint8)
+    joined: Bytes = torch.cat([octet_OB.unsqueeze(2), _halves(nibble_OBS)], 2).flatten(1).numpy()
+    return joined
+
+
 def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
     """Scales in float16; the scale of a group whose values are all zero does not matter."""
     scale_OB = weight.scale_OG.float()
@@ -129,7 +153,7 @@ def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
         raise ValueError("a scale is above 65504, the largest of float16")
     wrong = int(((half_OB.float() != scale_OB) & used_OB).sum())
     if wrong and mode == "exact":
-        smallest = float(scale_OB[used_OB].min())
+        smallest = float(scale_OB[used_OB].abs().min())
         raise ValueError(
             f"float16, in which GGUF stores scales, does not hold {wrong} of them exactly (smallest: {smallest:.3g}); "
             "set carrier to native, which rounds them and reports by how much"
@@ -180,4 +204,5 @@ def _bytes_of(values: Tensor) -> Bytes:
 _BLOCKS: dict[str, Callable[[QuantizedWeight, CarrierMode], Bytes]] = {
     "Q2_0": _symmetric(2, _quarters), "Q4_0": _symmetric(4, _halves), "Q5_0": _symmetric(5, _fifths),
     "Q8_0": _symmetric(8, _signed), "Q4_1": _with_offset(4, _halves), "Q5_1": _with_offset(5, _fifths),
+    "IQ4_NL": _by_table, "MXFP4": _microscaled,
 }  # fmt: skip

@@ -85,7 +85,7 @@ def check_stacks(
         real_EOI = read(path, values["bits"], values["group_size"])
         for ours_OI, name in zip(real_EOI.unbind() if real_EOI.ndim == 3 else [real_EOI], names, strict=True):
             quantized = export.quantized(name)
-            theirs_OI, scale_OG = dequantize_codes(quantized), quantized.scale_OG.float()
+            theirs_OI, scale_OG = dequantize_codes(quantized), quantized.scale_OG.float().abs()
             scale_OI = scale_OG.repeat_interleave(theirs_OI.shape[1] // scale_OG.shape[1], 1)
             error = float(((ours_OI.to(theirs_OI.dtype).float() - theirs_OI.float()).abs() / scale_OI).max())
             raise_for(folder, "weights", [name] if error > _allowed(quantized, mode) else [])

@@ -40,7 +40,7 @@ def round_columns(
         weight_ESO: Original weights.
         delta_ESO: Weight minus rounded weight; written.
         level_ESO: Chosen levels, whole numbers; written.
-        scale_ESO: Scales, positive.
+        scale_ESO: Scales, not 0.
         low_ESO: Lowest levels.
         high_ESO: Highest levels, up to 255.
         feedback_ESS: [j, k] for k < j: what a delta in column k adds to column j; the rest is not read.

@@ -150,10 +150,11 @@ class Adapter:
 
     def dtype_of(self, site: Site) -> torch.dtype:
         """The dtype in which the model holds the weights of a site."""
-        if site.kind == "routed":
-            module, part = self._routed(site)
-            return module.get_parameter(parameter_name(module, part)).dtype
-        return self._linear(site.modules[0]).weight.dtype
+        return self._parameter(site).dtype
+
+    def device_of(self, site: Site) -> torch.device:
+        """Where the weights of a site are."""
+        return self._parameter(site).device
 
     def get_weight(self, site: Site, experts: Sequence[int] | None = None) -> Tensor:
         """Weights of a site, [E, O, I], in the model's dtype (a copy).
@@ -234,6 +235,13 @@ class Adapter:
 
     def _sparse_block(self, path: str) -> str:
         return path.rpartition(".")[0].rpartition(".")[0]
+
+    def _parameter(self, site: Site) -> Tensor:
+        """One that holds weights of a site."""
+        if site.kind == "routed":
+            module, part = self._routed(site)
+            return module.get_parameter(parameter_name(module, part))
+        return self._linear(site.modules[0]).weight
 
     def _linear(self, path: str) -> nn.Linear:
         module = self.model.get_submodule(path)

@@ -7,6 +7,9 @@ with one index, so that no row gets another token's weight.
 With routing ``all_experts`` every routed expert is given every token (the output stays routed).  An experts module
 receives the weights of the chosen experts alone, and families turn router logits into weights in ways of their own, so
 an affinity of the other tokens is not defined for every family: all of them weigh 1.
+
+On a GPU what costs is not the rows but the calls: with ``on_groups`` the routed experts of a block are observed
+together, by a forward pass whose number of launches grows with the experts' two products alone.
 """
 
 import copy
@@ -22,9 +25,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.models.adapter import Adapter, Site
 from moeq.models.experts import activate, project_down, project_in
+from moeq.models.routed_rows import RoutedRows, routed_tokens, sort_by_expert
 from moeq.quant.spec import Routing
 
 OnRows = Callable[[Site, int, Tensor, Tensor | None], None]
+# (site, x_NI, affinity_N, starts): rows of all experts of a site, those of expert e in [starts[e], starts[e + 1]).
+OnGroups = Callable[[Site, Tensor, Tensor, list[int]], None]
 
 
 @dataclass
@@ -41,24 +47,28 @@ def observe(
     on_rows: OnRows,
     routing: Routing = "routed",
     mask: TokenMask | None = None,
+    on_groups: OnGroups | None = None,
 ) -> Iterator[TokenMask]:
     """Call ``on_rows(site, expert, x_TI, affinity_T)`` for every input of the sites; hooks come off at the end.
 
     With routing "all_experts" the experts of a block share the inputs of gate and up, which are given as those of
-    expert 0.
+    expert 0.  With routing "routed" and ``on_groups``, that is called once for all routed experts of a site instead.
 
     Yields:
         The mask to set before each forward pass: the given one, where there is one.
     """
     mask = TokenMask() if mask is None else mask
+    grouped = on_groups if routing == "routed" else None
     with ExitStack() as stack:
         for site in sites:
             if site.kind != "routed":
                 _hook_linears(stack, adapter, site, on_rows, mask)
             elif site.stage == "mlp_in":
-                _hook_expert_inputs(stack, adapter, site, on_rows, mask, routing)
+                _hook_expert_inputs(stack, adapter, site, on_rows, grouped, mask, routing)
+            elif grouped is not None:
+                stack.enter_context(_observing_experts(adapter, site, "moeq_observe_groups", grouped, mask))
             else:
-                stack.enter_context(_observing_experts(adapter, site, on_rows, mask, routing))
+                stack.enter_context(_observing_experts(adapter, site, "moeq_observe", on_rows, mask, routing))
         yield mask
 
 
@@ -110,10 +120,21 @@ def _hook_linears(stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRow
 
 
 def _hook_expert_inputs(
-    stack: ExitStack, adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
+    stack: ExitStack,
+    adapter: Adapter,
+    site: Site,
+    on_rows: OnRows,
+    on_groups: OnGroups | None,
+    mask: TokenMask,
+    routing: Routing,
 ) -> None:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden, ids_TK, weights_TK = args
+        if on_groups is not None:
+            rows = sort_by_expert(ids_TK, site.num_experts, mask.keep)
+            affinity_N = weights_TK[rows.tokens_N, rows.slots_N].detach()
+            on_groups(site, hidden[rows.tokens_N].detach(), affinity_N, rows.starts)
+            return
         if routing == "all_experts":
             on_rows(site, 0, _rows(hidden, mask), None)
             return
@@ -123,25 +144,12 @@ def _hook_expert_inputs(
     stack.callback(adapter.model.get_submodule(site.modules[0]).register_forward_pre_hook(hook).remove)
 
 
-def routed_tokens(ids_TK: Tensor, num_experts: int, keep_T: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each expert that is hit: its index, its token indices and the slot (0..K-1) in which each chose it."""
-    for expert in range(num_experts):
-        chosen = ids_TK == expert
-        if keep_T is not None:
-            chosen = chosen & keep_T[:, None]
-        tokens, slots = torch.where(chosen)
-        if len(tokens):
-            yield expert, tokens, slots
-
-
 @contextmanager
-def _observing_experts(
-    adapter: Adapter, site: Site, on_rows: OnRows, mask: TokenMask, routing: Routing
-) -> Iterator[None]:
-    """Run one experts module with ``_observing_forward``, which also sees the input of every down projection."""
+def _observing_experts(adapter: Adapter, site: Site, forward: str, *observer: Any) -> Iterator[None]:
+    """Run one experts module with a forward pass that also sees the input of every down projection."""
     module: Any = adapter.model.get_submodule(site.modules[0])
-    with experts_run_by("moeq_observe", module):
-        module.moeq_observer = (site, on_rows, mask, routing)
+    with experts_run_by(forward, module):
+        module.moeq_observer = (site, *observer)
         try:
             yield
         finally:
@@ -177,4 +185,33 @@ def _observing_forward(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_T
     return out
 
 
+def _observing_forward_of_groups(module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    site, on_groups, mask = module.moeq_observer
+    rows = sort_by_expert(ids_TK, module.num_experts)
+    x_ND = hidden_TD[rows.tokens_N]
+    z_NO = torch.cat([project_in(module, expert, x_ND[part]) for expert, part in rows.parts()])
+    inner_NF, affinity_N = activate(module, z_NO), weights_TK[rows.tokens_N, rows.slots_N]
+    choice_N = rows.tokens_N * ids_TK.shape[1] + rows.slots_N
+    on_groups(site, *_counted(rows, inner_NF.detach(), affinity_N.detach(), choice_N, ids_TK, mask))
+    y_ND = torch.cat([project_down(module, expert, inner_NF[part]) for expert, part in rows.parts()])
+    # Back in the order of the choices and summed there: adding rows into tokens has no fixed order on a GPU.
+    y_CD = y_ND.new_zeros(ids_TK.numel(), y_ND.shape[1])
+    y_CD[choice_N] = y_ND * affinity_N[:, None].to(y_ND.dtype)
+    return y_CD.unflatten(0, ids_TK.shape).sum(1).to(hidden_TD.dtype)
+
+
+def _counted(
+    rows: RoutedRows, inner_NF: Tensor, affinity_N: Tensor, choice_N: Tensor, ids_TK: Tensor, mask: TokenMask
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The rows of tokens that count: all of them where there is no padding."""
+    if mask.keep is None:
+        return inner_NF, affinity_N, rows.starts
+    kept = sort_by_expert(ids_TK, len(rows.starts) - 1, mask.keep)
+    row_of_C = torch.empty(ids_TK.numel(), dtype=choice_N.dtype, device=choice_N.device)
+    row_of_C[choice_N] = torch.arange(len(choice_N), device=choice_N.device)
+    index_N = row_of_C[kept.tokens_N * ids_TK.shape[1] + kept.slots_N]
+    return inner_NF[index_N], affinity_N[index_N], kept.starts
+
+
 ALL_EXPERTS_FUNCTIONS.register("moeq_observe", _observing_forward)
+ALL_EXPERTS_FUNCTIONS.register("moeq_observe_groups", _observing_forward_of_groups)

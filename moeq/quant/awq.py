@@ -114,7 +114,7 @@ def _total_error(readers: Sequence[Reader], scale_I: Tensor, scale_dtype: torch.
 
 def choose_ranges(weight_EOI: Tensor, hessian_EII: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> QParams:
     """Scales and zero points: by output error where the grid asks for a clip search, else min-max."""
-    if grid.two_level is not None:
+    if grid.is_named:
         raise ValueError(f"AWQ divides rows of quantized weights, which grid ({grid.kind}) rounds; choose GPTQ for it")
     if grid.clip_search:
         return clip_by_output_error(weight_EOI, hessian_EII, grid, scale_dtype)
@@ -161,9 +161,9 @@ def divide_rows(weight: QuantizedWeight, row_J: Tensor, scale_J: Tensor) -> tupl
     """
     limits = torch.finfo(weight.scale_OG.dtype)
     old_JG = weight.scale_OG[row_J].float()
-    smallest_J, largest_J = old_JG.amax(1) / limits.max, old_JG.amin(1) / limits.tiny
+    smallest_J, largest_J = old_JG.abs().amax(1) / limits.max, old_JG.abs().amin(1) / limits.tiny
     scale_J = scale_J.to(old_JG.device).float().clamp(smallest_J, largest_J)
     new_JG = (old_JG / scale_J.unsqueeze(1)).to(weight.scale_OG.dtype)
     scale_OG = weight.scale_OG.clone()
     scale_OG[row_J] = new_JG
-    return replace(weight, scale_OG=scale_OG), old_JG.sum(1) / new_JG.float().sum(1)
+    return replace(weight, scale_OG=scale_OG), old_JG.abs().sum(1) / new_JG.float().abs().sum(1)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from moeq.quant.kinds import Kind
+from moeq.quant.kinds import TABLES, StoredKind
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
@@ -42,14 +42,14 @@ class Carrier:
         group_size: In-features that share a scale in the file; None is the whole row.
         zero_point: "middle": symmetric, nothing is stored; "integer": one of ``bits`` bits per group; "real": an offset
             of 16 bits per group, which is rounded.
-        kind: Of a two-level grid, which the type is; scales and offsets are as ``moeq.quant.kinds`` has them.
+        kind: Of a two-level or table grid, which the type is; scales and offsets are as ``moeq.quant.kinds`` has them.
     """
 
     name: str
     bits: int
     group_size: int | None
     zero_point: Literal["middle", "integer", "real"]
-    kind: Kind = "uniform"
+    kind: StoredKind = "uniform"
 
     def num_bits(self, out_features: int, in_features: int) -> int:
         """Of a weight in the file: codes, scales of 16 bits, zero points; rows of codes fill whole words of 32 bits.
@@ -57,7 +57,9 @@ class Carrier:
         Integer zero points are packed along the out-features.
         """
         if self.kind != "uniform":
-            return out_features * (in_features * self.bits + GridSpec.of_kind(self.kind).overhead_bits(in_features))
+            scale_bits = TABLES[self.kind].scale_bits if self.kind in TABLES else 0  # two-level grids have their own
+            overhead = GridSpec.of_kind(self.kind).overhead_bits(in_features, scale_bits)
+            return out_features * (in_features * self.bits + overhead)
         groups = 1 if self.group_size is None else in_features // self.group_size
         zeros = {"middle": 0, "integer": 32 * num_words(out_features, self.bits), "real": 16 * out_features}
         codes = 32 * num_words(in_features, self.bits) * out_features
@@ -76,20 +78,21 @@ def choose_carrier(format_name: FormatName, grid: GridSpec, in_features: int, mo
     Raises:
         ValueError: No type does; it says which grids the format holds.
     """
-    if grid.two_level is not None:
-        return _two_level(format_name, grid, in_features)
+    if grid.is_named:
+        return _own_type(format_name, grid, in_features)
     found = _CHOOSERS[format_name](grid, in_features, mode)
     if found is None:
         raise ValueError(f"{format_name} has no type that holds {grid.label} ({mode}): {_HELD[format_name]}")
     return found
 
 
-def _two_level(format_name: FormatName, grid: GridSpec, in_features: int) -> Carrier:
-    """The K-type of a two-level grid, which no format but GGUF has; it holds every value, whatever the mode."""
+def _own_type(format_name: FormatName, grid: GridSpec, in_features: int) -> Carrier:
+    """The type of a two-level or table grid, which is one of GGUF; it holds every value, whatever the mode."""
     if format_name != "gguf":
-        raise ValueError(f"{format_name} has no type that holds {grid.label}: two-level grids are gguf's alone")
-    grid.num_groups(in_features)  # raises where rows are no whole super-blocks
-    return Carrier(grid.kind.upper(), grid.bits, grid.group_size, "middle" if grid.symmetric else "real", grid.kind)
+        raise ValueError(f"{format_name} has no type that holds {grid.label}: grids with a name are gguf's alone")
+    grid.num_groups(in_features)  # raises where rows are no whole blocks
+    offset: Literal["middle", "real"] = "middle" if grid.symmetric else "real"
+    return Carrier(grid.kind.upper(), grid.bits, grid.group_size, offset, grid.stored_kind)
 
 
 def symmetric_bits(grid: GridSpec) -> int:
@@ -103,7 +106,7 @@ def recentre(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
     Raises:
         ValueError: The values do not fit; at least ``symmetric_bits`` of the grid are needed.
     """
-    if weight.super_scales is not None:
+    if weight.kind != "uniform":
         raise ValueError(f"{weight.kind} is no grid of uniform groups, and has no symmetric one of {bits} bits")
     own = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else _spread(weight.zero_point_OG.short(), weight)
     codes_OI = weight.codes_OI.short() - own + 2 ** (bits - 1)

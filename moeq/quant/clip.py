@@ -8,13 +8,18 @@ groups of this error is never above that of min-max ranges.  What the groups of 
 
 Where inputs are correlated or uneven, this differs from the 2.4-norm search of ``grid.py``, which uses no data.
 
+On a full-range grid the ranges of the symmetric one are tried with both signs of the scale.
+
 Shapes: E experts, O out features, I in features, G groups per row, S in features per group.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from moeq.quant.grid import QParams, qparams_of_range
+from moeq.quant.grid import QParams
+from moeq.quant.ranges import full_range_scales, qparams_of_range
 from moeq.quant.spec import GridSpec
 
 STEPS, SMALLEST = 20, 0.5
@@ -45,19 +50,30 @@ def clip_by_output_error(weight_EOI: Tensor, hessian_EII: Tensor, grid: GridSpec
 
 
 def _search(rows_GOS: Tensor, blocks_GSS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Best scale and zero point [G, O] over all shrink steps."""
+    """Best scale and zero point [G, O] over all shrink steps, and both signs of a full-range grid."""
     low_GO, high_GO = rows_GOS.amin(2).clamp_(max=0.0), rows_GOS.amax(2).clamp_(min=0.0)
-    scale_GO, zero_GO = qparams_of_range(low_GO, high_GO, grid, scale_dtype)
-    best_GO = torch.full_like(scale_GO, torch.inf)
-    for step in range(STEPS + 1):
-        shrink = 1.0 - step * (1.0 - SMALLEST) / STEPS
-        candidate_GO, candidate_zero_GO = qparams_of_range(shrink * low_GO, shrink * high_GO, grid, scale_dtype)
-        error_GO = _group_error(rows_GOS, blocks_GSS, candidate_GO, candidate_zero_GO, grid.bits)
+    best_GO, found = torch.full_like(low_GO, torch.inf), (low_GO, high_GO)
+    for scale_GO, zero_GO in _candidates(low_GO, high_GO, grid, scale_dtype):
+        error_GO = _group_error(rows_GOS, blocks_GSS, scale_GO, zero_GO, grid.bits)
         better_GO = error_GO < best_GO
         best_GO = torch.where(better_GO, error_GO, best_GO)
-        scale_GO = torch.where(better_GO, candidate_GO, scale_GO)
-        zero_GO = torch.where(better_GO, candidate_zero_GO, zero_GO)
-    return scale_GO, zero_GO
+        found = torch.where(better_GO, scale_GO, found[0]), torch.where(better_GO, zero_GO, found[1])
+    return found
+
+
+def _candidates(
+    low_GO: Tensor, high_GO: Tensor, grid: GridSpec, scale_dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and zero points: min-max first, then narrower ranges."""
+    if grid.kind == "full_range":
+        scale_GO = full_range_scales(low_GO, high_GO, grid.bits, scale_dtype)
+        yield scale_GO, torch.full_like(scale_GO, float(2 ** (grid.bits - 1)))
+    for step in range(STEPS + 1):
+        shrink = 1.0 - step * (1.0 - SMALLEST) / STEPS
+        scale_GO, zero_GO = qparams_of_range(shrink * low_GO, shrink * high_GO, grid, scale_dtype)
+        yield scale_GO, zero_GO
+        if grid.kind == "full_range":
+            yield -scale_GO, zero_GO
 
 
 def _group_error(rows_GOS: Tensor, blocks_GSS: Tensor, scale_GO: Tensor, zero_GO: Tensor, bits: int) -> Tensor:

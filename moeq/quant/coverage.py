@@ -120,10 +120,12 @@ def hessians_to_solve(
     """
     shape = (len(experts), *state.sum_EII.shape[1:])
     hessian_EII = torch.empty(shape, dtype=torch.float32, device=state.sum_EII.device)
-    mean_II = None if pool is None or spec.policy != "shrink" else pool.sum_EII[0] / _weight(pool, 0)
+    # Read at once: a number at a time makes a GPU wait for the host as often.
+    weights, squares = _weights(state), state.weight_square_sum_E.tolist()
+    mean_II = None if pool is None or spec.policy != "shrink" else pool.sum_EII[0] / _weights(pool)[0]
     samples_of_pool = 0.0 if mean_II is None else spec.samples_of_pool(shape[-1])
     for hessian_II, expert in zip(hessian_EII, experts, strict=True):
-        weight, square = _weight(state, expert), float(state.weight_square_sum_E[expert])
+        weight, square = weights[expert], squares[expert]
         samples = weight**2 / square if square else 0.0
         if mean_II is None:
             torch.div(state.sum_EII[expert], weight, out=hessian_II)
@@ -143,9 +145,9 @@ def regularize(state: HessianState, spec: CoverageSpec, names: Sequence[str]) ->
     return hessians_to_solve(state, spec, range(len(names)), use_rtn_E, pool), fallbacks
 
 
-def _weight(state: HessianState, expert: int) -> float:
-    """Summed weight of the tokens of an expert, 1 where there is none to divide by."""
-    return float(state.weight_sum_E[expert]) or 1.0
+def _weights(state: HessianState) -> list[float]:
+    """Summed weight of the tokens of each expert, 1 where there is none to divide by."""
+    return [weight or 1.0 for weight in state.weight_sum_E.tolist()]
 
 
 def _records(

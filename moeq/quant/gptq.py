@@ -16,8 +16,9 @@ Groups.  With act-order, columns are visited by decreasing Hessian diagonal and 
 column order, with parameters from the original weight.  Without it a group's parameters are chosen when its first
 column is reached, from the weights as the columns before it have left them.
 
-Two-level grids (``moeq.quant.kinds``) are always committed beforehand, scales and minima: the sweep then rounds the
-weights plus the offsets of their groups. Their integers are fitted to the codes once more (``two_level_refit``).
+Two-level and table grids (``moeq.quant.kinds``) are always committed beforehand. On two-level ones the sweep rounds the
+weights plus the offsets of their groups. Their scales, and those of full-range grids, are fitted to the codes once more
+(``two_level_refit``, ``scale_refit``).
 
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
@@ -32,16 +33,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeq.quant.factor import Feedback, factorise
+from moeq.quant.factor import Feedback, factorise_each
 from moeq.quant.grid import QParams, choose_qparams, lowest_level, real_values
-from moeq.quant.solution import Solution, output_energy, relative_error
+from moeq.quant.scale_refit import refit_scales
+from moeq.quant.solution import Solution, output_energies, output_energy, relative_error
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.sweep import Columns, stack, sweep, unstack
+from moeq.quant.together import taken_together
 from moeq.quant.two_level import join
 from moeq.quant.two_level_refit import refit_integers
 from moeq.quant.workspace import FEW_ROWS, num_together
-
-LARGE_PRODUCT = 1 << 28  # multiplications
 
 
 def gptq_solve(
@@ -65,8 +66,8 @@ def gptq_solve(
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
             solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
-            and its integers are fitted to the codes.  Groups that are chosen on the way (without act-order) have none
-            beforehand.
+            and its integers, like the scales of tables and full-range grids, are fitted to the codes.  Groups that are
+            chosen on the way (without act-order) have none beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
@@ -81,18 +82,13 @@ def gptq_solve(
     if qparams is not None and not _is_static(grid, solve):
         raise ValueError("qparams are given, but groups without act-order are chosen on the way; leave them out")
     size = num_together(out_features, in_features, weight_EOI.device.type)
-    if energy_E is None:
-        # The normaliser of a reported error: its last digits are not worth a third of the time of a large solve.
-        large = out_features * in_features**2 > LARGE_PRODUCT
-        pairs = zip(weight_EOI.float(), hessian_EII.float(), strict=True)
-        energies = [output_energy(*pair, torch.bfloat16 if large else torch.float32) for pair in pairs]
-        energy_E = torch.stack(energies)
     parts = []
     for start in range(0, num_experts, size):
         part = slice(start, start + size)
         known = None if qparams is None else qparams.experts(part)
-        stacks = weight_EOI[part], hessian_EII[part], energy_E[part]
-        parts.append(_solve_together(*stacks, grid, solve, scale_dtype, known))
+        stacks = weight_EOI[part], hessian_EII[part]
+        energy = output_energies(*stacks) if energy_E is None else energy_E[part]
+        parts.append(_solve_together(*stacks, energy, grid, solve, scale_dtype, known))
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point_EOG for part in parts if part.zero_point_EOG is not None]
@@ -110,7 +106,7 @@ def gptq_solve(
 
 def _is_static(grid: GridSpec, solve: SolveSpec) -> bool:
     """Whether scales are chosen before the sweep, not on its way."""
-    return grid.group_size is None or solve.act_order or grid.two_level is not None
+    return grid.group_size is None or solve.act_order or grid.is_named
 
 
 def _solve_together(
@@ -123,9 +119,9 @@ def _solve_together(
     qparams: QParams | None,
 ) -> Solution:
     """Solve some experts in one sweep."""
-    factors = [factorise(hessian_II.float(), solve.damping, solve.act_order) for hessian_II in hessian_EII]
+    factors = factorise_each(hessian_EII, solve.damping, solve.act_order)
     # One path for each shape, whatever the number of experts: the bits of a result do not depend on its company.
-    together = weight_EOI.device.type != "cpu" or weight_EOI.shape[1] <= FEW_ROWS
+    together = taken_together(weight_EOI.device) or weight_EOI.shape[1] <= FEW_ROWS
     static = _is_static(grid, solve)
     chosen = qparams is None
     if static and qparams is None:
@@ -139,7 +135,7 @@ def _solve_together(
         assert qparams is not None
         columns = _static_columns(qparams, factors, grid, together)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
-        if chosen and grid.two_level is not None and grid.clip_search:
+        if chosen and grid.kind != "uniform" and grid.clip_search:
             qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         assert grid.group_size is not None
@@ -169,14 +165,15 @@ def _refit_each(
     weight_EOI: Tensor, hessian_EII: Tensor, codes_EOI: Tensor, qparams: QParams, grid: GridSpec,
     factors: Sequence[Feedback], error_E: Tensor,
 ) -> QParams:  # fmt: skip
-    """Integers of a two-level grid once more; expert by expert, so that no result depends on its company."""
+    """Scales once more, for the codes; expert by expert, so that no result depends on its company."""
+    refit = refit_integers if grid.two_level is not None else refit_scales
     fitted = []
     for expert, factor in enumerate(factors):
         one = slice(expert, expert + 1)
         known = qparams.experts(one)
         if not factor.failed:
             part = weight_EOI[one].float(), hessian_EII[one].float(), codes_EOI[one]
-            known, error_E[one] = refit_integers(*part, known, grid)
+            known, error_E[one] = refit(*part, known, grid)
         fitted.append(known)
     minima = [part.zero_point_EOG for part in fitted if part.zero_point_EOG is not None]
     scale_EOG = torch.cat([part.scale_EOG for part in fitted])

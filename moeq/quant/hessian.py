@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from moeq.quant.together import taken_together
+
 PANEL = 256  # rows of the Hessian that are added at once: 256 x 2048 float32 fit twice into a core's share of the cache
 
 
@@ -86,8 +88,9 @@ def accumulate(
 
 def _add_gram(sums: list[Tensor], rows_TI: Tensor) -> None:
     """Add x^T x to each sum: half of the product, panel by panel while a panel is in cache; the rest is mirrored."""
-    for start in range(0, rows_TI.shape[1], PANEL):
-        panel = slice(start, min(start + PANEL, rows_TI.shape[1]))
+    width = rows_TI.shape[1] if taken_together(rows_TI.device) else PANEL
+    for start in range(0, rows_TI.shape[1], width):
+        panel = slice(start, min(start + width, rows_TI.shape[1]))
         product_II = rows_TI[:, panel].mT @ rows_TI[:, : panel.stop]
         square_II = product_II[:, start:]  # not every matrix library returns it symmetric to the last bit
         square_II.copy_(square_II.tril() + square_II.tril(-1).mT)

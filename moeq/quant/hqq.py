@@ -41,7 +41,7 @@ def half_quadratic(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype,
     """
     if not 0.0 < norm <= 1.0:
         raise ValueError(f"norm ({norm}) must be above 0 and at most 1; the usual value is 0.7")
-    if grid.two_level is not None:
+    if grid.is_named:
         raise ValueError(f"HQQ moves integer zero points, which grid ({grid.kind}) lacks; choose RTN or GPTQ for it")
     start = choose_qparams(weight_EOI, grid, scale_dtype)
     solved = [
@@ -70,7 +70,8 @@ def _solve(weight_OGS: Tensor, start: QParams, grid: GridSpec, norm: float) -> t
         best_OG1 = torch.where(better_OG1, error_OG1, best_OG1)
         best = torch.where(better_OG1, scale_OG1, best[0]), torch.where(better_OG1, zero_OG1, best[1])
         target_OGS = weight_OGS - unit_OG1 * shrink(error_OGS, BETA * BETA_GROWTH**step, norm)
-        fitted_OG1 = _refit(target_OGS, levels_OGS, scale_OG1).clamp(limits.tiny, limits.max)
+        fitted_OG1 = _refit(target_OGS, levels_OGS, scale_OG1)
+        fitted_OG1 = fitted_OG1.sign() * fitted_OG1.abs().clamp(limits.tiny, limits.max)
         scale_OG1 = fitted_OG1.to(start.scale_EOG.dtype).float()
         if not grid.symmetric:
             zero_OG1 = (codes_OGS - target_OGS / scale_OG1).mean(-1, keepdim=True).round_().clamp_(0, top)
@@ -84,7 +85,7 @@ def shrink(error: Tensor, beta: float, norm: float) -> Tensor:
 
 
 def _refit(target_OGS: Tensor, levels_OGS: Tensor, scale_OG1: Tensor) -> Tensor:
-    """Least-squares scale of ``target ~ scale * levels``; the old one where it is not positive or has no levels."""
+    """Least-squares scale of ``target ~ scale * levels``; the old one without levels, or where it would turn."""
     square_OG1 = levels_OGS.square().sum(-1, keepdim=True)
     fitted_OG1 = (target_OGS * levels_OGS).sum(-1, keepdim=True) / square_OG1.clamp_min(1.0)
-    return torch.where((square_OG1 > 0) & (fitted_OG1 > 0), fitted_OG1, scale_OG1)
+    return torch.where((square_OG1 > 0) & (fitted_OG1 * scale_OG1.sign() > 0), fitted_OG1, scale_OG1)

@@ -1,4 +1,7 @@
-"""Kinds of grids: uniform groups, and the two-level grids of llama.cpp (K-quants).
+"""Kinds of grids: uniform groups, the same with scales of either sign, and the two-level grids of llama.cpp (K-quants).
+
+A *full-range* grid is a symmetric one whose scales have a sign: the lowest level, which has no counterpart above, lies
+where the largest weight of a group does.  What is stored is what a symmetric uniform grid stores.
 
 A two-level grid has *super-blocks* of 256 weights with a float16 scale d, and a float16 minimum dmin where the grid is
 not symmetric, and in them groups of 16 or 32 weights with an integer scale s and an integer minimum m:
@@ -7,12 +10,20 @@ not symmetric, and in them groups of 16 or 32 weights with an integer scale s an
 
 Both products are exact in float32, and so is the first one times a code: the value is rounded once, whatever the order
 in which a runtime computes it.  Source: the block layouts in ggml-common.h of llama.cpp.
+
+A *table* grid has groups of 32 weights with one scale, and codes that are places in a table of levels:
+
+    real = scale * level[code]
+
+IQ4_NL of llama.cpp has levels that are denser around 0, and float16 scales; MXFP4 (OCP Microscaling, version 1.0) the
+values of a float of 4 bits (e2m1), and powers of two for scales.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+StoredKind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4"]
+Kind = Literal["uniform", "full_range", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4"]
 SUPER_BLOCK = 256
 
 
@@ -60,3 +71,29 @@ TWO_LEVEL: dict[str, TwoLevelKind] = {
     "q5_k": TwoLevelKind(5, 32, symmetric=False, scale_bits=6),
     "q6_k": TwoLevelKind(6, 16, symmetric=True, scale_bits=8),
 }
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """A grid whose levels stand in a table.
+
+    Attributes:
+        levels: In increasing order; a code is the place in it.
+        scale_bits: Bits of a scale in the files of its runtime.
+        power_of_two: Scales are powers of two.
+    """
+
+    levels: tuple[float, ...]
+    scale_bits: int
+    power_of_two: bool = False
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = True  # no zero points
+
+
+TABLES: dict[str, TableKind] = {
+    "iq4_nl": TableKind((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), scale_bits=16),
+    "mxfp4": TableKind((-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6), scale_bits=8, power_of_two=True),
+}
+# Kinds whose name says bits, groups and symmetry.
+NAMED: dict[str, TwoLevelKind | TableKind] = {**TWO_LEVEL, **TABLES}

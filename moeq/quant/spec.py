@@ -1,9 +1,10 @@
 """Frozen dataclasses that the numerical core takes and returns: grids, quantized weights, fallbacks and others.
 
 A quantized weight is ``real = scale * (code - zero_point)`` with integer codes in ``[0, 2^bits)``, computed in float32.
-Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored.  Scales are held in the dtype in which
-they are stored, rounded before any weight is quantized, so that what is evaluated is what is exported.  Two-level
-grids (``moeq.quant.kinds``) have integer scales and minima, and what these are multiples of beside them.
+Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored; on full-range ones, which are stored
+alike, a scale may be negative.  Scales are held in the dtype in which they are stored, rounded before any weight is
+quantized, so that what is evaluated is what is exported.  Two-level grids (``moeq.quant.kinds``) have integer scales
+and minima, and what these are multiples of beside them.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL, Kind, TwoLevelKind
+from moeq.quant.kinds import NAMED, SUPER_BLOCK, TABLES, TWO_LEVEL, Kind, StoredKind, TableKind, TwoLevelKind
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -28,7 +29,8 @@ class GridSpec:
         symmetric: Fixed zero point in the middle of the grid, no zero point stored.
         clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level
             grid, search scales and minima by weighted squares.
-        kind: Uniform groups, or a two-level grid, from which bits, groups and symmetry follow (``of_kind``).
+        kind: Uniform groups; full-range, which are symmetric uniform groups with scales of either sign; or a two-level
+            or table grid, from whose name bits, groups and symmetry follow (``of_kind``).
     """
 
     bits: int = 4
@@ -40,12 +42,14 @@ class GridSpec:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"grid ({self.kind}) must be one of {', '.join(get_args(Kind))}; choose uniform")
-        two_level, own = self.two_level, (self.bits, self.group_size, self.symmetric)
-        if two_level is not None and own != (two_level.bits, two_level.group_size, two_level.symmetric):
+        named, own = NAMED.get(self.kind), (self.bits, self.group_size, self.symmetric)
+        if named is not None and own != (named.bits, named.group_size, named.symmetric):
             raise ValueError(
-                f"a grid of kind {self.kind} has {two_level.bits} bits in groups of {two_level.group_size}, not "
+                f"a grid of kind {self.kind} has {named.bits} bits in groups of {named.group_size}, not "
                 f"{self.bits} in groups of {self.group_size}; choose another kind, or uniform"
             )
+        if self.kind == "full_range" and not self.symmetric:
+            raise ValueError("a grid of kind full_range has no zero points; set symmetric, or choose uniform")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits ({self.bits}) must be between {MIN_BITS} and {MAX_BITS}; choose 3 or 4")
         if self.group_size is not None and self.group_size < 1:
@@ -53,16 +57,31 @@ class GridSpec:
 
     @classmethod
     def of_kind(cls, kind: Kind, *, clip_search: bool = True) -> "GridSpec":
-        """The two-level grid of a name; raises ValueError for "uniform", which says too little."""
-        if kind not in TWO_LEVEL:
-            raise ValueError(f"grid ({kind}) must be one of {', '.join(TWO_LEVEL)}; give bits for a uniform grid")
-        known = TWO_LEVEL[kind]
+        """The two-level or table grid of a name; raises ValueError for "uniform", which says too little."""
+        if kind not in NAMED:
+            raise ValueError(f"grid ({kind}) must be one of {', '.join(NAMED)}; give bits for a uniform grid")
+        known = NAMED[kind]
         return cls(known.bits, known.group_size, known.symmetric, clip_search, kind)
 
     @property
     def two_level(self) -> TwoLevelKind | None:
-        """What the kind says, None for uniform groups."""
+        """What the kind says of two levels of scales; None where there is one."""
         return TWO_LEVEL.get(self.kind)
+
+    @property
+    def table(self) -> TableKind | None:
+        """The table of levels; None where they are evenly spaced."""
+        return TABLES.get(self.kind)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether bits, groups and symmetry follow from the kind."""
+        return self.kind in NAMED
+
+    @property
+    def stored_kind(self) -> StoredKind:
+        """Kind of what is stored: a full-range grid is a uniform one there, whose scales happen to have signs."""
+        return "uniform" if self.kind == "full_range" else self.kind
 
     @property
     def unit(self) -> int | None:
@@ -74,8 +93,11 @@ class GridSpec:
         """For people."""
         if self.two_level is not None:
             return f"{self.kind.upper()} ({self.bits} bits, two-level groups of {self.group_size})"
+        if self.table is not None:
+            return f"{self.kind.upper()} ({self.bits} bits by a table of levels, groups of {self.group_size})"
+        symmetry = ", full-range symmetric" if self.kind == "full_range" else ", symmetric" if self.symmetric else ""
         groups = "a group per channel" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {groups}{', symmetric' if self.symmetric else ''}"
+        return f"{self.bits} bits, {groups}{symmetry}"
 
     def num_groups(self, in_features: int) -> int:
         """Groups of a row of ``in_features`` weights; raises ValueError where the group size does not divide it."""
@@ -93,7 +115,7 @@ class GridSpec:
         return in_features // self.group_size
 
     def overhead_bits(self, in_features: int, scale_bits: int = 16) -> int:
-        """Bits of the scales and zero points of a row; ``scale_bits`` of a scale where the groups are uniform."""
+        """Bits of the scales and zero points of a row; ``scale_bits`` of a scale unless it is one of two levels."""
         groups = self.num_groups(in_features)
         if self.two_level is not None:
             return in_features // SUPER_BLOCK * self.two_level.overhead_bits
@@ -104,9 +126,11 @@ def choose_grid(kind: Kind, bits: int, group_size: int | None, *, symmetric: boo
     """The grid of a run's options.
 
     Raises:
-        ValueError: Bits, group size or symmetry are neither the default nor those of the two-level grid that is asked
-            for, which would not be heard.
+        ValueError: Bits, group size or symmetry are neither the default nor those that the kind that is asked for has,
+            which would not be heard.
     """
+    if kind == "full_range":
+        return GridSpec(bits, group_size, symmetric=True, clip_search=clip_search, kind=kind)
     if kind == "uniform":
         return GridSpec(bits, group_size, symmetric, clip_search)
     grid, usual = GridSpec.of_kind(kind, clip_search=clip_search), GridSpec()
@@ -152,7 +176,7 @@ class SuperScales:
         dtype: Of the weights that the codes stand for, to which the float32 values are rounded.
     """
 
-    kind: Kind
+    kind: StoredKind
     scale_OB: Tensor
     min_OB: Tensor | None
     dtype: torch.dtype
@@ -170,12 +194,14 @@ class QuantizedWeight:
 
     Attributes:
         codes_OI: uint8, each in [0, 2^bits).
-        scale_OG: Storage dtype, positive; G = 1 or I / group_size.  On a two-level grid int8, the integer scales.
+        scale_OG: Storage dtype, positive, but on a full-range grid; G = 1 or I / group_size.  On a two-level grid int8,
+            the integer scales.
         zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (zero point 2^(bits - 1)).  On a two-level
             grid int8, the integer minima.
         bits: Bits per code.
         group_size: In-features per scale, or None for one group per row.
-        super_scales: Of a two-level grid; None where the groups are uniform.
+        super_scales: Of a two-level grid; None where a group has one scale.
+        table: Name of the table of levels that codes are places in; None where they are evenly spaced.
     """
 
     codes_OI: Tensor
@@ -184,11 +210,14 @@ class QuantizedWeight:
     bits: int
     group_size: int | None
     super_scales: SuperScales | None = None
+    table: StoredKind | None = None
 
     @property
-    def kind(self) -> Kind:
-        """Of its grid."""
-        return "uniform" if self.super_scales is None else self.super_scales.kind
+    def kind(self) -> StoredKind:
+        """Of its grid, as it is stored."""
+        if self.super_scales is not None:
+            return self.super_scales.kind
+        return self.table or "uniform"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ block, S of a step or a group.  Leading dots are a dimension of experts or none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor
 from moeq.kernels.onednn import add_product_
 from moeq.quant.factor import Feedback
 from moeq.quant.grid import choose_qparams, lowest_level
+from moeq.quant.kinds import TableKind
 from moeq.quant.spec import GridSpec
+from moeq.quant.tables import level_values, nearest_codes
 
 # Columns per step of an expert alone, of some together and of a kernel.
 STEP_ALONE, STEP_TOGETHER, STEP_CUDA = 8, 16, 64
@@ -36,6 +39,8 @@ WIDE = 512  # columns that gather at once
 @dataclass(frozen=True)
 class Columns:
     """The grid of every column: real = level * scale, with levels from low to low + 2^bits - 1, code = level - low.
+
+    Where levels stand in a table, level is one of these and code its place; low is not used.
 
     Attributes:
         scale_IO: float32 with values of the storage dtype.
@@ -107,7 +112,9 @@ def sweep(weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, colu
         high_BO = _add_to_rows(low_BO, 2**columns.grid.bits - 1)
         block = _Block(target_BO, weight_BO, delta_BO, torch.empty_like(target_BO), scale_BO, low_BO, high_BO)
         _round_block(block, feedback_II[..., start:stop, start:stop], columns)
-        codes_IO[..., start:stop, :] = (block.level - low_BO).to(torch.uint8)
+        table = columns.grid.table
+        places_BO = block.level - low_BO if table is None else nearest_codes(block.level, table)
+        codes_IO[..., start:stop, :] = places_BO.to(torch.uint8)
         # target - rounded is the residual; the damping's share of the error is taken out again.
         residual_BO = target_BO.addcmul_(block.level, scale_BO, value=-1)
         square_B = (torch.linalg.vector_norm(residual_BO, dim=-1) * gain_I[..., start:stop]).square()
@@ -125,7 +132,7 @@ def _round_block(block: _Block, feedback_BB: Tensor, columns: Columns) -> None:
     if columns.moving:
         _choose_group(block, feedback_BB, columns)
     num_columns = block.target.shape[-2]
-    round_step, step = _choose_loop(block.target)
+    round_step, step = _choose_loop(block.target, columns.grid.table)
     for start in range(0, num_columns, step):
         stop = min(start + step, num_columns)
         part = block.columns(start, stop)
@@ -137,13 +144,13 @@ def _round_block(block: _Block, feedback_BB: Tensor, columns: Columns) -> None:
             add_product_(block.target[..., after, :], feedback_BB[..., after, before], block.delta[..., before, :])
 
 
-def _choose_loop(target_BO: Tensor) -> tuple[Callable[[_Block, Tensor], None], int]:
+def _choose_loop(target_BO: Tensor, table: TableKind | None) -> tuple[Callable[[_Block, Tensor], None], int]:
     """What rounds the columns of a step, and how many columns a step has."""
     if target_BO.dim() == 2:
-        return _round_one, STEP_ALONE
-    if target_BO.is_cuda and find_spec("triton") is not None:
+        return partial(_round_one, table=table), STEP_ALONE
+    if target_BO.is_cuda and table is None and find_spec("triton") is not None:
         return _round_by_kernel, STEP_CUDA
-    return _round_together, STEP_TOGETHER
+    return partial(_round_together, table=table), STEP_TOGETHER
 
 
 def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
@@ -156,23 +163,23 @@ def _round_by_kernel(part: _Block, feedback_SS: Tensor) -> None:
     round_columns(*tensors, feedback_SS)
 
 
-def _round_one(part: _Block, feedback_SS: Tensor) -> None:
+def _round_one(part: _Block, feedback_SS: Tensor, table: TableKind | None) -> None:
     """Round the columns of one expert; deltas not yet reached are 0, so each column may gather from all of them."""
     rows = zip(*(_rows(tensor) for tensor in vars(part).values()), feedback_SS.tril(-1).unbind(), strict=True)
     delta_OS = part.delta.mT
     for position, (target, weight, delta, level, scale, low, high, feedback_S) in enumerate(rows):
         if position:
             target.addmv_(delta_OS, feedback_S)
-        _round_column(target, weight, delta, level, scale, low, high)
+        _round_column(table, target, weight, delta, level, scale, low, high)
 
 
-def _round_together(part: _Block, feedback_SS: Tensor) -> None:
+def _round_together(part: _Block, feedback_SS: Tensor, table: TableKind | None) -> None:
     """Round the columns of some experts; each is added to the ones after it, bit for bit as for an expert alone."""
     num_columns = part.target.shape[-2]
     rows = list(zip(*(_rows(tensor) for tensor in vars(part).values()), strict=True))
     work_SO = torch.empty_like(part.target)
     for column, row in enumerate(rows):
-        _round_column(*row)
+        _round_column(table, *row)
         if column + 1 < num_columns:
             later = slice(column + 1, num_columns)
             delta_1O = part.delta[..., column : column + 1, :]
@@ -195,11 +202,15 @@ def _add_to_rows(tensor_BO: Tensor, value: int) -> Tensor:
 
 
 def _round_column(
-    target: Tensor, weight: Tensor, delta: Tensor, level: Tensor, scale: Tensor, low: Tensor, high: Tensor
-) -> None:
+    table: TableKind | None, target: Tensor, weight: Tensor, delta: Tensor, level: Tensor, scale: Tensor, low: Tensor,
+    high: Tensor,
+) -> None:  # fmt: skip
     """Round one column [.., O]: writes its level and delta."""
-    torch.div(target, scale, out=level).round_()
-    torch.clamp(level, low, high, out=level)
+    torch.div(target, scale, out=level)
+    if table is None:
+        torch.clamp(level.round_(), low, high, out=level)
+    else:
+        level.copy_(level_values(nearest_codes(level, table), table))
     torch.addcmul(weight, level, scale, value=-1, out=delta)
 
 

@@ -82,10 +82,10 @@ def choose_two_level(
     scale = torch.cat([part.scale_NG for part in found]).to(torch.int8).view(shape)
     super_scale = torch.cat([part.super_scale_N1 for part in found]).half().view(shape)
     if kind.symmetric:
-        return scale, None, SuperScales(grid.kind, super_scale, None, dtype)
+        return scale, None, SuperScales(grid.stored_kind, super_scale, None, dtype)
     minimum = torch.cat([part.min_NG for part in found]).to(torch.int8).view(shape)
     super_min = torch.cat([part.super_min_N1 for part in found]).half().view(shape)
-    return scale, minimum, SuperScales(grid.kind, super_scale, super_min, dtype)
+    return scale, minimum, SuperScales(grid.stored_kind, super_scale, super_min, dtype)
 
 
 def _relative(importance_I: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Shapes: E experts, C choices, J linears of a site, I in features, O out features
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,10 +37,22 @@ from moeq.survey.survey_spec import FISHER, SurveySpec
 
 # Cost name -> weight name -> choice -> cost.
 Tables = dict[str, dict[str, dict[Choice, float]]]
+# Takes the weights [E, O, I] of a site at a choice.
+Keep = Callable[[Site, Choice, Tensor], None]
 
 
-def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites: Sequence[Site]) -> Tables:
-    """``fisher`` (also where ``fisher_kl`` needs it) and ``hessian``, as asked for, of some sites of a block."""
+def solved_costs(
+    adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites: Sequence[Site], keep: Keep | None = None
+) -> Tables:
+    """``fisher`` (also where ``fisher_kl`` needs it) and ``hessian``, as asked for, of some sites of a block.
+
+    Args:
+        adapter: The model; the block is resident, with original weights.
+        spec: Costs and choices.
+        found: What was gathered of the block, added up over ranks.
+        sites: Of the block.
+        keep: Takes the solved weights.
+    """
     wanted = [*(["fisher"] if spec.wants(FISHER) else []), *(["hessian"] if "hessian" in spec.costs else [])]
     tables: Tables = {name: defaultdict(dict) for name in wanted}
     dtype = adapter.storage_dtype
@@ -57,6 +69,8 @@ def solved_costs(adapter: Adapter, spec: SurveySpec, found: BlockFindings, sites
             gradient_EO = mean_square_gradients(state.sum_EO, state.num_tokens_E)
         for choice in spec.choices_of(site):
             quantized_EOI = round_trip(weight_EOI, choice.grid(spec.grid), dtype, hessian_EII, spec.solve)
+            if keep is not None:
+                keep(site, choice, quantized_EOI)
             delta_EOI = weight_EOI - quantized_EOI
             if weighted_EII is not None and output_EO is not None:
                 row_EO = row_energies(delta_EOI, weighted_EII)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moeq.allocation.plan import Choice
 from moeq.models.adapter import Adapter, Site
 from moeq.models.experts import activate, project_down, project_in
-from moeq.models.observe import routed_tokens
+from moeq.models.routed_rows import routed_tokens
 
 # Rounded weights [E, O, I] in the dtype that the model computes in, by site name and choice.
 Rounded = Mapping[str, Mapping[Choice, Tensor]]

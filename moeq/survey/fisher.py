@@ -23,7 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.models.adapter import Adapter, Site
 from moeq.models.experts import activate, project_down, project_in
-from moeq.models.observe import experts_run_by, routed_tokens
+from moeq.models.observe import experts_run_by
+from moeq.models.routed_rows import routed_tokens
 
 
 @dataclass(frozen=True)

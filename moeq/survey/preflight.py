@@ -3,6 +3,8 @@
 Hessians   8 I^2 E of every site of the block at once, twice where the Fisher cost needs plain ones beside weighted
 rounded    the block's weights at every choice, where damage is measured
 solving    of one site: its Hessian in float32 and the stack of its weights, as in a calibration pass
+search     candidates of all weights at every choice, up to the bound of what waits in memory; then a block in float32,
+           its gradient and the sum of that over batches, and activations that are kept for the way back
 """
 
 from dataclasses import replace
@@ -10,6 +12,7 @@ from dataclasses import replace
 from moeq.fit.memory import stack_bytes
 from moeq.fit.preflight import FitWork, sweep_phase
 from moeq.models.sites import Site
+from moeq.models.sizes import forward_bytes
 from moeq.preflight.phases import Moment, Phase
 from moeq.quant.workspace import workspace_bytes
 from moeq.survey.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
@@ -17,21 +20,50 @@ from moeq.survey.survey_spec import FISHER, MEASURED, SOLVED, SurveySpec
 
 def survey_phases(work: FitWork, spec: SurveySpec) -> tuple[Phase, ...]:
     """Phases that stand for the survey passes of a fit."""
-    return tuple(_phase(work, spec, each.block) for each in work.schedule if each.kind == "survey")
+    surveyed = [each.block for each in work.schedule if each.kind == "survey"]
+    waiting = _candidates(work, spec) if work.needs.batches_apart else {}
+    phases = tuple(_phase(work, spec, block, waiting) for block in surveyed)
+    if not (surveyed and waiting):
+        return phases
+    return (*phases, *(_search_phase(work, block, waiting) for block in surveyed))
 
 
-def _phase(work: FitWork, spec: SurveySpec, block: int) -> Phase:
+def _candidates(work: FitWork, spec: SurveySpec) -> dict[str, int]:
+    sites = work.adapter.all_sites()
+    size = sum(len(spec.choices_of(site)) * _numel(site) for site in sites) * work.adapter.storage_dtype.itemsize
+    return {"candidates": min(work.hidden_bytes, size)}
+
+
+def _search_phase(work: FitWork, block: int, waiting: dict[str, int]) -> Phase:
+    """The sweeps of a search at one block."""
+    sites = work.adapter.sites(block)
+    itemsize = work.adapter.dtype_of(sites[0]).itemsize
+    held = {
+        **work.model.held(block),
+        "weights in float32": 16 * sum(map(_numel, sites)),
+        "activations": 8 // itemsize * forward_bytes(work.adapter, block, work.data.batch_tokens, work.data.length),
+    }
+    return Phase("search", f"block {block} search", (Moment(held, {**work.waiting, **waiting}),))
+
+
+def _numel(site: Site) -> int:
+    return sum(site.rows) * site.in_features * site.num_experts
+
+
+def _phase(work: FitWork, spec: SurveySpec, block: int, waiting: dict[str, int]) -> Phase:
     current = next(each for each in work.schedule if each.kind == "survey" and each.block == block)
     swept, sites = sweep_phase(work, current), work.adapter.sites(block)
     gathered = {"Hessians": sum(_hessian_bytes(site, spec) for site in sites)} if spec.wants(SOLVED) else {}
     if spec.wants(MEASURED):
-        numel = sum(sum(site.rows) * site.in_features * site.num_experts for site in sites)
-        gathered["rounded weights"] = len(spec.choices) * numel * work.adapter.dtype_of(sites[0]).itemsize
+        gathered["rounded weights"] = (
+            len(spec.choices) * sum(map(_numel, sites)) * work.adapter.dtype_of(sites[0]).itemsize
+        )
     (moment,) = swept.moments
-    moments = [Moment({**moment.device, **gathered}, moment.host)]
+    host = {**moment.host, **waiting}
+    moments = [Moment({**moment.device, **gathered}, host)]
     if spec.wants(SOLVED):
         held = {**work.model.held(block), **gathered}
-        moments += [Moment({**held, **_solving(work, site)}, moment.host) for site in sites]
+        moments += [Moment({**held, **_solving(work, site)}, host) for site in sites]
     return replace(swept, moments=tuple(moments))
 
 

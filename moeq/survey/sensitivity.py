@@ -43,7 +43,7 @@ def round_trip(
         energy_E = torch.ones(len(weight_EOI), dtype=torch.float64, device=weight_EOI.device)
         solution = gptq_solve(weight_EOI, hessian_EII, grid, solve, scale_dtype, energy_E)
     parts = solution.codes_EOI, solution.scale_EOG, solution.zero_point_EOG
-    return dequantize(*parts, grid.bits, solution.super_scales)
+    return dequantize(*parts, grid.bits, solution.super_scales, grid.table)
 
 
 def row_energies(weight_EOI: Tensor, hessian_EII: Tensor) -> Tensor:

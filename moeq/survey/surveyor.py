@@ -34,10 +34,13 @@ from moeq.models.families import survey_refusal
 from moeq.models.observe import TokenMask, observe
 from moeq.models.residency import Residency
 from moeq.quant.hessian import accumulate
+from moeq.quant.hessian_groups import accumulate_groups
+from moeq.quant.together import taken_together
 from moeq.survey.ahead import SweepsAhead
 from moeq.survey.cost_tables import Tables, measured_costs, solved_costs
 from moeq.survey.damage import RoutedCall, add_damage
 from moeq.survey.findings import empty_findings
+from moeq.survey.judge import SurveyJudge
 from moeq.survey.measured_scale import anchor_factors, anchored
 from moeq.survey.sensitivity import round_trip
 from moeq.survey.similarity import SimilarityProbe
@@ -57,15 +60,19 @@ class Surveyor:
         spec: What to find out.
         waiting: Where what is needed again waits.
         device: Where the model computes.
+        judge: Gets the solved weights, where costs are asked for that solve; nothing is found on its batches.
 
     Raises:
         ValueError: The family, or none of the choices, suits the survey.
     """
 
     def __init__(
-        self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu"
-    ) -> None:
+        self, adapter: Adapter, spec: SurveySpec, waiting: WaitingStates, device: torch.device | str = "cpu",
+        judge: SurveyJudge | None = None,
+    ) -> None:  # fmt: skip
         self.adapter, self.spec, self.device = adapter, spec, torch.device(device)
+        self._candidates = None if judge is None else judge.candidates
+        self._apart = frozenset() if judge is None else frozenset(judge.batches)
         self._sites = adapter.all_sites()
         config, stages = getattr(adapter.model, "config", None), {site.stage for site in self._sites}
         if why := survey_refusal(config, stages, of_output=spec.wants(MEASURED)):
@@ -103,7 +110,8 @@ class Surveyor:
         sites = tuple(site for site in self._sites if site.block == block)
         self._found = empty_findings(self.spec, sites, self._ahead.gradients.of_sites(sites), self.device)
         if self.spec.wants(SOLVED):
-            self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows))
+            grouped = self._on_groups if taken_together(self.device) else None
+            self._mask = self._stack.enter_context(observe(self.adapter, sites, self._on_rows, on_groups=grouped))
         for path in self._found.tokens:
             experts = self.adapter.model.get_submodule(path)
 
@@ -125,9 +133,11 @@ class Surveyor:
         """
         rank, world = rank_and_world()
         self._batch, self._mask_BT = batch_idx * world + rank, inputs.get("attention_mask")
+        self._listening = self._batch not in self._apart
+        if not self._listening:
+            return
         self._mask.keep = keep_N(inputs)
         self._found.num_tokens += inputs["input_ids"].numel() if self._mask_BT is None else int(self._mask_BT.sum())
-        self._listening = True
 
     def finish_block(self) -> None:
         """Take the hooks off, add up the ranks, make the block's part of every table."""
@@ -139,7 +149,10 @@ class Surveyor:
         rank, world = rank_and_world()
         parts = [measured_costs(self.spec, found)] if rank == 0 else []
         if self.spec.wants(SOLVED):
-            parts.append(solved_costs(self.adapter, self.spec, found, found.sites[rank::world]))
+            keep = None if self._candidates is None else self._candidates.keep
+            parts.append(solved_costs(self.adapter, self.spec, found, found.sites[rank::world], keep))
+            if self._candidates is not None:
+                self._candidates.share(found.sites, {site: self.spec.choices_of(site) for site in found.sites})
         for part in gather_lists(parts):
             for cost, table in part.items():
                 self._tables[cost] |= table
@@ -182,6 +195,14 @@ class Surveyor:
         if plain is not solver:
             accumulate(plain, expert, x_NI, affinity_N, 0.0)
 
+    def _on_groups(self, site: Site, x_NI: Tensor, affinity_N: Tensor, starts: list[int]) -> None:
+        if not self._listening:
+            return
+        solver, plain = self._found.solver[site.name], self._found.plain[site.name]
+        accumulate_groups(solver, x_NI, affinity_N, starts, self.spec.affinity_power)
+        if plain is not solver:
+            accumulate_groups(plain, x_NI, affinity_N, starts, 0.0)
+
     def _on_routing(self, path: str, call: RoutedCall) -> None:
         if not self._listening:
             return
@@ -220,7 +241,7 @@ class Surveyor:
 @torch.no_grad()
 def survey_model(
     model: nn.Module, batches: Iterable[Tensor], spec: SurveySpec,
-    residency: Residency | None = None, waiting: WaitingStates | None = None,
+    residency: Residency | None = None, waiting: WaitingStates | None = None, judge: SurveyJudge | None = None,
 ) -> Evidence:  # fmt: skip
     """Evidence about a model from token ids, without a trainer.
 
@@ -230,12 +251,13 @@ def survey_model(
         spec: What to find out; backward passes and measured changes use the first batches.
         residency: Where the weights of its blocks are; None is in memory, all of them.
         waiting: Where hidden states wait; None is up to 4 GiB of memory, then a file in the system's temporary folder.
+        judge: Gets the solved weights; its batches have no number among these.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = [{"input_ids": ids_BT.to(device)} for ids_BT in batches]
     adapter, waiting = Adapter(model, residency), waiting or WaitingStates(4 << 30, Path(gettempdir()))
     with waiting:
-        surveyor, activations = Surveyor(adapter, spec, waiting, device), ActivationStore(waiting)
+        surveyor, activations = Surveyor(adapter, spec, waiting, device, judge), ActivationStore(waiting)
         surveyor.sweep_ahead(inputs)
         try:
             for block in range(len(adapter.blocks)):

@@ -66,6 +66,23 @@ def test_plan_survives_json(tmp_path: Path) -> None:
     assert plan_from_json(path) == plan
 
 
+def test_full_range_grids_stay_so_through_choices_patterns_and_json(tmp_path: Path) -> None:
+    grid = GridSpec(3, 64, symmetric=True, kind="full_range")
+    wishes = {WEIGHTS[1].name: Wish(bits=2), WEIGHTS[2].name: Wish(group_size=32)}
+    plan = uniform_plan(WEIGHTS, grid, {"attention": 8}, wishes)
+    assert [(plan[w.name].bits, plan[w.name].group_size) for w in WEIGHTS] == [(8, 64), (2, 64), (3, 32)]
+    assert {(plan[w.name].kind, plan[w.name].symmetric) for w in WEIGHTS} == {("full_range", True)}
+    assert Choice.from_label("4g32").grid(grid) == replace(grid, bits=4, group_size=32)
+    assert Choice.of(grid).label == "3g64"
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(plan_to_json(plan, plan_cost(plan, WEIGHTS))))
+    assert plan_from_json(path) == plan
+    ordinary = {name: replace(grid, kind="uniform") for name, grid in plan.items()}
+    assert plan_cost(plan, WEIGHTS) == plan_cost(ordinary, WEIGHTS)
+    with pytest.raises(ValueError, match=r"group_size \(48\) must divide"):
+        uniform_plan(WEIGHTS, replace(grid, group_size=48))
+
+
 def test_group_size_that_does_not_fit_names_the_weight_and_the_choices() -> None:
     with pytest.raises(
         ValueError,

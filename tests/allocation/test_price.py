@@ -130,7 +130,7 @@ def test_asymmetric_grids_are_noted_where_symmetric_ones_are_a_width_cheaper(
     found = symmetry_note([(w, GridSpec(b, 64)) for w in WEIGHTS for b in bits], find_runtime(runtime), mode)
     assert note in found
     assert bool(note) == bool(found)
-    assert not found or found.endswith("; --model.symmetric true is smaller")
+    assert not found or found.endswith("; --model.grid full_range is smaller")
     even = [(w, replace(GridSpec(b, 64), symmetric=True)) for w in WEIGHTS for b in bits]
     assert not symmetry_note(even, find_runtime(runtime), mode)
     two_level = [(w, GridSpec.of_kind(kind)) for w in WEIGHTS for kind in ("q2_k", "q4_k")]

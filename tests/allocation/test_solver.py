@@ -268,7 +268,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_reachable_ones() -> None:
         ),
         (
             {"choices": [Choice(8, 32)], "runtime": "vllm"},
-            r"vllm reads none of the choices 8g32: .*: 8g32 no type \(symmetric 8.5\); --model.symmetric true",
+            r"vllm reads none of the choices 8g32: .*: 8g32 no type \(symmetric 8.5\); --model.grid full_range",
         ),
         (
             {"choices": [Choice(4, 64)], "runtime": "llama.cpp", "like": EVEN},

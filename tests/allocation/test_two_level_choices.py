@@ -41,8 +41,8 @@ def test_patterns_give_two_level_grids_and_take_them_back() -> None:
     assert leaf["k_proj"] == Q3
     assert leaf["q_proj"] == GridSpec.of_kind("q6_k")
     # What is told in bits is on the symmetric groups that llama.cpp reads.
-    assert leaf["down_proj"] == GridSpec(4, 32, symmetric=True)
-    assert leaf["o_proj"] == GridSpec(4, 64, symmetric=True)
+    assert leaf["down_proj"] == GridSpec(4, 32, symmetric=True, kind="full_range")
+    assert leaf["o_proj"] == GridSpec(4, 64, symmetric=True, kind="full_range")
     with pytest.raises(ValueError, match=r"grid \(q3_k\) must be one of q2_k, .*without bits"):
         Pattern("*", bits=3, grid="q3_k")
 
@@ -70,6 +70,23 @@ def test_a_plan_costs_its_blocks_and_survives_json(tmp_path: Path) -> None:
         path.write_text(json.dumps(plan_to_json(plan, cost)))
         assert plan_from_json(path) == plan
     assert "kind" not in json.dumps(plan_to_json(uniform_plan(wide, GridSpec()), cost))
+
+
+def test_tables_are_choices_for_rows_of_whole_groups_at_the_bits_of_their_blocks() -> None:
+    parsed = parse_choices(["iq4_nl", "4g32", "mxfp4", 3], 64)
+    assert sorted(choice.label for choice in parsed) == ["3g64", "4g32", "iq4_nl", "mxfp4"]
+    table = Choice.from_label("iq4_nl")
+    assert table.grid(Q3) == GridSpec.of_kind("iq4_nl")
+    assert [table.fits(size) for size in (32, 48, 96)] == [True, False, True]
+    wishes = match_patterns([Pattern("*.down_proj", grid="iq4_nl")], [weight.name for weight in WEIGHTS])
+    plan = uniform_plan(WEIGHTS, Q3, wishes=wishes)
+    assert {name.rpartition(".")[2] for name, grid in plan.items() if grid.kind == "iq4_nl"} == {"down_proj"}
+    for kind, bits in (("iq4_nl", 4.5), ("mxfp4", 4.25)):
+        every = uniform_plan(WEIGHTS, GridSpec.of_kind(kind))  # type: ignore[arg-type]
+        assert file_cost(every, WEIGHTS, RUNTIMES["llama.cpp"]).average_bits == bits
+    odd = [replace(weight, in_features=80) for weight in WEIGHTS[:1]]
+    with pytest.raises(ValueError, match=r"grid \(mxfp4\) needs in_features in multiples of 32, .*80 of .*keep: true"):
+        uniform_plan(odd, GridSpec.of_kind("mxfp4"))
 
 
 def test_gguf_alone_has_types_for_them() -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import moeq.sampling.parts
-from datamodules.ebss import EBSSDataModule, first_token_candidates
+from datamodules.ebss import EBSSDataModule
 from moeq.models.adapter import Adapter
+from moeq.sampling.candidates import first_token_candidates
 from moeq.sampling.next_token import score_sequences
 from moeq.sampling.store import load_sampled
 from tests.datamodules.stub import StubTrainer

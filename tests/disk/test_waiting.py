@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.disk.waiting import WaitingStates
+from moeq.disk.waiting import WaitingStates, locked_bytes
 from tests.processes import call
 
 TENSORS = {
@@ -48,6 +48,26 @@ def test_memory_is_filled_to_its_bound_and_the_disk_takes_the_rest(tmp_path: Pat
                 waiting.put(key, waiting.take(key) + 1)
             assert (waiting.bytes_in_memory, waiting.bytes_on_disk) == (800, 1200), step
         assert [waiting.read(key)[7].item() for key in range(5)] == [3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bound", [0, 200, 1 << 20])
+def test_what_waits_for_a_gpu_comes_back_to_it_bit_for_bit(bound: int, tmp_path: Path) -> None:
+    with WaitingStates(bound, tmp_path) as waiting:
+        for name, tensor in TENSORS.items():
+            waiting.put(name, tensor.cuda())
+        assert waiting.bytes_in_memory <= bound
+        for name, tensor in TENSORS.items():
+            for device in ("cuda", "cpu"):
+                found = waiting.read(name, device)
+                assert (found.device.type, found.dtype, found.shape) == (device, tensor.dtype, tensor.shape)
+                expected = tensor.contiguous().reshape(-1).view(torch.uint8)
+                assert torch.equal(found.cpu().contiguous().reshape(-1).view(torch.uint8), expected)
+
+
+def test_page_locked_memory_counts_as_the_powers_of_two_in_which_it_is_given_out() -> None:
+    sizes = (0, 1, 2, 3, 4, 1000, 1024, 1025)
+    assert [locked_bytes(size) for size in sizes] == [0, 1, 2, 4, 4, 1024, 1024, 2048]
 
 
 def test_places_in_the_file_are_used_again(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Round-to-nearest with min-max ranges: the shortest way to codes for tests that are about files, not about methods."""
+"""Round-to-nearest with min-max ranges: the shortest way to codes for tests that are about files, not about methods.
+
+Symmetric scales have the sign that gives the largest weight of a group the lowest level, so that files hold both signs.
+"""
 
 import itertools
 
@@ -18,7 +21,8 @@ def round_weight(weight_OI: Tensor, bits: int, group_size: int | None, symmetric
     groups_OGg = weight_OI.float().view(rows, -1, group_size or columns)
     levels = 2**bits - 1
     if symmetric:
-        scale_OG = (groups_OGg.abs().amax(-1) * 2 / levels).clamp_min(1e-5).to(weight_OI.dtype)
+        sign_OG = torch.where(groups_OGg.amax(-1) > -groups_OGg.amin(-1), -1.0, 1.0)
+        scale_OG = (sign_OG * (groups_OGg.abs().amax(-1) * 2 / levels).clamp_min(1e-5)).to(weight_OI.dtype)
         zero_OG = torch.full(scale_OG.shape, float(2 ** (bits - 1)))
     else:
         low, high = groups_OGg.amin(-1).clamp(max=0), groups_OGg.amax(-1).clamp(min=0)

@@ -1,5 +1,7 @@
 """Hessians of a pass: whoever reads them first, in whatever order, reads the sums of all ranks."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +101,27 @@ def test_a_pool_that_only_later_chunks_read_is_that_of_all_ranks(
     torch.testing.assert_close(pool.sum_EII[0], expected, rtol=1e-5, atol=1e-3)
     hessians.close()
     assert hessians.pool(site) is None
+
+
+def test_all_experts_at_once_add_up_to_those_one_by_one_however_the_site_is_cut(sites: dict[str, Site]) -> None:
+    site = sites["routed"]
+    each = [rows(site, expert) for expert in range(site.num_experts)]
+    starts = [0, *torch.tensor([len(x_TI) for x_TI in each]).cumsum(0).tolist()]
+    for bound in (math.inf, 3.5 * whole(site).bytes / site.num_experts / 2**30):
+        together, apart = Hessians(), Hessians()
+        for parts in cut([site], bound, "routed"):
+            gather(apart, list(parts))
+            together.open(parts, "cpu")
+            together.add_groups(site, torch.cat(each), torch.ones(starts[-1]), starts, 1.0)
+            pairs = [(together[site], apart[site])]
+            if (pool := together.pool(site)) is not None and (other := apart.pool(site)) is not None:
+                pairs.append((pool, other))
+            assert len(pairs) == 2
+            for found, expected in pairs:
+                for one, reference in zip(found.tensors(), expected.tensors(), strict=True):
+                    torch.testing.assert_close(one, reference, rtol=1e-5, atol=1e-4)
+            together.close()
+            apart.close()
 
 
 def test_an_expert_to_be_rounded_gets_the_identity_and_a_record(sites: dict[str, Site]) -> None:

@@ -14,6 +14,7 @@ from moeq.fit.memory import (
     block_file_bytes,
     choose_hessian_gib,
     gather_bytes,
+    gather_together_bytes,
     kernel_bytes,
     stack_bytes,
 )
@@ -26,6 +27,7 @@ from moeq.models.shapes import weight_shapes
 from moeq.models.sizes import forward_bytes, model_bytes
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.hessian import accumulate, empty_state
+from moeq.quant.hessian_groups import accumulate_groups
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.quant.workspace import workspace_bytes
 from tests.live_bytes import LiveBytes
@@ -75,6 +77,16 @@ def test_gathering_takes_the_rows_twice_in_float32() -> None:
     with LiveBytes() as live:
         accumulate(state, 0, rows)
     assert live.peak == pytest.approx(gather_bytes([whole(site)], 1024), rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [256, 4096])
+def test_gathering_all_experts_at_once_takes_their_rows_and_the_products_of_a_chunk(rows: int) -> None:
+    site = next(s for s in Adapter(tiny_model("mixtral", hidden_size=128)).sites(0) if s.kind == "routed")
+    state, pool = (empty_state(count, site.in_features, "cpu") for count in (site.num_experts, 1))
+    x_NI, starts = torch.randn(rows, site.in_features).bfloat16(), [0, *[rows] * site.num_experts]
+    with LiveBytes() as live:
+        accumulate_groups(state, x_NI, torch.ones(rows), starts, 1.0, pool)
+    assert live.peak == pytest.approx(gather_together_bytes([whole(site)], rows // 2, 2), rel=0.15)
 
 
 @pytest.mark.parametrize("act_order", [True, False])

@@ -24,7 +24,9 @@ def random_weight(bits: int, group_size: int | None, *, symmetric: bool, columns
     codes = torch.randint(0, 2**bits, (ROWS, columns), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(ROWS, groups, generator=generator) * 0.01 + 1e-3).bfloat16()
     zero = torch.randint(0, 2**bits, (ROWS, groups), generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(codes, scale, None if symmetric else zero, bits, group_size)
+    if symmetric:  # scales of both signs
+        return QuantizedWeight(codes, scale * torch.tensor([1, -1, 1])[:, None], None, bits, group_size)
+    return QuantizedWeight(codes, scale, zero, bits, group_size)
 
 
 def half(raw: bytes) -> float:

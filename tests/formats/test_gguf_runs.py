@@ -99,6 +99,7 @@ def _compare(family: str, options: Values, folder: Path) -> None:
     [
         ((2, 64, True), "exact", "Q2_0"),
         ((3, 32, False), "exact", "Q4_0"),
+        pytest.param((4, 32, True), "exact", "Q4_0", marks=pytest.mark.slow),
         pytest.param((4, None, False), "exact", "Q5_0", marks=pytest.mark.slow),
         pytest.param((8, 64, True), "exact", "Q8_0", marks=pytest.mark.slow),
         pytest.param((4, 32, False), "native", "Q4_1", marks=pytest.mark.slow),

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,33 @@ def test_hessian_of_every_expert_equals_a_loop_over_tokens(family: str, padded: 
     assert routed == set(expected)
     for key, reference in expected.items():
         torch.testing.assert_close(hessian(rows[key], power), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
+def test_experts_observed_together_show_the_rows_of_each_and_compute_the_same(family: str, padded: bool) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(1, 257, (3, 17))
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0 if padded else 1
+    given = mask if padded else None
+    expected = {key: rows[0] for key, rows in observed(model, ids, given).items() if ".experts." in key[0]}
+    plain = model(ids, attention_mask=given).logits
+    adapter, found = Adapter(model), {}
+
+    def on_groups(site: Site, x_NI: Tensor, affinity_N: Tensor, starts: list[int]) -> None:
+        for expert, (start, stop) in enumerate(pairwise(starts)):
+            if stop > start:
+                found[site.name, expert] = x_NI[start:stop], affinity_N[start:stop]
+
+    with observe(adapter, adapter.sites(1), lambda *_: None, on_groups=on_groups) as token_mask:
+        token_mask.keep = mask.flatten().bool() if padded else None
+        torch.testing.assert_close(model(ids, attention_mask=given).logits, plain, rtol=1e-4, atol=1e-4)
+    shown = {key: rows for key, rows in expected.items() if len(rows[0])}
+    assert found.keys() == shown.keys()
+    for key, (x_NI, affinity_N) in shown.items():
+        torch.testing.assert_close(found[key][0], x_NI, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[key][1], affinity_N, rtol=1e-5, atol=1e-6)
 
 
 def test_shared_expert_rows_carry_the_sigmoid_of_their_own_gate() -> None:

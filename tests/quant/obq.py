@@ -1,5 +1,7 @@
 """What tests of GPTQ share: problems, their error, and optimal brain quantization in float64, slow and explicit."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,9 @@ from moeq.quant.grid import choose_qparams, dequantize
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec, SolveSpec
 
-GRIDS = [GridSpec(3, None, True, False), GridSpec(4, 16, False, True), GridSpec(2, 24, False, False)]
+GRIDS = [GridSpec(3, None, True, False), GridSpec(4, 16, False, True), GridSpec(2, 24, False, False),
+         GridSpec(3, 16, True, False, "full_range")]  # fmt: skip
+GRID_NAMES = ["channel", "group16", "group24", "full_range"]
 SOLVES = [SolveSpec(0.01, True, 40), SolveSpec(0.01, False, 40)]
 
 
@@ -40,7 +44,7 @@ def reference_obq(weight_OI: Tensor, hessian_II: Tensor, grid: GridSpec, solve: 
     if solve.act_order:
         order.sort(key=lambda column: -float(hessian_II[column, column]))
     group_size = grid.group_size or size
-    per_group = GridSpec(grid.bits, None, grid.symmetric, grid.clip_search)
+    per_group = replace(grid, group_size=None)
     source_OI = original_OI if solve.act_order or grid.group_size is None else weight_OI
     parameters = {}
     result_OI = torch.empty_like(weight_OI)

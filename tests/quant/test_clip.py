@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moeq.quant.clip import SMALLEST, STEPS, clip_by_output_error
 from moeq.quant.grid import choose_qparams, dequantize, quantize
+from moeq.quant.kinds import Kind
 from moeq.quant.spec import GridSpec
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -16,11 +17,11 @@ INPUTS_ETI = torch.randn(2, 60, 32, generator=GENERATOR) @ torch.randn(2, 32, 32
 HESSIAN_EII = INPUTS_ETI.mT @ INPUTS_ETI
 
 
-def reference_error(group_S: Tensor, x_TS: Tensor, shrink: float, bits: int, symmetric: bool) -> float:
+def reference_error(group_S: Tensor, x_TS: Tensor, shrink: float, bits: int, symmetric: bool, sign: int = 1) -> float:
     """Squared change of the group's contribution to the output, over all tokens."""
     low, high = min(0.0, float(group_S.min())) * shrink, max(0.0, float(group_S.max())) * shrink
     if symmetric:
-        scale, zero = max(-low, high) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
+        scale, zero = sign * max(-low, high) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
     else:
         scale = (high - low) / (2**bits - 1)
         zero = min(max(round(-low / scale), 0), 2**bits - 1)
@@ -28,10 +29,12 @@ def reference_error(group_S: Tensor, x_TS: Tensor, shrink: float, bits: int, sym
     return float((x_TS @ (real_S - group_S)).square().sum())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "kind"), [(True, "uniform"), (False, "uniform"), (True, "full_range")])
 @pytest.mark.parametrize("group_size", [8, None])
-def test_the_error_of_every_group_is_the_least_of_a_loop_over_steps(group_size: int | None, symmetric: bool) -> None:
-    grid = GridSpec(3, group_size, symmetric)
+def test_the_error_of_every_group_is_the_least_of_a_loop_over_steps(
+    group_size: int | None, symmetric: bool, kind: Kind
+) -> None:
+    grid = GridSpec(3, group_size, symmetric, kind=kind)
     qparams = clip_by_output_error(WEIGHT_EOI, HESSIAN_EII, grid, torch.float32)
     codes_EOI = quantize(WEIGHT_EOI, qparams, grid)
     delta_EOI = dequantize(codes_EOI, qparams.scale_EOG, qparams.zero_point_EOG, 3) - WEIGHT_EOI
@@ -42,9 +45,12 @@ def test_the_error_of_every_group_is_the_least_of_a_loop_over_steps(group_size: 
                 part = slice(start, start + size)
                 x_TS, group_S = INPUTS_ETI[e][:, part], WEIGHT_EOI[e, o, part]
                 errors = [
-                    reference_error(group_S, x_TS, 1 - step * (1 - SMALLEST) / STEPS, 3, symmetric)
+                    reference_error(group_S, x_TS, 1 - step * (1 - SMALLEST) / STEPS, 3, symmetric, sign)
                     for step in range(STEPS + 1)
+                    for sign in ((1, -1) if kind == "full_range" else (1,))
                 ]
+                if kind == "full_range":  # three quarters of the symmetric range: the one from end to end
+                    errors += [reference_error(group_S, x_TS, 0.75, 3, True, sign) for sign in (1, -1)]
                 found = float((x_TS @ delta_EOI[e, o, part]).square().sum())
                 assert found == pytest.approx(min(errors), rel=1e-3)
                 chosen.append(errors.index(min(errors)))

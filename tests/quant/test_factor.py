@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeq.quant.factor import ATTEMPTS, factorise, retry_reason
+from moeq.quant.factor import ATTEMPTS, factorise, factorise_together, retry_reason
 from tests.quant.obq import problem
 
 
@@ -16,6 +16,23 @@ def test_the_reversed_factor_reproduces_the_damped_hessian(size: int) -> None:
     expected_II = visited_II + feedback.shift_I.double().diag()
     torch.testing.assert_close(factor_II.mT @ factor_II, expected_II, rtol=1e-4, atol=1e-5)
     assert not feedback.failed
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_hessians_factorised_together_have_the_factors_of_each_also_where_some_are_retried(act_order: bool) -> None:
+    hessian_EII = torch.cat([problem(seed, shape=(1, 150))[1] for seed in range(4)])
+    hessian_EII[1] = hessian_EII[1] - 0.02 * hessian_EII[1].diagonal().mean() * torch.eye(150)
+    hessian_EII[2] = float("nan")
+    each = [factorise(hessian_II, 0.001, act_order) for hessian_II in hessian_EII]
+    together = factorise_together(hessian_EII, 0.001, act_order)
+    assert [factor.num_retries for factor in together] == [factor.num_retries for factor in each]
+    assert [factor.failed for factor in together] == [False, False, True, False]
+    assert 0 < each[1].num_retries < len(ATTEMPTS)
+    for found, expected in zip(together, each, strict=True):
+        assert torch.equal(found.order_I, expected.order_I)
+        torch.testing.assert_close(found.shift_I, expected.shift_I)
+        torch.testing.assert_close(found.gain_I, expected.gain_I, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.feedback_II.tril(), expected.feedback_II.tril(), rtol=1e-3, atol=1e-4)
 
 
 def test_dead_columns_get_one_on_the_diagonal_and_no_part_in_the_mean_that_damps() -> None:

@@ -8,11 +8,11 @@ from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec, SolveSpec
-from tests.quant.obq import GRIDS, SOLVES, output_error, problem, reference_obq, rounded
+from tests.quant.obq import GRID_NAMES, GRIDS, SOLVES, output_error, problem, reference_obq, rounded
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_agrees_with_column_by_column_obq_in_float64(grid: GridSpec, solve: SolveSpec) -> None:
     for seed in range(3):
         weight_EOI, hessian_EII = problem(seed)
@@ -25,7 +25,7 @@ def test_agrees_with_column_by_column_obq_in_float64(grid: GridSpec, solve: Solv
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_identity_hessian_reduces_to_round_to_nearest(grid: GridSpec, solve: SolveSpec) -> None:
     weight_EOI, _ = problem(0, experts=2)
     identity_EII = 3.0 * torch.eye(96).expand(2, 96, 96)
@@ -37,7 +37,7 @@ def test_identity_hessian_reduces_to_round_to_nearest(grid: GridSpec, solve: Sol
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_experts_together_equal_experts_one_by_one(grid: GridSpec, solve: SolveSpec) -> None:
     weight_EOI, hessian_EII = problem(1, experts=3)
     together = gptq_solve(weight_EOI, hessian_EII, grid, solve, torch.bfloat16)
@@ -50,7 +50,7 @@ def test_experts_together_equal_experts_one_by_one(grid: GridSpec, solve: SolveS
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_every_expert_of_a_stack_agrees_with_obq_on_its_own_hessian(grid: GridSpec, solve: SolveSpec) -> None:
     weight_EOI, hessian_EII = problem(2, experts=3)
     weight_EOI[1] *= 7.0  # scales of its own

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.quant import grid as grid_module
-from moeq.quant.grid import CLIP_NORM, choose_qparams, dequantize, dequantize_weight, quantize
+from moeq.quant import ranges
+from moeq.quant.grid import choose_qparams, dequantize, dequantize_weight, quantize
+from moeq.quant.ranges import CLIP_NORM
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
 
@@ -108,12 +109,12 @@ def test_groups_that_leave_the_search_early_lose_nothing(
     stacks = [normal, normal**3 * 100, normal.abs(), -normal.abs() - 0.02, normal * 1e-36, normal * (normal > 0.04)]
     grid = GridSpec(bits, 32, symmetric, clip_search=True)
     evaluated = []
-    clip_error = grid_module._clip_error
-    monkeypatch.setattr(grid_module, "_clip_error", lambda *args: evaluated.append(len(args[0])) or clip_error(*args))
+    clip_error = ranges._clip_error
+    monkeypatch.setattr(ranges, "_clip_error", lambda *args: evaluated.append(len(args[0])) or clip_error(*args))
     found = [choose_qparams(weight_EOI, grid, dtype) for weight_EOI in stacks]
     groups = 128 * len(stacks)
-    assert sum(evaluated) < (0.9 if bits > 2 else 1.0) * groups * grid_module.CLIP_STEPS
-    monkeypatch.setattr(grid_module, "_cut_off", lambda rows_NS, *_: torch.full((len(rows_NS),), -1.0))
+    assert sum(evaluated) < (0.9 if bits > 2 else 1.0) * groups * ranges.CLIP_STEPS
+    monkeypatch.setattr(ranges, "_cut_off", lambda rows_NS, *_: torch.full((len(rows_NS),), -1.0))
     for weight_EOI, early in zip(stacks, found, strict=True):
         late = choose_qparams(weight_EOI, grid, dtype)
         assert torch.equal(early.scale_EOG, late.scale_EOG)

@@ -207,7 +207,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         GridSpec(kind="q3_k")
     with pytest.raises(ValueError, match=r"one of q2_k, .*give bits for a uniform grid"):
         GridSpec.of_kind("uniform")
-    with pytest.raises(ValueError, match="must be one of uniform, q2_k"):
+    with pytest.raises(ValueError, match="must be one of uniform, full_range, q2_k"):
         GridSpec(kind="q7_k")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="multiples of 256, not 384"):
         choose_qparams(torch.zeros(1, 2, 384), GridSpec.of_kind("q4_k"), BF16)
