@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.gpu_forms import KernelForm, why_no_kernel
 from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm, nibble_bytes, why_no_nibbles
 from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.plane_form import PlaneForm, why_no_planes
@@ -64,6 +65,12 @@ def choose_on_cpu(packed: Packed) -> Maker | str:
     return PlaneForm.of if reason is None else reason
 
 
+def choose_on_gpu(packed: Packed) -> Maker | str:
+    """How a form is made on a GPU, or why there is none."""
+    reason = why_no_kernel(packed.grid, packed.shape)
+    return KernelForm.of if reason is None else reason
+
+
 def one_after_another(layers: Sequence[nn.Module], x_SI: Tensor, counts: Sequence[int]) -> Tensor:
     """Products of the rows of some experts with one projection of each, [S, O].
 
@@ -77,8 +84,8 @@ def one_after_another(layers: Sequence[nn.Module], x_SI: Tensor, counts: Sequenc
 
 
 # By type of device.
-CHOICE: dict[str, Choose] = {"cpu": choose_on_cpu}
-GROUPED: dict[str, Grouped] = {"cpu": one_after_another}
+CHOICE: dict[str, Choose] = {"cpu": choose_on_cpu, "cuda": choose_on_gpu}
+GROUPED: dict[str, Grouped] = {"cpu": one_after_another, "cuda": one_after_another}
 
 
 def extra_bytes(packed: Packed) -> int | None:

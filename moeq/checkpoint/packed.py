@@ -211,6 +211,15 @@ class PackedExperts(nn.ModuleList):
             if name not in weights:
                 self.register_parameter(name, _frozen(*parameter.shape, dtype=parameter.dtype))
         self._source_class = type(source)
+        self.stacks: Any = None  # of the prepared experts, on a GPU (``moeq.checkpoint.gpu_forward``)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.stacks = None  # it would keep what the experts give up
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.stacks = None
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         apply_gate = self._source_class._apply_gate  # type: ignore[attr-defined]

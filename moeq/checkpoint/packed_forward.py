@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.checkpoint.forms import GROUPED
+from moeq.checkpoint.gpu_forward import forward_by_kernel, stacks_of
 from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts
 from moeq.models.experts import ExpertSide, activate, projections, stacked_bias
 
@@ -29,6 +30,9 @@ def packed_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if not isinstance(experts, PackedExperts):
         output_ND: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
         return output_ND
+    by_reference = hidden_states.requires_grad and torch.is_grad_enabled()
+    if hidden_states.is_cuda and not by_reference and (stacks := stacks_of(experts)) is not None:
+        return forward_by_kernel(experts, stacks, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[1]
     ids_S, order_S = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(ids_S, minlength=len(experts)).tolist()[: len(experts)]

@@ -101,11 +101,12 @@ def test_padding_has_no_say() -> None:
     assert all(torch.equal(codes_OI, results[1][name]) for name, codes_OI in results[0].items())
 
 
-def test_the_errors_are_those_of_the_model_before_and_after() -> None:
+@pytest.mark.parametrize("softness", [0.0, 0.33])
+def test_the_errors_are_those_of_the_model_before_and_after(softness: float) -> None:
     adapter, run, block, batches = solved("deepseek_v3")
     first = reference_error(adapter, block, batches)
     before, after = tune_block(
-        adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=20, level_rate=0.05))
+        adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=20, level_rate=0.05, softness=softness))
     )
     assert before == pytest.approx(first, rel=1e-4)
     assert after == pytest.approx(reference_error(adapter, block, batches), rel=1e-4)

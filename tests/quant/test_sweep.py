@@ -34,13 +34,13 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     counts, linear = Spy(), torch.nn.functional.linear
     round_one, round_together = sweep._round_one, sweep._round_together
 
-    def counted_one(*args: Any, **settings: Any) -> None:
+    def counted_one(*args: Any, **more: Any) -> None:
         counts.alone += 1
-        round_one(*args, **settings)
+        round_one(*args, **more)
 
-    def counted_together(*args: Any, **settings: Any) -> None:
+    def counted_together(*args: Any, **more: Any) -> None:
         counts.together += 1
-        round_together(*args, **settings)
+        round_together(*args, **more)
 
     def counted_linear(left: Tensor, *rest: Any) -> Tensor:
         counts.by_onednn += left.is_mkldnn
