@@ -15,7 +15,7 @@ from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.kernels.bit_planes import MULTIPLE, join_planes, split_planes
 from moeq.kernels.compute_dtype import has_bfloat16_products
 from moeq.kernels.workspace import reused
-from moeq.quant.kinds import TWO_LEVEL
+from moeq.quant.kinds import NAMED
 from moeq.quant.spec import QuantizedWeight
 
 # Weights that are dequantized at once, so that what is between stays in the cache of a core.
@@ -144,8 +144,8 @@ def dequantize_chunk(code: Tensor, zero: Tensor | None, scale: Tensor, bits: int
 
 def why_no_planes(grid: PackedFormat, shape: tuple[int, int]) -> str | None:
     """Why a weight cannot be planes of bits."""
-    if grid.kind in TWO_LEVEL:
-        return "two-level grid"
+    if grid.kind in NAMED:
+        return f"levels of {grid.kind}"
     return f"out features not in multiples of {MULTIPLE}" if shape[0] % MULTIPLE else None
 
 

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_few_rows_by_4_bits_agree_with_the_reference_up_to_the_roundings_of_bflo
 
 
 @needs_nibbles
+def test_scales_of_either_sign_are_multiplied_by_as_they_are() -> None:
+    weight = rounded((3, 32, True))
+    turned = replace(weight, scale_OG=weight.scale_OG * torch.where(torch.rand(weight.scale_OG.shape) < 0.5, -1, 1))
+    x_MI = torch.randn(2, SHAPE[1]).bfloat16()
+    expected = x_MI.double() @ real_weight(turned).double().mT
+    for form in (NibbleForm, SqueezedForm, PlaneForm):
+        assert relative_error(form.of(turned).product(x_MI), expected) < 0.004
+        assert torch.equal(form.of(turned).quantized().scale_OG, turned.scale_OG)
+
+
+@needs_nibbles
 def test_symmetric_weights_of_4_bits_are_multiplied_exactly() -> None:
     weight = rounded((4, 32, True))
     x_MI = torch.zeros(1, SHAPE[1], dtype=torch.bfloat16)
@@ -113,8 +125,9 @@ def test_where_bfloat16_is_emulated_many_rows_are_multiplied_in_float32(monkeypa
 
 def test_what_has_no_form_says_why() -> None:
     bfloat16 = (torch.bfloat16, torch.bfloat16)
-    two_level = PackedFormat(4, 32, symmetric=False, kind="q4_k")
-    assert why_no_planes(two_level, SHAPE) == why_no_nibbles(two_level, SHAPE, *bfloat16) == "two-level grid"
+    for named in (PackedFormat(4, 32, symmetric=False, kind="q4_k"), PackedFormat(4, 32, symmetric=True, kind="iq4_nl")):
+        reason = f"levels of {named.kind}"
+        assert why_no_planes(named, SHAPE) == why_no_nibbles(named, SHAPE, *bfloat16) == reason
     assert "multiples of 8" in str(why_no_planes(PackedFormat(4, 32, symmetric=True), (12, 64)))
     assert why_no_planes(PackedFormat(4, 16, symmetric=True), (72, 48)) is None
     for grid, shape in ((PackedFormat(4, 16, symmetric=True), SHAPE), (PackedFormat(4, 32, symmetric=True), (72, 64))):
