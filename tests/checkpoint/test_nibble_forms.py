@@ -125,8 +125,8 @@ def test_where_bfloat16_is_emulated_many_rows_are_multiplied_in_float32(monkeypa
 
 def test_what_has_no_form_says_why() -> None:
     bfloat16 = (torch.bfloat16, torch.bfloat16)
-    for named in (PackedFormat(4, 32, symmetric=False, kind="q4_k"), PackedFormat(4, 32, symmetric=True, kind="iq4_nl")):
-        reason = f"levels of {named.kind}"
+    for kind, symmetric in (("q4_k", False), ("iq4_nl", True)):
+        named, reason = PackedFormat(4, 32, symmetric, kind=kind), f"levels of {kind}"
         assert why_no_planes(named, SHAPE) == why_no_nibbles(named, SHAPE, *bfloat16) == reason
     assert "multiples of 8" in str(why_no_planes(PackedFormat(4, 32, symmetric=True), (12, 64)))
     assert why_no_planes(PackedFormat(4, 16, symmetric=True), (72, 48)) is None
