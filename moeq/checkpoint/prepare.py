@@ -98,7 +98,7 @@ def _described(layer: PackedLinear, dtype: torch.dtype, *, room: bool) -> Packed
 def _with_room(model: PreTrainedModel, layers: dict[str, PackedLinear], room_bytes: float) -> set[str]:
     """Weights that may be larger than in the file, the best for their bytes first."""
     config = model.config.get_text_config()
-    active = {}
+    active: dict[str, float] = {}
     for path, experts in model.named_modules():
         if isinstance(experts, PackedExperts):
             share = getattr(config, "num_experts_per_tok", None) or 1
