@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moeq.callback import SolveStep, Step, module_of
-from moeq.fit.learn_block import tune_block
+from moeq.fit.learn_block import Learner, tune_block
 from moeq.fit.preflight import FitWork, learning_phases
 from moeq.module import MoEQuantModule
 from moeq.preflight.phases import Phase
-from moeq.quant.learned import LearnedSpec
+from moeq.quant.learned import LearnedSpec, learn
 from moeq.quant.spec import Fallback
 
 
@@ -27,6 +28,7 @@ class LearnedRounding(Step):
 
     def __init__(self, **settings: Any) -> None:
         self.spec = LearnedSpec(**settings)
+        self.learner: Learner = partial(learn, spec=self.spec)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the outputs of the original blocks, and for what the solver knows of each weight."""
@@ -67,7 +69,7 @@ class LearnedRounding(Step):
             )
         start = time.perf_counter()
         with run.meter.phase("learned rounding", f"block {current.block} learned rounding"):
-            before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.spec)
+            before, after = tune_block(module.adapter, run, current.block, module.walk.block_batches(), self.learner)
         run.offsets.clear()
         rank_zero_info(f"Block {current.block}: output error {before:.4g} -> {min(before, after):.4g}")
         # Not into run.seconds, where the pass that it ends counts it already.

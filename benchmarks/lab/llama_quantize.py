@@ -1,7 +1,7 @@
 """llama.cpp's own quantization: its code for the blocks, called in the wheel of xllamacpp, and its choice of types.
 
 The wheel has no ``llama_model_quantize``.  What that function does is here: the type of each tensor (its source,
-src/llama-quant.cpp, for a model of 16 experts whose key heads serve fewer than four query heads), and one call of
+src/llama-quant.cpp, for a model of experts whose key heads serve fewer than four query heads), and one call of
 ``ggml_quantize_chunk`` for each expert with the importances of that expert, as ``llama-quantize`` makes them.
 """
 
@@ -59,7 +59,14 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 )
 
 
-def type_of(name: str, in_features: int, mixture: str, num_blocks: int) -> str:
+def _of_eight(mixture: str) -> dict[str, Rule]:
+    """What differs in a model of just eight experts, which llama.cpp takes for Mixtral-8x7B."""
+    more = "Q4_K" if mixture.startswith("IQ2") else "Q8_0"
+    rules: dict[str, Rule] = {"key": more, "value": more}
+    return rules if mixture in ("Q4_0", "Q5_0", "Q6_K", "Q8_0") else {**rules, "output": "Q5_K"}
+
+
+def type_of(name: str, in_features: int, mixture: str, num_blocks: int, num_experts: int) -> str:
     """Type that llama.cpp gives a tensor of a block that is quantized.
 
     Args:
@@ -67,8 +74,9 @@ def type_of(name: str, in_features: int, mixture: str, num_blocks: int) -> str:
         in_features: Of a row.
         mixture: File type, of ``MIXTURES``.
         num_blocks: Of the model.
+        num_experts: Of a block.
     """
-    rules = MIXTURES[mixture]
+    rules = MIXTURES[mixture] | (_of_eight(mixture) if num_experts == 8 else {})
     role = next((role for part, role in ROLES.items() if part in name), "rest")
     rule = rules.get(role, rules["rest"])
     chosen = rule if isinstance(rule, str) else rule(int(name.split(".")[1]), num_blocks)
@@ -121,7 +129,9 @@ def quantize_file(source: Path, target: Path, mixture: str, importance: Mapping[
     """
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
-    num_blocks = int(reader.fields[f"{architecture}.block_count"].contents())
+    num_blocks, num_experts = (
+        int(reader.fields[f"{architecture}.{key}"].contents()) for key in ("block_count", "expert_count")
+    )
     with whole_file(target) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         for name, field in reader.fields.items():
@@ -131,7 +141,7 @@ def quantize_file(source: Path, target: Path, mixture: str, importance: Mapping[
         for tensor in reader.tensors:
             shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
             if is_quantized(tensor.name, shape):
-                kind = gguf.GGMLQuantizationType[type_of(tensor.name, shape[-1], mixture, num_blocks)]
+                kind = gguf.GGMLQuantizationType[type_of(tensor.name, shape[-1], mixture, num_blocks, num_experts)]
                 values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
                 weights = None if importance is None else importance[tensor.name]
                 writer.add_tensor(tensor.name, quantize(values, kind, weights), raw_dtype=kind)

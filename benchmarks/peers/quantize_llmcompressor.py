@@ -4,9 +4,11 @@ r"""GPTQ of llm-compressor, run with its own interpreter; see README.md for the 
         --ids ids.safetensors --bits 3 --output runs/peers/llmcompressor
 
 Its defaults: every expert sees every token (``--routed-only`` gives each its own), static activation order, damping
-0.01, scales from the observer ``--observer``.  What is written is unpacked from the checkpoint that it saves for vLLM.
+0.01, scales from the observer ``--observer``.  What is written is unpacked from the checkpoint that it saves for vLLM;
+``--packed`` keeps that, too.  ``--rtn`` rounds to nearest in place of GPTQ.
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,11 +29,14 @@ from dense import (
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXTRA = {
     "--routed-only": {"action": "store_true", "help": "moe_calibrate_all_experts=False"},
     "--observer": {"default": "memoryless_minmax", "help": "of scales; memoryless_minmax is the default, or mse"},
+    "--rtn": {"action": "store_true", "help": "round to nearest (QuantizationModifier)"},
+    "--packed": {"type": Path, "help": "folder that keeps the checkpoint as it was saved; must not exist"},
 }
 
 
@@ -46,7 +51,7 @@ def main() -> None:
         num_bits=options.bits, type="int", symmetric=options.symmetric, observer=options.observer,
         strategy="group" if options.group_size else "channel", group_size=options.group_size or None,
     )  # fmt: skip
-    recipe = GPTQModifier(
+    recipe = (QuantizationModifier if options.rtn else GPTQModifier)(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=list(IGNORED)
     )
     batches = [
@@ -63,6 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_compressed=True)
         packed = load_folder(Path(folder))
+        if options.packed is not None:
+            shutil.copytree(folder, options.packed)
     found = {
         name: packed[name]
         if name in packed

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 from functools import cache
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,9 @@ def _library() -> Any:
     library.llama_decode.argtypes = [ctypes.c_void_p, _Batch]
     library.llama_get_logits.argtypes = [ctypes.c_void_p]
     library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-    library.llama_free.argtypes = library.llama_model_free.argtypes = [ctypes.c_void_p]
+    library.llama_synchronize.argtypes = library.llama_free.argtypes = library.llama_model_free.argtypes = [
+        ctypes.c_void_p
+    ]
     library.llama_log_set(_listen, None)
     library.llama_backend_init()
     return library
@@ -118,6 +121,35 @@ class LlamaCpp:
         library.llama_batch_free(batch)
         library.llama_free(context)
         return found
+
+    def step_seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:
+        """Processor seconds of each of some tokens after a prompt, of several sequences at once, on one thread."""
+        library = self._library
+        parameters = library.llama_context_default_params()
+        parameters.tokens = max(256, sequences * 2 * (prompt + num_tokens))
+        parameters.batch = parameters.micro_batch = max(32, sequences * prompt)
+        parameters.counts[0] = sequences
+        parameters.threads = parameters.threads_of_batch = 1
+        context = library.llama_init_from_model(self._model, parameters)
+        if not context:
+            raise RuntimeError("".join(_said[-5:]).strip())
+        batch, steps = library.llama_batch_init(sequences * prompt, 0, 1), []
+        for start in (0, *range(prompt, prompt + num_tokens)):
+            length = prompt if start == 0 else 1
+            batch.count = sequences * length
+            for place in range(batch.count):
+                sequence, position = divmod(place, length)
+                batch.token[place], batch.position[place] = 1 + 7 * (place + start) % 997, start + position
+                batch.num_sequences[place], batch.sequence[place][0] = 1, sequence
+                batch.logits[place] = position == length - 1
+            begin = process_time()
+            if library.llama_decode(context, batch):
+                raise RuntimeError("".join(_said[-5:]).strip())
+            library.llama_synchronize(context)
+            steps.append(process_time() - begin)
+        library.llama_batch_free(batch)
+        library.llama_free(context)
+        return steps[1:]
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text, with what the file says that texts begin and end with where ``special``."""

@@ -1,8 +1,9 @@
 """moeq's GGUF files beside llama.cpp's own and AutoRound's, at equal size, judged by llama.cpp itself.
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.gguf --json benchmarks/results/gguf.json
+    ... --model runs/mixtral_moe/model --label Mixtral --json benchmarks/results/gguf_mixtral.json
 
-The bundled model; every quantizer gets the same token ids, which the model wrote itself (EBSS, corpus mode, 64
+One model; every quantizer gets the same token ids, which the model wrote itself (EBSS, corpus mode, 64
 sequences of 256 tokens, another set for each seed).  Embedding and head are BF16, routers and norms F32 in every file.
 llama.cpp computes the logits of each file, and those of the unquantized model (F32) that they are compared with.
 AutoRound runs in an environment of its own (``--autoround``, see benchmarks/peers/README.md); without one its rows are
@@ -21,7 +22,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from benchmarks.lab.files import fit_file
+from benchmarks.lab.files import MODELS, fit_file
 from benchmarks.lab.judge import Judge, file_bits
 from benchmarks.lab.llama_quantize import MIXTURES, importances, is_quantized, quantize_file
 from benchmarks.lab.sets import calibration_set
@@ -70,22 +71,29 @@ class Gguf(Study[Case]):
     legend = (
         "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
         "seeds (calibration sets); bits of a quantized weight with scales; bytes of the file, BF16 embedding and head "
-        "included. moeq's files with a number of bits have the types that the allocator chose among Q2_0, Q2_K, Q3_K, "
-        "Q4_K, Q4_0, Q5_0 and Q8_0 (one survey, on the first set); those with the name of a K-quant have it in every "
-        "weight but the experts' down projections, whose rows of 128 take Q4_0 or Q5_0, as in llama.cpp's files. All "
-        "by AGQ with refitted routers. AutoRound with 0 steps is its search without tuning. No Mixtral: its checkpoint "
-        "is trained on demand and was not there."
+        "included. Of {model}. moeq's files with a number of bits have the types that the allocator chose among Q2_0, "
+        "Q2_K, Q3_K, Q4_K, Q4_0, Q5_0 and Q8_0 (one survey, on the first set); those with the name of a K-quant have "
+        "it in every weight but the experts' down projections, which take Q4_0 or Q5_0, as in llama.cpp's files of a "
+        "model whose rows there are too short (the bundled one). All by AGQ with refitted routers. AutoRound with 0 "
+        "steps is its search without tuning."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "types": ["Q4_0"], "grids": []}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL, help="folder of a model with the same tokenizer")
+        parser.add_argument("--label", default="reference", choices=MODELS, help="name of the model in reports")
         parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of allocated files")
         parser.add_argument("--types", nargs="*", default=[*MIXTURES, "Q2_0"], help="of llama.cpp and uniform ones")
         parser.add_argument("--grids", nargs="*", default=list(GRIDS), help="K-quants that moeq solves")
         parser.add_argument("--learned", nargs="*", default=list(LEARNED), help="kinds with learned rounding, too")
         parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="interpreter that has auto-round")
         parser.add_argument("--steps", type=int, nargs="+", default=[0, 200], help="of AutoRound's tuning per block")
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        options.folder = options.folder / options.label
+        self.legend = self.legend.format(model=MODELS[options.label])  # type: ignore[misc]
 
     def cases(self) -> list[Case]:
         """The unquantized file, then seed by seed; what uses no data comes once."""
@@ -105,12 +113,13 @@ class Gguf(Study[Case]):
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        return Yardstick(MODEL, Texts(num_windows=NUM_WINDOWS))
+        return Yardstick(self.options.model, Texts(num_windows=NUM_WINDOWS))
 
     @cached_property
     def dense(self) -> PackedExport:
         """The unquantized model; its file in BF16 is beside the rows."""
-        export = PackedExport(Path(MODEL), read_contents(Path(MODEL)))
+        source = Path(self.options.model)
+        export = PackedExport(source, read_contents(source))
         folder = self.options.folder / "dense"
         if not folder.is_dir():
             folder.mkdir(parents=True)
@@ -127,8 +136,8 @@ class Gguf(Study[Case]):
         """llama.cpp's logits of the unquantized model in F32."""
         with TemporaryDirectory() as temporary:
             source, folder = Path(temporary) / "source", Path(temporary)
-            load_model(MODEL, "float32").save_pretrained(source)
-            load_tokenizer(MODEL).save_pretrained(source)
+            load_model(self.options.model, "float32").save_pretrained(source)
+            load_tokenizer(self.options.model).save_pretrained(source)
             FORMAT.write(PackedExport(source, read_contents(source)), folder, "exact", silent)
             file = LlamaCpp(folder / NAME)
             made = Judge.by(file.logits, {domain: self.yardstick.windows(domain) for domain in self.yardstick.streams})
@@ -170,7 +179,8 @@ class Gguf(Study[Case]):
         if case.quantizer == DENSE:
             return self.dense_file
         if case.quantizer == AUTOROUND:
-            return run_autoround(self.options.autoround, case.kind, self.ids(case.seed), self.dense_file, folder)
+            o = self.options
+            return run_autoround(o.autoround, o.model, case.kind, self.ids(case.seed), self.dense_file, folder)
         if case.quantizer in (LLAMA, IMATRIX):
             importance = self.importance(case.seed) if case.quantizer == IMATRIX else None
             quantize_file(self.dense_file, folder / NAME, case.kind, importance)
@@ -179,7 +189,7 @@ class Gguf(Study[Case]):
         if case.kind not in (*UNIFORM, *GRIDS):
             make_survey(survey, self.yardstick.model, self.ids(0))
         steps, settings = steps_of(case.kind, survey, learned=case.quantizer == OWN_LEARNED)
-        return fit_file(ids_NL, steps, "gguf", folder, **settings) / NAME
+        return fit_file(ids_NL, steps, "gguf", folder, self.options.model, **settings) / NAME
 
     def report(self, rows: Sequence[Row]) -> str:
         return report(rows, (OWN, OWN_LEARNED), IMATRIX)

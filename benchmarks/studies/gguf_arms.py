@@ -9,7 +9,6 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.lab.study import MODEL
 from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
@@ -27,7 +26,7 @@ DAMPING = 0.1
 # Bits and group size of moeq's grid for a type.
 UNIFORM = {"Q2_0": (2, 64), "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}
 CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "4g32", "5g32", "8g32")
-# The sizes of llama.cpp's files of this model: Q2_K, Q3_K_S, Q3_K_M, Q4_0, Q4_K_S, Q4_K_M; and less.
+# The sizes of llama.cpp's files of the bundled model: Q2_K, Q3_K_S, Q3_K_M, Q4_0, Q4_K_S, Q4_K_M; and less.
 BUDGETS = (2.5, 3.19, 3.72, 4.08, 4.5, 4.78, 5.21)
 LEARNED = ("3.19", "4.5")
 # Types that moeq solves on their own grids, and bits of the experts' down projections, whose rows hold no 256: as
@@ -78,11 +77,12 @@ def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
     write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 
 
-def run_autoround(python: Path, kind: str, ids_NL: Tensor, dense: Path, folder: Path) -> Path:
+def run_autoround(python: Path, model: str, kind: str, ids_NL: Tensor, dense: Path, folder: Path) -> Path:
     """The file that AutoRound writes, embedding and head as in the dense one.
 
     Args:
         python: Of its environment.
+        model: Folder of the original.
         kind: Such as "q4_0, 200 steps".
         ids_NL: Calibration ids.
         dense: File of the unquantized model.
@@ -93,7 +93,7 @@ def run_autoround(python: Path, kind: str, ids_NL: Tensor, dense: Path, folder: 
     """
     ids, output = folder / "ids.safetensors", folder / "autoround.gguf"
     save_file({"ids": ids_NL.contiguous()}, ids)
-    files = ["--model", MODEL, "--ids", str(ids), "--dense", str(dense), "--output", str(output)]
+    files = ["--model", model, "--ids", str(ids), "--dense", str(dense), "--output", str(output)]
     name, steps = kind.removesuffix(" steps").split(", ")
     command = [str(python.absolute()), str(SCRIPT), "--type", name, "--iters", steps, *files]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}

@@ -5,7 +5,8 @@
 
 The setting is that of ``allocation.py``: AGQ in groups of 64 at 2, 3, 4 or 8 bits, on 32 windows that the model writes
 (EBSS in corpus mode).  The search measures on 32 further windows that it writes.  Both plans are then solved by an
-ordinary fit; the other ways to give bits stand in the results of ``allocation.py``, on the same windows.
+ordinary fit.  Other ways to give bits stand in the results of ``allocation.py`` (``--others``), on windows of the same
+kind.
 """
 
 import argparse
@@ -122,14 +123,8 @@ class OuterSearch(Study[Case]):
             self._surveyed.clear()
             model, waiting = self.yardstick.model, WaitingStates(1 << 30, Path(gettempdir()))
             adapter = Adapter(model)
-            spec = SurveySpec(
-                costs=("fisher",),
-                grid=GRID,
-                seed=seed,
-                solve=SolveSpec(damping=0.01),
-                choices=MORE,
-                num_gradient_batches=4,
-            )
+            solve = SolveSpec(damping=0.01)
+            spec = SurveySpec(("fisher",), grid=GRID, seed=seed, solve=solve, choices=MORE, num_gradient_batches=4)
             solving, searching, others = self.ids(seed).split(NUM_WINDOWS)
             judge = open_judge(adapter, spec, _batches(searching), waiting)
             found = survey_model(model, solving.split(8), spec, judge=judge)
@@ -166,17 +161,8 @@ class OuterSearch(Study[Case]):
         }  # fmt: skip
 
     def report(self, rows: Sequence[Row]) -> str:
-        head = [
-            "bits",
-            "arm",
-            "code bits",
-            "predicted",
-            "assembled, searched on",
-            "assembled, others",
-            "fit",
-            "worst domain",
-            "seconds",
-        ]
+        assembled, fits = ["assembled (searched on)", "assembled (others)"], ["fit", "fit (worst domain)"]
+        head = ["bits", "arm", "code bits", "predicted", *assembled, *fits, "seconds"]
         lines = []
         for (budget, arm), group in sorted(grouped(rows, lambda row: (row["budget"], row["arm"])).items()):
             mean = fmean(row["code_bits"] for row in group)
@@ -204,7 +190,10 @@ class OuterSearch(Study[Case]):
                 cells.append(cell(pairs, ".3f") if pairs else "")
             lines.append([name, *cells])
         text = markdown(["KL of the search over that of", *(f"{budget} bits" for budget in budgets)], lines)
-        return f"Fits, paired by seed; below 1 the search is better.\n\n{text}"
+        return (
+            "Fits, paired by seed; below 1 the search is better. Rows of `allocation.py` were solved on other windows "
+            f"of the same kind.\n\n{text}"
+        )
 
 
 def _batches(ids_NL: torch.Tensor) -> dict[int, Inputs]:

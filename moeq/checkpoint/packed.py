@@ -1,6 +1,7 @@
 """Reference modules that keep quantized weights packed and dequantize them in the forward pass.
 
-What a weight is stored as is in ``moeq.checkpoint.packed_weight``.  ``PackedExperts`` runs the eager loop of the
+What a weight is stored as is in ``moeq.checkpoint.packed_weight``; a *prepared* module holds it in another form, by
+which it multiplies faster (``moeq.checkpoint.prepare``).  ``PackedExperts`` runs the eager loop of the
 family's own experts module on weights that are made as it asks for them, so that gate function, biases, layout and
 order of operations are the family's, and its output equals the dense model's bit for bit.
 
@@ -13,12 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeq.checkpoint.packed_weight import PackedFormat, dequantize_codes, unpacked_weight
+from moeq.checkpoint.forms import Form, Maker
+from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes, packed_tensors, unpacked_weight
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL
 from moeq.quant.packing import num_words
 from moeq.quant.spec import QuantizedWeight
+
+# Name of the implementation of experts on prepared weights, in transformers' interface.
+IMPLEMENTATION = "moeq_packed"
 
 
 class PackedLinear(nn.Module):
@@ -66,9 +72,53 @@ class PackedLinear(nn.Module):
         self.weight_shape = _frozen(2, dtype=torch.int64)
         self.bias = None if bias_dtype is None else _frozen(out_features, dtype=bias_dtype)
         self.kept: dict[str, Tensor] | None = None
+        self.form: Form | None = None
+        self._make_form: Maker | None = None
+
+    def prepare(self, make_form: Maker) -> None:
+        """Hold the weight in another form and multiply by it, without gradients, from now on.
+
+        The tensors of the file are given up.  Whoever asks for them, or moves the module, gets them back as they were;
+        asking for them leaves the module to prepare itself at its next call.
+        """
+        self._make_form = make_form
+        self._take_form()
+
+    def restore(self) -> None:
+        """Hold the tensors of the file again."""
+        if self.form is not None:
+            for name, tensor in packed_tensors(self.form.quantized()).items():
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+            self.form = None
+
+    def _take_form(self) -> Form:
+        if self.form is None:
+            assert self._make_form is not None
+            self.form = self._make_form(self.quantized())
+            for name in PARTS:
+                setattr(self, name, None)
+        return self.form
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_form()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._forget_form()  # another device or dtype wants another one
+        return super()._apply(*args, **kwargs)
+
+    def _forget_form(self) -> None:
+        self.restore()
+        self._make_form = None
 
     def quantized(self) -> QuantizedWeight:
         """Unpacked codes, scales and zero points."""
+        if self.form is not None:
+            return self.form.quantized()
         parts = {name: value.detach() for name, value in self.named_parameters() if name != "bias"}
         return unpacked_weight(parts, self.grid, (self.out_features, self.in_features), self.weight_dtype)
 
@@ -79,7 +129,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Linear map of [..., I] to [..., O]."""
-        return nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+        if self._make_form is None or (hidden.requires_grad and torch.is_grad_enabled()):
+            return nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+        product = self._take_form().product(hidden.reshape(-1, self.in_features))
+        product = product.view(*hidden.shape[:-1], self.out_features)
+        return product if self.bias is None else product.add_(self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and grid, for ``print(model)``."""
@@ -146,6 +200,8 @@ class PackedExperts(nn.ModuleList):
         experts: One expert per index.
     """
 
+    config: Any  # of the source, among its plain settings
+
     def __init__(self, source: nn.Module, experts: Sequence[PackedExpert]) -> None:
         super().__init__(experts)
         # Plain settings that the family's gate function may read (limits, slopes), and the interface's own.
@@ -157,6 +213,15 @@ class PackedExperts(nn.ModuleList):
             if name not in weights:
                 self.register_parameter(name, _frozen(*parameter.shape, dtype=parameter.dtype))
         self._source_class = type(source)
+        self.stacks: Any = None  # of the prepared experts, on a GPU (``moeq.checkpoint.gpu_forward``)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.stacks = None  # it would keep what the experts give up
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.stacks = None
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         apply_gate = self._source_class._apply_gate  # type: ignore[attr-defined]
@@ -164,7 +229,7 @@ class PackedExperts(nn.ModuleList):
         return result
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs, by the loop of the family's own module.
+        """Weighted sum of the chosen experts' outputs, by the loop of the family's own module unless it is prepared.
 
         Args:
             hidden_states: [N, D].
@@ -174,6 +239,9 @@ class PackedExperts(nn.ModuleList):
         Returns:
             [N, D], in the dtype of the hidden states.
         """
+        if self.config._experts_implementation == IMPLEMENTATION:
+            fast: Tensor = ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION](self, hidden_states, top_k_index, top_k_weights)
+            return fast
         # Not every loop knows slots of other ranks.
         elsewhere = top_k_index >= len(self)
         top_k_index, top_k_weights = top_k_index.masked_fill(elsewhere, 0), top_k_weights.masked_fill(elsewhere, 0)

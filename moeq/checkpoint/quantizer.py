@@ -22,8 +22,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeq.checkpoint.names import packed_conversions, weight_names
-from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedLinear
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.checkpoint.prepare import prepare
 from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, num_experts, projections
 
@@ -162,6 +163,8 @@ class MoEQuantizer(HfQuantizer):
             # Parts of a path, one or several: "gate.weight" is part of "mlp.gate.weight", not of "gate.weight_scale".
             if not any(f".{part}." in f".{name}." for part in float32):
                 parameter.data = parameter.data.to(self._declared.get(name, parameter.dtype))
+        if model.config.get_text_config()._experts_implementation == IMPLEMENTATION:
+            prepare(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Conversions for the packed names; newer versions of transformers pass the model, 5.17 does not."""

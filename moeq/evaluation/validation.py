@@ -20,6 +20,7 @@ from moeq.checkpoint.free_memory import free_bytes
 from moeq.checkpoint.loading import load_config
 from moeq.checkpoint.packed import keep_dequantized
 from moeq.checkpoint.placement import Placement
+from moeq.checkpoint.prepare import prepare
 from moeq.checkpoint.source_options import source_options
 from moeq.decoding.decoders import Decoding, examine
 from moeq.disk.identity import model_identity
@@ -152,7 +153,9 @@ def start_validation(
     prompts = [d.requests[0].context for e in evaluations if isinstance(e.task, Generation) for d in e.unfinished[:8]]
     decoding = examine(model, prompts[:8]) if prompts else Decoding()
     # Half of what is free: passes need the rest.
-    keep_dequantized(model, free_bytes(device) / 2)
+    room_bytes = free_bytes(device) / 2
+    if not keep_dequantized(model, room_bytes) and (prepared := prepare(model, room_bytes)).any:
+        announce(prepared.line())
     confine(evaluations, announce)
     workers = max(1, (os.cpu_count() or 1) - 1)
     evaluator = Evaluator(scorer, tokenizer, original, sampling, decoding, num_workers=workers)

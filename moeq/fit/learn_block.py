@@ -8,7 +8,7 @@ to the model's dtype, on the calibration data, and thrown away where it is not b
 Under several ranks each rank draws from its own batches and the gradients are added up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,11 @@ from moeq.fit.schedule import whole
 from moeq.fit.solve import commit, make_units
 from moeq.models.adapter import Adapter, Site
 from moeq.models.blocks import run_block
-from moeq.quant.learned import Latent, LearnedSpec, block_error, close_latent, latent_weight, learn, open_latent
+from moeq.quant.learned import Backward, Latent, WeightOf, block_error, close_latent, open_latent
 from moeq.quant.spec import QuantizedWeight
+
+# Moves latents along the gradients of an error, by so many batches.
+Learner = Callable[[Sequence[Latent], Backward, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class _Stack:
 
 
 def tune_block(
-    adapter: Adapter, run: Run, block: int, batches: Sequence[BlockBatch], spec: LearnedSpec
+    adapter: Adapter, run: Run, block: int, batches: Sequence[BlockBatch], learner: Learner
 ) -> tuple[float, float]:
     """Learn the rounding of a block whose weights are all quantized; writes what is better into run and model.
 
@@ -53,7 +56,7 @@ def tune_block(
         run: Quantized weights are replaced; ``run.offsets`` holds those of the block.
         block: Which block.
         batches: This rank's calibration data at the block.
-        spec: Steps and rates.
+        learner: Moves the latents, as ``learn`` of a ``LearnedSpec``.
 
     Returns:
         The error of the block (``block_error``) before and after, over the data of all ranks.
@@ -64,16 +67,16 @@ def tune_block(
     latents = [stack.latent for stack in stacks]
     forward = _Forward(adapter, block, sites, stacks)
 
-    def backward(index: int) -> None:
+    def backward(index: int, weight_of: WeightOf) -> None:
         batch = batches[index]
-        error = block_error(forward(batch), batch.original_BTD.to(device), batch.keep_BT.to(device))
+        error = block_error(forward(batch, weight_of), batch.original_BTD.to(device), batch.keep_BT.to(device))
         error.backward()
         leaves = [leaf for latent in latents for leaf in (latent.level_EOGS, latent.log_EOG)]
         sum_over_ranks([leaf.grad for leaf in leaves if leaf.grad is not None])
 
     before = _mean_error(module, batches)
     with torch.enable_grad():
-        learn(latents, backward, len(batches), spec)
+        learner(latents, backward, len(batches))
     solved = {name: run.quantized[name] for stack in stacks for name in stack.names}
     learned = [_closed(stack, solved) for stack in stacks]
     _write(adapter, run, sites, {name: weight for part in learned for name, weight in part.items()})
@@ -93,13 +96,13 @@ class _Forward:
         self.parameters = {name: value.detach().float() for name, value in self.module.named_parameters()}
         self.weights = {site: adapter.get_weight(site).float() for site in sites}
 
-    def __call__(self, batch: BlockBatch) -> Tensor:
+    def __call__(self, batch: BlockBatch, weight_of: WeightOf) -> Tensor:
         parameters = dict(self.parameters)
         for site in self.sites:
             weight_EOI = self.weights[site].clone()
             for stack in self.stacks:
                 if stack.site is site:
-                    weight_EOI[stack.experts, stack.rows] = latent_weight(stack.latent)
+                    weight_EOI[stack.experts, stack.rows] = weight_of(stack.latent)
             values = self.adapter.parameters_of(site, weight_EOI)
             parameters |= {name.removeprefix(self.prefix): value for name, value in values.items()}
         device = next(iter(self.parameters.values())).device

@@ -9,6 +9,7 @@ expert.  The kernel is in ``packed_triton``; this file imports no triton.
 Shapes: E experts of a stack, O out features, I in features, G groups per row, W words, T tokens, N rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,35 +17,76 @@ from torch import Tensor
 
 KERNEL_BITS = (2, 3, 4, 8)
 OCTET = 8  # codes that fill whole bytes at every width
+ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One packed weight, by the tensors that a checkpoint stores.
+
+    Attributes:
+        packed_OW: int32, codes.
+        scale_OG: In the dtype that the weight has.
+        zero_WG: int32, zero points packed along O; None for a symmetric grid (zero point 2^(bits - 1)).
+    """
+
+    packed_OW: Tensor
+    scale_OG: Tensor
+    zero_WG: Tensor | None
 
 
 @dataclass(frozen=True)
 class PackedStack:
-    """Weights of experts that share a grid; views of what a checkpoint stores.
+    """Weights of experts that share shape and grid, wherever each of them lies in memory: nothing is copied.
 
     Attributes:
-        packed_EOW: int32, codes.
-        scale_EOG: In the dtype that the weights have.
-        zero_EWG: int32, zero points packed along O; None for a symmetric grid (zero point 2^(bits - 1)).
+        matrices: Of each expert; tensors are contiguous and begin at multiples of ``ALIGNMENT``.
+        places_3E: int64, on their device: where codes, scales and zero points of each expert are.
         bits: Bits per code.
         in_features: I.
     """
 
-    packed_EOW: Tensor
-    scale_EOG: Tensor
-    zero_EWG: Tensor | None
+    matrices: tuple[PackedMatrix, ...]
+    places_3E: Tensor
     bits: int
     in_features: int
+
+    @classmethod
+    def of(cls, matrices: Sequence[PackedMatrix], bits: int, in_features: int) -> "PackedStack":
+        """The stack of some weights.
+
+        Raises:
+            ValueError: A tensor is not contiguous or not aligned.
+        """
+        columns = []
+        for matrix in matrices:
+            zero_WG = matrix.packed_OW if matrix.zero_WG is None else matrix.zero_WG  # not read
+            tensors = (matrix.packed_OW, matrix.scale_OG, zero_WG)
+            if not all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors):
+                raise ValueError(f"packed weights must be contiguous from a multiple of {ALIGNMENT} bytes; clone them")
+            columns.append([tensor.data_ptr() for tensor in tensors])
+        places_3E = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+        return cls(tuple(matrices), places_3E.to(matrices[0].packed_OW.device), bits, in_features)
 
     @property
     def out_features(self) -> int:
         """O."""
-        return self.packed_EOW.shape[1]
+        return self.matrices[0].packed_OW.shape[0]
 
     @property
     def group_size(self) -> int:
         """In features per scale."""
-        return self.in_features // self.scale_EOG.shape[2]
+        return self.in_features // self.matrices[0].scale_OG.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.matrices[0].scale_OG.dtype
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return self.matrices[0].zero_WG is None
 
 
 def kernel_problem(bits: int, group_size: int, in_features: int) -> str | None:
@@ -72,14 +114,15 @@ def grouped_product_by_torch(
 
 def dequantized(stack: PackedStack, expert: int) -> Tensor:
     """The weight of one expert, [O, I]."""
-    code_OI = _stream(stack.packed_EOW[expert], stack.bits, stack.in_features)
-    if stack.zero_EWG is None:
+    matrix = stack.matrices[expert]
+    code_OI = _stream(matrix.packed_OW, stack.bits, stack.in_features)
+    if matrix.zero_WG is None:
         level_OI = code_OI - 2 ** (stack.bits - 1)
     else:
-        zero_OG = _stream(stack.zero_EWG[expert].mT, stack.bits, stack.out_features).mT
+        zero_OG = _stream(matrix.zero_WG.mT, stack.bits, stack.out_features).mT
         level_OI = code_OI - zero_OG.repeat_interleave(stack.group_size, 1)
-    scale_OI = stack.scale_EOG[expert].float().repeat_interleave(stack.group_size, 1)
-    return (level_OI.float() * scale_OI).to(stack.scale_EOG.dtype)
+    scale_OI = matrix.scale_OG.float().repeat_interleave(stack.group_size, 1)
+    return (level_OI.float() * scale_OI).to(stack.dtype)
 
 
 def _stream(words: Tensor, bits: int, num: int) -> Tensor:

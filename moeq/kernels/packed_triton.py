@@ -22,8 +22,7 @@ from torch import Tensor
 from moeq.kernels.packed_products import PackedStack, kernel_problem
 from moeq.kernels.packed_tiles import Tile, tile_for
 
-# How octets of codes are read: as one number of so many bytes, or byte by byte.
-_READ_AS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.uint8}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def grouped_product(
@@ -49,30 +48,28 @@ def grouped_product(
     """
     if (problem := kernel_problem(stack.bits, stack.group_size, stack.in_features)) is not None:
         raise ValueError(f"no kernel: {problem}; use the twin in torch")
-    (num_rows, num_outputs), num_experts = out_NO.shape, len(stack.packed_EOW)
+    (num_rows, num_outputs), num_experts = out_NO.shape, len(stack.matrices)
     tile = tile_for(num_rows, num_experts) if tile is None else tile
-    packed = stack.packed_EOW.view(_READ_AS[stack.bits])
-    zero = stack.packed_EOW if stack.zero_EWG is None else stack.zero_EWG
     # Each expert begins a tile, and no tile is empty.
     num_tiles = min(num_rows, num_rows // tile.rows + num_experts)
     if not num_tiles:
         return
+    words = stack.matrices[0].packed_OW.shape[1]
     _grouped_product[triton.cdiv(num_outputs, tile.outputs), num_tiles](
-        x_TI, bounds_E2 if tokens_N is None else tokens_N, bounds_E2, packed, stack.scale_EOG, zero, out_NO,
-        x_TI.stride(0), packed.stride(0), packed.stride(1), *stack.scale_EOG.stride(), *zero.stride(), *out_NO.stride(),
-        num_experts, num_outputs, stack.in_features, stack.group_size,
-        BITS=stack.bits, HAS_ZERO=stack.zero_EWG is not None, HAS_TOKENS=tokens_N is not None,
-        ONE_GROUP=stack.group_size % tile.inner == 0, EXPERTS=triton.next_power_of_2(num_experts),
+        x_TI, bounds_E2 if tokens_N is None else tokens_N, bounds_E2, stack.places_3E, out_NO, x_TI.stride(0),
+        4 * words, *out_NO.stride(), num_experts, num_outputs, stack.in_features, stack.group_size,
+        stack.in_features // stack.group_size,
+        BITS=stack.bits, SCALE=_DTYPES[stack.dtype], HAS_ZERO=not stack.symmetric, HAS_TOKENS=tokens_N is not None,
+        EXPERTS=triton.next_power_of_2(num_experts),
         ROWS=tile.rows, OUTPUTS=tile.outputs, INNER=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _grouped_product(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x, tokens, bounds, packed, scale, zero, out,  # noqa: ANN001
-    x_t, packed_e, packed_o, scale_e, scale_o, scale_g, zero_e, zero_w, zero_g, out_n, out_o,  # noqa: ANN001
-    num_experts, num_outputs, num_inputs, group_size,  # noqa: ANN001
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_TOKENS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    x, tokens, bounds, places, out, x_t, row_bytes, out_n, out_o,  # noqa: ANN001
+    num_experts, num_outputs, num_inputs, group_size, num_groups,  # noqa: ANN001
+    BITS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile: ROWS rows of the expert that the second index falls to, OUTPUTS of its outputs (first index)."""
@@ -91,24 +88,21 @@ def _grouped_product(  # type: ignore[no-untyped-def]  # noqa: ANN202
     token_N = tl.load(tokens + row_N, mask=inside_N, other=0).to(tl.int64) if HAS_TOKENS else row_N.to(tl.int64)
     output_O = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     exists_O = output_O < num_outputs
-    expert64 = expert.to(tl.int64)  # products with strides of stacks of experts pass 2^31
-    packed += expert64 * packed_e + output_O[:, None].to(tl.int64) * packed_o
-    scale += expert64 * scale_e + output_O[:, None].to(tl.int64) * scale_o
-    zero += expert64 * zero_e
+    # Tensors begin at multiples of 16 bytes (``PackedStack``), which a place read from memory does not tell.
+    packed = tl.multiple_of(tl.load(places + expert).to(tl.pointer_type(tl.uint8)), 16)
+    packed += output_O[:, None] * row_bytes
+    scale = tl.multiple_of(tl.load(places + num_experts + expert).to(tl.pointer_type(SCALE)), 16)
+    scale += output_O[:, None] * num_groups
+    zero = tl.multiple_of(tl.load(places + 2 * num_experts + expert).to(tl.pointer_type(tl.int32)), 16)
     x += token_N[None, :] * x_t
     sum_ON = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     for start in range(0, num_inputs, INNER):
         octet_K = start // 8 + tl.arange(0, INNER // 8)
         mask_OK = exists_O[:, None] & (8 * octet_K < num_inputs)[None, :]
-        if ONE_GROUP:  # of all the inputs of the step
-            group_K = start // group_size + tl.zeros((1,), dtype=tl.int32)
-            part_OK = exists_O[:, None]
-        else:
-            group_K = (8 * octet_K) // group_size
-            part_OK = mask_OK
-        scale_OK = tl.load(scale + group_K[None, :] * scale_g, mask=part_OK, other=0.0)
+        group_K = (8 * octet_K) // group_size
+        scale_OK = tl.load(scale + group_K[None, :], mask=mask_OK, other=0.0)
         if HAS_ZERO:
-            zero_OK = _one_code(zero + group_K[None, :] * zero_g, output_O[:, None] * BITS, zero_w, part_OK, BITS)
+            zero_OK = _one_code(zero + group_K[None, :], output_O[:, None] * BITS, num_groups, mask_OK, BITS)
         else:
             zero_OK = tl.full(scale_OK.shape, 2 ** (BITS - 1), dtype=tl.int32)
         code_OKC = _octets(packed, octet_K, mask_OK, BITS)
@@ -134,8 +128,12 @@ def _octets(packed, octet_K, mask_OK, BITS: tl.constexpr):  # type: ignore[no-un
         octet_OK = tl.load(places, mask=mask_OK, other=0).to(tl.int32)
         octet_OK |= tl.load(places + 1, mask=mask_OK, other=0).to(tl.int32) << 8
         octet_OK |= tl.load(places + 2, mask=mask_OK, other=0).to(tl.int32) << 16
-    else:  # one number of 2 or 4 bytes; what a shift drags in from its sign is masked away
-        octet_OK = tl.load(packed + octet_K[None, :], mask=mask_OK, other=0).to(tl.int32)
+    elif BITS == 2:  # what a shift drags in from the sign is masked away
+        halves = packed.to(tl.pointer_type(tl.int16), bitcast=True)
+        octet_OK = tl.load(halves + octet_K[None, :], mask=mask_OK, other=0).to(tl.int32)
+    else:
+        words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+        octet_OK = tl.load(words + octet_K[None, :], mask=mask_OK, other=0)
     return (octet_OK[:, :, None] >> (BITS * code_C)[None, None, :]) & (2**BITS - 1)
 
 

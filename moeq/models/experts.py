@@ -154,19 +154,25 @@ def project_down(module: nn.Module, expert: int, inner_NF: Tensor, weight_OI: Te
     return F.linear(inner_NF, weight_OI, _bias(module, "down", expert))
 
 
+def stacked_bias(module: nn.Module, part: ExpertSide) -> Tensor | None:
+    """Biases of all experts, [E, O], in the order of the rows of ``stacked_weight``; None where there are none."""
+    if not getattr(module, "has_bias", False):
+        return None
+    bias_EO: Tensor = getattr(module, f"{parameter_name(module, part)}_bias")
+    if part == "into" and _in_turn(module):
+        return torch.cat([bias_EO[:, 0::2], bias_EO[:, 1::2]], 1)
+    return bias_EO
+
+
 def _parameter(module: nn.Module, part: ExpertSide) -> Tensor:
     parameter = getattr(module, parameter_name(module, part))
     assert isinstance(parameter, Tensor)
     return parameter
 
 
-def _bias(module: Any, part: ExpertSide, expert: int) -> Tensor | None:
-    if not getattr(module, "has_bias", False):
-        return None
-    bias: Tensor = getattr(module, f"{parameter_name(module, part)}_bias")[expert]
-    if part == "into" and _in_turn(module):
-        return torch.cat([bias[0::2], bias[1::2]])
-    return bias
+def _bias(module: nn.Module, part: ExpertSide, expert: int) -> Tensor | None:
+    bias_EO = stacked_bias(module, part)
+    return None if bias_EO is None else bias_EO[expert]
 
 
 def _in_turn(module: nn.Module) -> bool:

@@ -6,9 +6,18 @@ gets
 
     real = (clamp(round(u), 0, 2^bits - 1) - zero_point) * s exp(v)
 
-with latent levels u and log-scales v; gradients pass the rounding unchanged (straight-through).  On a two-level grid v
-moves the d of a super-block, and the integers and offsets stay.  The result is codes,
-scales and zero points as before, on the same grid, at no cost for who runs the model.
+with latent levels u and log-scales v.  On a two-level grid v moves the d of a super-block, and the integers and offsets
+stay.  The result is codes, scales and zero points as before, on the same grid, at no cost for who runs the model.
+
+Gradients pass the rounding unchanged (straight-through), or the choice of levels is soft: while a block is learned, the
+level of a weight is then a mean of the codes around u,
+
+    level = sum over codes k of p_k k,    p_k proportional to exp(-(u - k)^2 / (2 h)),
+
+whose *softness* h, in levels, falls linearly to nothing, so that what is soft at first ends on the codes.  This is the
+relaxation of GSQ (Dadgarnia et al., 2026, arXiv 2604.18556) with one latent for each weight in place of one for each
+level, of which the three nearest count, and without its noise.  It changes several times as many codes, which is
+better at 2 bits, and not at 3 on 16k tokens (benchmarks/LOG.md).
 
 Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
 given (the *offset*, cut to the code's cell).  Codes that GPTQ chose away from the nearest level compensate one another;
@@ -20,6 +29,8 @@ Shapes: E experts, O out features, I in features, G groups per row, S in feature
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +51,15 @@ class LearnedSpec:
         num_steps: Steps of Adam on each block, one batch each; step sizes fall linearly to zero.
         level_rate: Step size of the latent codes, in levels.
         scale_rate: Step size of the logarithms of the scales.
+        softness: How soft the choice of levels is at the first step, in levels; it falls linearly to nothing.  At 2
+            bits 0.33, with a level_rate of 0.03, is better than 0 (benchmarks/LOG.md).
         seed: Order of the batches.
     """
 
     num_steps: int = 100
     level_rate: float = 0.01
     scale_rate: float = 1e-3
+    softness: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +68,10 @@ class LearnedSpec:
         for name, rate in (("level_rate", self.level_rate), ("scale_rate", self.scale_rate)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} ({rate}) must lie between 0 and 1; usual values are 0.01 and 0.001")
+        if not 0.0 <= self.softness <= 1.0:
+            raise ValueError(
+                f"softness ({self.softness}) must lie between 0 and 1; usual values are 0, and 0.33 at 2 bits"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,11 @@ class Latent:
     zero_point_EOG: Tensor | None
     bits: int
     super_scales: SuperScales | None = None
+
+
+# Weights [E, O, I] of a latent, differentiable.
+WeightOf = Callable[[Latent], Tensor]
+Backward = Callable[[int, WeightOf], None]
 
 
 def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
@@ -117,9 +140,17 @@ def open_latent(weights: Sequence[QuantizedWeight], offset_EOI: Tensor) -> Laten
     )
 
 
-def latent_weight(latent: Latent) -> Tensor:
-    """The weights [E, O, I] that the latents stand for now, float32; differentiable."""
-    level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
+def latent_weight(latent: Latent, softness: float = 0.0) -> Tensor:
+    """The weights [E, O, I] that the latents stand for, float32; differentiable.
+
+    Args:
+        latent: Codes and scales.
+        softness: Of the choice of levels; 0 gives the weights of the codes.
+    """
+    if softness:
+        level_EOGS = _SoftLevel.apply(latent.level_EOGS, softness, 2**latent.bits - 1)
+    else:
+        level_EOGS = _PassThrough.apply(latent.level_EOGS, torch.round).clamp(0, 2**latent.bits - 1)
     supers = latent.super_scales
     stored = latent.scale_EOG if supers is None else supers.scale_OB
     scale_EOG = _PassThrough.apply(stored.float() * latent.log_EOG.exp(), _stored_as(stored.dtype))
@@ -149,7 +180,7 @@ def _moved(weight: QuantizedWeight, scale: Tensor) -> QuantizedWeight:
 
 def learn(
     latents: Sequence[Latent],
-    backward: Callable[[int], None],
+    backward: Backward,
     num_batches: int,
     spec: LearnedSpec,
 ) -> None:
@@ -157,7 +188,8 @@ def learn(
 
     Args:
         latents: What is learned.
-        backward: Adds the gradients of the error on one batch, by its number, to the latents' ``grad``.
+        backward: Adds the gradients of the error on one batch, by its number, to the latents' ``grad``; given the
+            weights that latents stand for.
         num_batches: Batches are drawn in a random order, all of them before any is repeated.
         spec: Steps and rates.
     """
@@ -169,10 +201,10 @@ def learn(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / spec.num_steps)
     generator = torch.Generator().manual_seed(spec.seed)
     order: list[int] = []
-    for _ in range(spec.num_steps):
+    for step in range(spec.num_steps):
         order = order or torch.randperm(num_batches, generator=generator).tolist()
         optimizer.zero_grad()
-        backward(order.pop())
+        backward(order.pop(), partial(latent_weight, softness=spec.softness * (1.0 - step / spec.num_steps)))
         optimizer.step()
         schedule.step()
         for latent in latents:  # a level far outside of the grid would take many steps to come back
@@ -204,6 +236,28 @@ class _PassThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+class _SoftLevel(torch.autograd.Function):
+    """Mean of the code nearest to each latent and its two neighbours, by their distances; see the module."""
+
+    @staticmethod
+    def forward(ctx: Any, level_EOGS: Tensor, softness: float, highest: int) -> Tensor:
+        nearest_EOGS = level_EOGS.round().clamp_(0, highest)
+        apart_EOGS = level_EOGS - nearest_EOGS
+        # Weights beside that of the nearest code, which is 1: at most 1 themselves, so nothing overflows.
+        above_EOGS = (apart_EOGS - 0.5).div_(softness).clamp_(max=0).exp_().masked_fill_(nearest_EOGS == highest, 0)
+        below_EOGS = apart_EOGS.add_(0.5).div_(-softness).clamp_(max=0).exp_().masked_fill_(nearest_EOGS == 0, 0)
+        total_EOGS = (above_EOGS + below_EOGS).add_(1)
+        mean_EOGS = (above_EOGS - below_EOGS).div_(total_EOGS)
+        variance_EOGS = above_EOGS.add_(below_EOGS).div_(total_EOGS).sub_(mean_EOGS.square())
+        ctx.save_for_backward(variance_EOGS.div_(softness))
+        return nearest_EOGS.add_(mean_EOGS)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope_EOGS,) = ctx.saved_tensors
+        return gradients[0] * slope_EOGS, None, None
 
 
 def _stored_as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

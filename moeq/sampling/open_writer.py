@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moeq.checkpoint.packed_self import packed_bytes, packed_self
+from moeq.checkpoint.prepare import ROOM, prepare
 from moeq.checkpoint.release import release_memory
 from moeq.models.adapter import Adapter
 from moeq.models.visits import visiting_blocks
@@ -40,7 +41,9 @@ def _use(adapter: Adapter, writer: Writer, device: torch.device, use: Callable[[
 @contextmanager
 def _opened(adapter: Adapter, writer: Writer, device: torch.device) -> Iterator[nn.Module]:
     if writer in BITS:
-        yield packed_self(adapter, BITS[writer])
+        model = packed_self(adapter, BITS[writer])
+        prepare(model)
+        yield model
         return
     with ExitStack() as stack:
         if writer == "lockstep":
@@ -71,7 +74,7 @@ def writer_sizes(
     model: Any = adapter.model
     return WriterSizes(
         original=_num_bytes(model),
-        packed={writer: packed_bytes(adapter, bits) for writer, bits in BITS.items()},
+        packed={writer: int((1 + ROOM) * packed_bytes(adapter, bits)) for writer, bits in BITS.items()},
         block=max(map(_num_bytes, adapter.blocks)),
         work=work_bytes(model.config.get_text_config(), rows, length, model.dtype.itemsize),
         device_free=device_free,

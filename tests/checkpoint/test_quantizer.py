@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from moeq.checkpoint import quantizer
-from moeq.checkpoint.packed import PackedExperts, PackedLinear
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.quantizer import MoEQConfig, MoEQuantizer
 from moeq.export.moeq_format import write_checkpoint
@@ -92,6 +92,15 @@ def test_from_pretrained_keeps_weights_packed(export: Path) -> None:
     assert {layer.weight_packed.dtype for layer in packed} == {torch.int32}
     assert {layer.grid.bits for layer in packed} == {2, 3, 4, 8}
     assert not any(parameter.requires_grad for layer in packed for parameter in layer.parameters())
+
+
+def test_from_pretrained_prepares_where_it_is_asked_for(export: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(export, experts_implementation=IMPLEMENTATION)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert all(layer.form is not None for layer in packed)
+    prompt = torch.tensor([[5, 9, 200, 31]])
+    text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+    assert text.shape == (1, 7)
 
 
 @pytest.fixture

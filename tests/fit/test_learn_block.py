@@ -1,5 +1,6 @@
 """Learned rounding of a block runs, and never leaves it worse, in every family."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from moeq.fit.run import Needs, Run
 from moeq.fit.solve import quantize_sites
 from moeq.models.adapter import Adapter
 from moeq.models.blocks import capture_calls
-from moeq.quant.learned import LearnedSpec
+from moeq.quant.learned import LearnedSpec, learn
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec
 from tests.tiny import FAMILIES, tiny_model
@@ -61,7 +62,9 @@ def test_no_family_is_worse_for_it_than_rounded_to_nearest(family: str, level_ra
     adapter, run, block, batches = solved(family)
     rounded = dict(run.quantized)
     first = reference_error(adapter, block, batches)
-    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=3, level_rate=level_rate))
+    before, after = tune_block(
+        adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=3, level_rate=level_rate))
+    )
     left = reference_error(adapter, block, batches)
     assert before == pytest.approx(first, rel=1e-4)
     assert left == pytest.approx(min(before, after), rel=1e-4)
@@ -78,7 +81,9 @@ def test_a_block_that_is_not_better_for_it_stays_as_it_was() -> None:
     adapter, run, block, batches = solved("qwen2_moe")
     solution = {name: weight.codes_OI.clone() for name, weight in run.quantized.items()}
     weights = {site: adapter.get_weight(site) for site in adapter.sites(block)}
-    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=3, level_rate=0.9, scale_rate=0.9))
+    before, after = tune_block(
+        adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=3, level_rate=0.9, scale_rate=0.9))
+    )
     assert after > before  # steps of that size destroy the block
     assert all(torch.equal(codes_OI, run.quantized[name].codes_OI) for name, codes_OI in solution.items())
     assert all(torch.equal(weight_EOI, adapter.get_weight(site)) for site, weight_EOI in weights.items())
@@ -91,15 +96,18 @@ def test_padding_has_no_say() -> None:
         for batch in batches:
             batch.keep_BT[:, 20:] = False
             batch.original_BTD[:, 20:] += value
-        tune_block(adapter, run, block, batches, LearnedSpec(num_steps=5, level_rate=0.05))
+        tune_block(adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=5, level_rate=0.05)))
         results.append({name: weight.codes_OI for name, weight in run.quantized.items()})
     assert all(torch.equal(codes_OI, results[1][name]) for name, codes_OI in results[0].items())
 
 
-def test_the_errors_are_those_of_the_model_before_and_after() -> None:
+@pytest.mark.parametrize("softness", [0.0, 0.33])
+def test_the_errors_are_those_of_the_model_before_and_after(softness: float) -> None:
     adapter, run, block, batches = solved("deepseek_v3")
     first = reference_error(adapter, block, batches)
-    before, after = tune_block(adapter, run, block, batches, LearnedSpec(num_steps=20, level_rate=0.05))
+    before, after = tune_block(
+        adapter, run, block, batches, partial(learn, spec=LearnedSpec(num_steps=20, level_rate=0.05, softness=softness))
+    )
     assert before == pytest.approx(first, rel=1e-4)
     assert after == pytest.approx(reference_error(adapter, block, batches), rel=1e-4)
     assert after < before

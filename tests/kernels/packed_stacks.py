@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from moeq.kernels.packed_products import PackedStack
-from moeq.quant.packing import pack
+from moeq.checkpoint.packed_weight import packed_tensors
+from moeq.kernels.packed_products import PackedMatrix, PackedStack
 from moeq.quant.spec import QuantizedWeight
 
 
@@ -25,14 +25,13 @@ def stack_of(
 ) -> PackedStack:
     """The stack of as many random weights, each with a seed of its own."""
     weights = [random_weight(rows, columns, bits, group_size, symmetric, dtype, seed) for seed in range(experts)]
-    zeros = [pack(w.zero_point_OG.mT, bits).mT.contiguous() for w in weights if w.zero_point_OG is not None]
-    return PackedStack(
-        packed_EOW=torch.stack([pack(weight.codes_OI, bits) for weight in weights]),
-        scale_EOG=torch.stack([weight.scale_OG for weight in weights]),
-        zero_EWG=torch.stack(zeros) if zeros else None,
-        bits=bits,
-        in_features=columns,
-    )
+    return PackedStack.of([matrix_of(weight) for weight in weights], bits, columns)
+
+
+def matrix_of(weight: QuantizedWeight) -> PackedMatrix:
+    """As the packed linears of a checkpoint hold it."""
+    parts = packed_tensors(weight)
+    return PackedMatrix(parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"))
 
 
 def bounds_of(sizes: list[int]) -> tuple[int, Tensor]:

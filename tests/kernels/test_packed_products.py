@@ -1,12 +1,14 @@
 """The torch twin of the packed kernel against the dequantization that moeq's files are defined by."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moeq.kernels.packed_products import dequantized, grouped_product_by_torch, kernel_problem
+from moeq.kernels.packed_products import PackedStack, dequantized, grouped_product_by_torch, kernel_problem
 from moeq.kernels.packed_tiles import TILES, tile_for
 from moeq.quant.grid import dequantize_weight
-from tests.kernels.packed_stacks import bounds_of, random_weight, stack_of
+from tests.kernels.packed_stacks import bounds_of, matrix_of, random_weight, stack_of
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -45,3 +47,10 @@ def test_few_rows_have_narrow_tiles_and_many_rows_the_widest() -> None:
     assert tile_for(4096 * 8, 128) == TILES[-1][1]
     assert tile_for(0, 128) == TILES[0][1]
     assert [bound for bound, _ in TILES] == sorted(bound for bound, _ in TILES)
+
+
+def test_weights_that_a_kernel_could_not_address_are_refused() -> None:
+    matrix = matrix_of(random_weight(8, 32, 4, 16, True, torch.float32))
+    for packed_OW in (matrix.packed_OW.T, torch.empty(100, dtype=torch.int32)[1:33].view(8, 4)):
+        with pytest.raises(ValueError, match="must be contiguous from a multiple of 16 bytes; clone them"):
+            PackedStack.of([replace(matrix, packed_OW=packed_OW)], 4, 32)

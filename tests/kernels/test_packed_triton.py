@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.kernels.packed_products import PackedStack, grouped_product_by_torch
+from moeq.kernels.packed_products import PackedMatrix, PackedStack, grouped_product_by_torch
 from moeq.kernels.packed_tiles import Tile
 from tests.kernels.packed_stacks import bounds_of, stack_of
 
@@ -29,8 +29,11 @@ BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 
 
 def on_device(stack: PackedStack) -> PackedStack:
-    moved = {name: value.to(DEVICE) for name, value in vars(stack).items() if isinstance(value, Tensor)}
-    return PackedStack(**{**vars(stack), **moved})
+    moved = [
+        PackedMatrix(*(None if part is None else part.to(DEVICE) for part in vars(matrix).values()))
+        for matrix in stack.matrices
+    ]
+    return PackedStack.of(moved, stack.bits, stack.in_features)
 
 
 def both(stack: PackedStack, sizes: list[int], dtype: torch.dtype, tile: Tile | None, indirect: bool) -> list[Tensor]:

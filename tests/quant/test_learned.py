@@ -8,6 +8,7 @@ from moeq.quant.grid import choose_qparams, dequantize_weight, quantize
 from moeq.quant.learned import (
     Latent,
     LearnedSpec,
+    WeightOf,
     block_error,
     close_latent,
     latent_weight,
@@ -105,6 +106,60 @@ def test_gradients_are_those_of_the_grid_without_rounding() -> None:
     torch.testing.assert_close(latent.log_EOG.grad, (2 * real_EOGS.square()).sum(-1))
 
 
+def reference_soft_level(u: Tensor, softness: float, highest: int) -> Tensor:
+    """Mean of the codes within the grid that are at most one from the nearest, level by level; differentiable."""
+    means = []
+    for level in u.flatten():
+        nearest = min(max(round(level.item()), 0), highest)
+        codes = [code for code in (nearest - 1, nearest, nearest + 1) if 0 <= code <= highest]
+        preference = torch.stack([-((level - code) ** 2) / (2 * softness) for code in codes])
+        means.append((preference.softmax(0) * torch.tensor(codes, dtype=u.dtype)).sum())
+    return torch.stack(means).view(u.shape)
+
+
+@pytest.mark.parametrize("softness", [0.4, 0.05, 1e-3])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_soft_level_is_the_mean_of_the_codes_around_it_and_so_is_its_gradient(
+    grid: GridSpec, softness: float
+) -> None:
+    latent = opened(weights()[:1], grid, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    latent.level_EOGS.data.add_(0.3 * torch.randn(latent.level_EOGS.shape, generator=generator))
+    latent.level_EOGS.data.clamp_(-0.49, 2**grid.bits - 0.51)
+    u = latent.level_EOGS.detach().double().requires_grad_()
+    level_EOGS = reference_soft_level(u, softness, 2**grid.bits - 1)
+    offset = 2 ** (grid.bits - 1) if latent.zero_point_EOG is None else latent.zero_point_EOG.unsqueeze(-1)
+    wanted_EOI = ((level_EOGS - offset) * latent.scale_EOG.unsqueeze(-1)).flatten(2)
+    pull_EOI = torch.randn(wanted_EOI.shape, generator=generator)
+    (wanted_EOI * pull_EOI).sum().backward()
+    found_EOI = latent_weight(latent, softness)
+    torch.testing.assert_close(found_EOI, wanted_EOI.float(), rtol=1e-4, atol=1e-5)
+    (found_EOI * pull_EOI).sum().backward()
+    assert latent.level_EOGS.grad is not None
+    assert u.grad is not None
+    torch.testing.assert_close(latent.level_EOGS.grad, u.grad.float(), rtol=1e-3, atol=1e-4 / softness)
+
+
+def test_what_is_soft_ends_on_the_codes() -> None:
+    latent = opened(weights(), GRIDS[0])
+    torch.testing.assert_close(latent_weight(latent, 1e-6), latent_weight(latent))
+    apart = [(latent_weight(latent, softness) - latent_weight(latent)).norm() for softness in (0.4, 0.1, 0.02)]
+    assert apart[0] > apart[1] > apart[2] > 0
+
+
+def test_softness_falls_linearly_to_nothing() -> None:
+    latent = opened(weights(), GRIDS[0])
+    seen: list[Tensor] = []
+
+    def backward(_: int, weight_of: WeightOf) -> None:
+        seen.append(weight_of(latent).detach())
+        latent_weight(latent).sum().backward()
+
+    learn([latent], backward, 2, LearnedSpec(num_steps=4, level_rate=0.0, scale_rate=0.0, softness=0.4))
+    for softness, found_EOI in zip((0.4, 0.3, 0.2, 0.1), seen, strict=True):
+        torch.testing.assert_close(found_EOI, latent_weight(latent, softness))
+
+
 def learned_error(spec: LearnedSpec) -> tuple[float, float]:
     """Output error of two stacked linears in a row, before and after learning."""
     generator = torch.Generator().manual_seed(0)
@@ -114,12 +169,12 @@ def learned_error(spec: LearnedSpec) -> tuple[float, float]:
     grid = GridSpec(3, 8)
     latents = [opened(w, grid) for w in (first_EOI, second_EOI)]
 
-    def error(part: slice = slice(None)) -> Tensor:
-        first, second = (latent_weight(latent) for latent in latents)
+    def error(part: slice = slice(None), weight_of: WeightOf = latent_weight) -> Tensor:
+        first, second = map(weight_of, latents)
         return ((x_ETI[:, part] @ first.mT).relu() @ second.mT - wanted_ETO[:, part]).square().mean()
 
     before = float(error().detach())
-    learn(latents, lambda batch: error(slice(16 * batch, 16 * batch + 16)).backward(), 4, spec)
+    learn(latents, lambda batch, weight_of: error(slice(16 * batch, 16 * batch + 16), weight_of).backward(), 4, spec)
     return before, float(error().detach())
 
 
@@ -129,7 +184,7 @@ def test_learning_lowers_an_error_that_spans_two_linears() -> None:
 
 
 def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
-    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.0, 0.002)):
+    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.03, 0.0, softness=0.33), LearnedSpec(60, 0.0, 0.002)):
         before, after = learned_error(spec)
         assert after < before
     before, after = learned_error(LearnedSpec(20, 0.0, 0.0))
@@ -140,7 +195,7 @@ def test_every_batch_is_seen_before_any_is_seen_again() -> None:
     latent = opened(weights(), GRIDS[0])
     seen: list[int] = []
 
-    def backward(batch: int) -> None:
+    def backward(batch: int, _: WeightOf) -> None:
         seen.append(batch)
         latent_weight(latent).sum().backward()
 
@@ -151,12 +206,14 @@ def test_every_batch_is_seen_before_any_is_seen_again() -> None:
 
 def test_levels_stay_near_the_grid() -> None:
     latent = opened(weights(), GRIDS[1])
-    learn([latent], lambda _: (1e6 * latent_weight(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
+    learn([latent], lambda *_: (1e6 * latent_weight(latent)).sum().backward(), 1, LearnedSpec(50, 0.9, 0.0))
     assert float(latent.level_EOGS.detach().min()) >= -0.5
     assert isinstance(latent, Latent)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_steps", 0), ("level_rate", -1.0), ("scale_rate", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_steps", 0), ("level_rate", -1.0), ("scale_rate", 1.0), ("softness", 1.5)]
+)
 def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         LearnedSpec(**{name: value})

@@ -14,7 +14,7 @@ from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams
 from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec, SolveSpec
-from tests.quant.obq import GRIDS, SOLVES, output_error, problem, reference_obq, rounded
+from tests.quant.obq import GRID_NAMES, GRIDS, SOLVES, output_error, problem, reference_obq, rounded
 
 WIDE_ROWS = 1100  # more than FEW_ROWS: a stack of an expert of every real model
 
@@ -34,13 +34,13 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     counts, linear = Spy(), torch.nn.functional.linear
     round_one, round_together = sweep._round_one, sweep._round_together
 
-    def counted_one(*args: Any) -> None:
+    def counted_one(*args: Any, **more: Any) -> None:
         counts.alone += 1
-        round_one(*args)
+        round_one(*args, **more)
 
-    def counted_together(*args: Any) -> None:
+    def counted_together(*args: Any, **more: Any) -> None:
         counts.together += 1
-        round_together(*args)
+        round_together(*args, **more)
 
     def counted_linear(left: Tensor, *rest: Any) -> Tensor:
         counts.by_onednn += left.is_mkldnn
@@ -53,7 +53,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_weights_of_many_rows_go_one_expert_at_a_time_and_agree_with_obq(
     grid: GridSpec, solve: SolveSpec, spy: Spy
 ) -> None:
@@ -96,7 +96,7 @@ def test_large_products_through_onednn_give_the_codes_of_the_other_path(
 
 
 @pytest.mark.parametrize("solve", SOLVES, ids=["act_order", "in_order"])
-@pytest.mark.parametrize("grid", GRIDS, ids=["channel", "group16", "group24"])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_NAMES)
 def test_how_many_experts_advance_together_does_not_matter(
     grid: GridSpec, solve: SolveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

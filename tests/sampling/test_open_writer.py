@@ -111,6 +111,7 @@ def test_sizes_are_told_from_shapes(tmp_path: Path) -> None:
     found = writer_sizes(away, CPU, **given)
     assert found == writer_sizes(here, CPU, **given)
     assert found.original == sum(tensor.nbytes for tensor in (*here.model.parameters(), *here.model.buffers()))
-    assert found.packed == {"packed8": packed_bytes(here, 8), "packed4": packed_bytes(here, 4)}
+    # A prepared model may be a twentieth larger.
+    assert found.packed == {f"packed{bits}": int(1.05 * packed_bytes(here, bits)) for bits in (8, 4)}
     assert found.packed["packed4"] < found.packed["packed8"] < found.original
     assert found.on_host

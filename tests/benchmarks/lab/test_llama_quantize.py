@@ -30,19 +30,39 @@ def test_mixtures_have_the_size_of_the_files_that_llama_quantize_wrote_of_the_bu
     total = stored = 0.0
     for block in range(4):
         for name, (in_features, numel) in _TENSORS.items():
-            kind = type_of(f"blk.{block}.{name}.weight", in_features, mixture, 4)
+            kind = type_of(f"blk.{block}.{name}.weight", in_features, mixture, 4, 16)
             total, stored = total + numel, stored + numel * _BITS[kind]
     assert round(stored / total, 2) == bits
 
 
+# In a model of eight experts values and keys are Q8_0 and outputs Q5_K, but for the plain types.
+@pytest.mark.parametrize(
+    ("mixture", "kinds"),
+    [
+        (
+            "Q2_K",
+            {"attn_q": "Q2_K", "attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K", "ffn_down_exps": "Q3_K"},
+        ),
+        (
+            "Q4_0",
+            {"attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q4_0", "ffn_down_exps": "Q4_0"},
+        ),
+        ("IQ2_XS", {"attn_k": "Q4_K", "attn_v": "Q4_K", "attn_output": "Q5_K", "ffn_down_exps": "IQ2_XS"}),
+        ("IQ4_XS", {"attn_k": "Q8_0", "attn_output": "Q5_K", "ffn_up_exps": "IQ4_XS"}),
+    ],
+)
+def test_eight_experts_have_more_bits_in_attention(mixture: str, kinds: dict[str, str]) -> None:
+    assert {name: type_of(f"blk.1.{name}.weight", 256, mixture, 4, 8) for name in kinds} == kinds
+
+
 def test_more_bits_go_to_both_ends_and_every_third_between() -> None:
-    kinds = [type_of(f"blk.{block}.attn_v.weight", 256, "Q4_K_M", 16) for block in range(16)]
+    kinds = [type_of(f"blk.{block}.attn_v.weight", 256, "Q4_K_M", 16, 16) for block in range(16)]
     assert [block for block, kind in enumerate(kinds) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
 
 
 def test_rows_that_hold_no_256_get_narrower_blocks() -> None:
-    assert type_of("blk.3.ffn_down_exps.weight", 128, "Q4_K_M", 4) == "Q8_0"
-    assert type_of("blk.1.ffn_down_exps.weight", 128, "IQ3_XXS", 4) == "IQ4_NL"
+    assert type_of("blk.3.ffn_down_exps.weight", 128, "Q4_K_M", 4, 16) == "Q8_0"
+    assert type_of("blk.1.ffn_down_exps.weight", 128, "IQ3_XXS", 4, 16) == "IQ4_NL"
 
 
 def test_routers_norms_and_embeddings_stay() -> None:
@@ -61,7 +81,7 @@ def test_bits_are_what_a_file_has_beyond_its_other_parts() -> None:
 def test_importances_choose_the_rounding_of_heavy_columns(tmp_path: Path) -> None:
     import gguf
 
-    _, dense = write_dense("qwen2_moe", tmp_path, moe_intermediate_size=64)
+    _, dense = write_dense("qwen2_moe", tmp_path, moe_intermediate_size=64, num_experts=6)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(dense).tensors}
     weight = {name: np.array(tensor.data) for name, tensor in tensors.items()}
     heavy = {name: torch.ones(values.shape[0] if values.ndim == 3 else 1, values.shape[-1])

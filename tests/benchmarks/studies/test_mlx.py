@@ -1,5 +1,6 @@
 """Which folders the study of MLX asks for, and how mlx-lm's own are made and counted."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,26 +8,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.lab.files import tensor_bytes
 from benchmarks.lab.study import MODEL
 from benchmarks.studies.mlx import (
     BUDGETS,
+    DWQ,
+    MLX_GPTQ,
     MLX_LM,
     OWN,
     RECIPES,
     WIDTHS,
     Mlx,
     is_quantized,
-    tensor_bytes,
     write_dense,
     write_mlx_lm,
 )
 from moeq.checkpoint.loading import load_model
+from tests.tiny import save_tiny
 
 
-def test_moeq_comes_for_every_seed_and_mlx_lm_which_uses_no_data_once() -> None:
+def test_what_uses_data_comes_for_every_seed_and_rounding_to_nearest_once() -> None:
     found = Counter((case.quantizer, case.kind) for case in Mlx(Mlx.parser().parse_args([])).cases())
+    learned = [*((DWQ, kind) for kind in WIDTHS), (MLX_GPTQ, "2 bits"), (MLX_GPTQ, "4 bits")]
     assert found == {
-        **{(MLX_LM, kind): 1 for kind in (*WIDTHS, *RECIPES)}, **{(OWN, f"{budget:g}"): 3 for budget in BUDGETS}
+        **{(MLX_LM, kind): 1 for kind in (*WIDTHS, *RECIPES)}, **dict.fromkeys(learned, 3),
+        **{(OWN, f"{budget:g}"): 3 for budget in BUDGETS},
     }  # fmt: skip
 
 
@@ -53,3 +59,10 @@ def test_folders_of_mlx_lm_differ_from_the_dense_one_in_the_weights_of_blocks_al
         kept = {name for name, tensor in written.items() if tensor.dtype == torch.bfloat16 and name in dense}
         assert all(torch.equal(written[name], dense[name]) for name in kept)
         assert {name for name in dense if "layers" not in name or ".mlp.gate." in name} <= kept
+
+
+def test_a_tied_head_is_no_tensor_where_mlx_lm_has_one(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "source", tie_word_embeddings=True)
+    write_dense(load_model(str(tmp_path / "source")), tmp_path / "source", tmp_path / "dense")
+    assert "lm_head.weight" not in load_file(tmp_path / "dense" / "model.safetensors")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["tie_word_embeddings"]

@@ -10,6 +10,8 @@ from benchmarks.lab.study import Study
 from benchmarks.speed import evaluation, sampling, solve
 from benchmarks.studies.allocation import Allocation
 from benchmarks.studies.calibration_data import CalibrationData
+from benchmarks.studies.gguf import Gguf
+from benchmarks.studies.mlx import Mlx
 from benchmarks.studies.peers import Peers
 from benchmarks.studies.quantizers import Quantizers
 from benchmarks.studies.writers import Writers
@@ -29,6 +31,9 @@ def read(stem: str) -> tuple[dict, str]:
         (Allocation, "allocation_reference", {"label": "reference", "folder": Path("runs")}),
         (Allocation, "allocation_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Peers, "peers", {}),
+        (Gguf, "gguf", {"label": "reference", "folder": Path("runs")}),
+        (Gguf, "gguf_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
+        (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
         (Writers, "writers_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
     ],
