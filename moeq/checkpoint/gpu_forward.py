@@ -39,16 +39,19 @@ def stacks_of(experts: PackedExperts) -> Stacks | None:
     experts.stacks = None
     by_leaf = {}
     for leaf in projections(experts):
-        forms = [getattr(getattr(expert, leaf), "form", None) for expert in experts]
+        found = [getattr(getattr(expert, leaf), "form", None) for expert in experts]
+        forms = [form for form in found if isinstance(form, KernelForm)]
+        if len(forms) < len(found):
+            return None
         groups: dict[tuple[int, int | None, bool], list[int]] = defaultdict(list)
         for index, form in enumerate(forms):
-            if not isinstance(form, KernelForm):
-                return None
             groups[form.frame.bits, form.frame.group_size, form.stack.symmetric].append(index)
         by_leaf[leaf] = [
             (torch.tensor(chosen, device=forms[0].matrix.packed_OW.device), stacked([forms[e] for e in chosen]))
             for chosen in groups.values()
         ]
+    if not isinstance(first, KernelForm):
+        return None
     experts.stacks = Stacks(first, by_leaf)
     return experts.stacks
 

@@ -205,6 +205,8 @@ class PackedExperts(nn.ModuleList):
         experts: One expert per index.
     """
 
+    config: Any  # of the source, among its plain settings
+
     def __init__(self, source: nn.Module, experts: Sequence[PackedExpert]) -> None:
         super().__init__(experts)
         # Plain settings that the family's gate function may read (limits, slopes), and the interface's own.
