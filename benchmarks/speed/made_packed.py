@@ -5,17 +5,19 @@ Scales are those of weights with a standard deviation of 0.02, so that activatio
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from moeq.checkpoint.forms import Form, Maker
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
-from moeq.checkpoint.packed import PackedExpert, PackedExperts, PackedLinear
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.export.moeq_format import write_checkpoint
@@ -45,11 +47,16 @@ def drawn_weight(rows: int, columns: int, grid: PackedFormat) -> QuantizedWeight
     return QuantizedWeight(codes_OI, scale_OG.bfloat16(), zero_OG, grid.bits, grid.group_size)
 
 
+@cache
+def drawn_tensors(rows: int, columns: int, grid: PackedFormat) -> dict[str, Tensor]:
+    """Tensors of one drawn weight of a shape and grid."""
+    return packed_tensors(drawn_weight(rows, columns, grid))
+
+
 def fill(layer: PackedLinear) -> None:
-    """Give a packed linear (on the meta device) a drawn weight."""
-    weight = drawn_weight(layer.out_features, layer.in_features, layer.grid)
-    for name, tensor in packed_tensors(weight).items():
-        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+    """Give a packed linear (on the meta device) a copy of the drawn weight of its shape."""
+    for name, tensor in drawn_tensors(layer.out_features, layer.in_features, layer.grid).items():
+        setattr(layer, name, nn.Parameter(tensor.clone(), requires_grad=False))
 
 
 @torch.no_grad()
@@ -62,20 +69,24 @@ def dense_experts(config: Qwen3MoeConfig) -> Qwen3MoeExperts:
     return experts.requires_grad_(False)
 
 
-def packed_experts(dense: nn.Module, grid: PackedFormat) -> PackedExperts:
-    """Packed experts of the shape of ``dense``, with weights of their own."""
+def prepared_experts(dense: nn.Module, grid: PackedFormat, maker: Maker) -> PackedExperts:
+    """Packed experts of the shape of ``dense`` in a form, each with a copy of one drawn weight."""
+    made: dict[tuple[int, int], Form] = {}
     experts = []
     for expert in range(int(dense.num_experts)):  # type: ignore[arg-type]
         layers: dict[str, nn.Module] = {}
         for leaf in projections(dense):
-            rows, columns = expert_weight(dense, expert, leaf).shape
+            shape = tuple(expert_weight(dense, expert, leaf).shape)
+            if shape not in made:
+                made[shape] = maker(drawn_weight(*shape, grid))
             with torch.device("meta"):
-                layer = PackedLinear(columns, rows, grid, torch.bfloat16)
-            fill(layer)
+                layer = PackedLinear(shape[1], shape[0], grid, torch.bfloat16)
+            layer.hold(copy.deepcopy(made[shape]), maker)
             layers[leaf] = layer
         experts.append(PackedExpert(**layers))
     packed = PackedExperts(dense, experts)
     packed.config = copy.copy(dense.config)
+    packed.config._experts_implementation = IMPLEMENTATION
     return packed
 
 

@@ -27,11 +27,11 @@ from transformers import Qwen3MoeConfig
 
 from benchmarks.lab.study import Study
 from benchmarks.lab.tables import Row, markdown
-from benchmarks.speed.made_packed import LARGE_BLOCK, dense_experts, drawn_weight, packed_experts
+from benchmarks.speed.made_packed import LARGE_BLOCK, dense_experts, drawn_weight, prepared_experts
 from benchmarks.speed.packed_decode import decode_row, decode_table
 from moeq.checkpoint.forms import Maker
 from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm
-from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
+from moeq.checkpoint.packed import PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat
 
 PARTS = ("block", "weight", "decode")
@@ -99,7 +99,7 @@ class PackedSpeed(Study[Case]):
     @cached_property
     def _experts(self) -> dict[str, nn.Module]:
         dense = dense_experts(Qwen3MoeConfig(**LARGE_BLOCK | {"num_experts": self.options.experts}))
-        return {"bfloat16": dense} | {name: prepared(dense, *SIDES[name]) for name in self.options.sides}
+        return {"bfloat16": dense} | {name: _prepared(dense, name) for name in self.options.sides}
 
     def _time_block(self, tokens: int, turns: int) -> Row:
         dense, packed = self._experts["bfloat16"], dict(self._experts)
@@ -134,16 +134,6 @@ def in_turn(sides: Mapping[str, Callable[[], object]], turns: int) -> dict[str, 
     return found
 
 
-def prepared(dense: nn.Module, bits: int, maker: Maker) -> PackedExperts:
-    """Experts of drawn codes in a form."""
-    experts = packed_experts(dense, PackedFormat(bits, GROUP, symmetric=False))
-    for layer in experts.modules():
-        if isinstance(layer, PackedLinear):
-            layer.prepare(maker)
-    experts.config._experts_implementation = IMPLEMENTATION
-    return experts
-
-
 def time_weight(shape: tuple[int, int], rows: int, turns: int) -> Row:
     """Seconds of the operation, of the dequantized product, and of a dense one."""
     form = NibbleForm.of(drawn_weight(*shape, PackedFormat(4, GROUP, symmetric=False)))
@@ -156,6 +146,11 @@ def time_weight(shape: tuple[int, int], rows: int, turns: int) -> Row:
         },
         turns,
     )
+
+
+def _prepared(dense: nn.Module, side: str) -> PackedExperts:
+    bits, maker = SIDES[side]
+    return prepared_experts(dense, PackedFormat(bits, GROUP, symmetric=False), maker)
 
 
 def _run_dense(experts: nn.Module, implementation: str, tokens: int) -> None:

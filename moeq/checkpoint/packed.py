@@ -94,10 +94,15 @@ class PackedLinear(nn.Module):
     def _take_form(self) -> Form:
         if self.form is None:
             assert self._make_form is not None
-            self.form = self._make_form(self.quantized())
-            for name in PARTS:
-                setattr(self, name, None)
+            self.hold(self._make_form(self.quantized()), self._make_form)
+        assert self.form is not None
         return self.form
+
+    def hold(self, form: Form, make_form: Maker) -> None:
+        """Hold a form that was made already, instead of the tensors of the file."""
+        self.form, self._make_form = form, make_form
+        for name in PARTS:
+            setattr(self, name, None)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
@@ -239,7 +244,8 @@ class PackedExperts(nn.ModuleList):
         Returns:
             [N, D], in the dtype of the hidden states.
         """
-        if self.config._experts_implementation == IMPLEMENTATION:
+        config: Any = self.config
+        if config._experts_implementation == IMPLEMENTATION:
             fast: Tensor = ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION](self, hidden_states, top_k_index, top_k_weights)
             return fast
         # Not every loop knows slots of other ranks.

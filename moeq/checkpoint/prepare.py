@@ -109,7 +109,7 @@ def _with_room(model: PreTrainedModel, layers: dict[str, PackedLinear], room_byt
         extra = extra_bytes(packed)
         if extra is not None:
             prices.append((extra / (layer.in_features * layer.out_features * active.get(name, 1.0)), extra, name))
-    taken, names = 0.0, set()
+    taken, names = 0.0, set[str]()
     for _, extra, name in sorted(prices, key=lambda price: price[0]):
         if taken + extra <= room_bytes:
             taken += extra
