@@ -7,7 +7,9 @@ Shapes: N tokens, K top-k, S = N K rows, D hidden, O outputs of a projection, E 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,23 +39,22 @@ def stacks_of(experts: PackedExperts) -> Stacks | None:
     if experts.stacks is not None and experts.stacks.made_of is first:
         return experts.stacks
     experts.stacks = None
-    by_leaf = {}
-    for leaf in projections(experts):
-        found = [getattr(getattr(expert, leaf), "form", None) for expert in experts]
-        forms = [form for form in found if isinstance(form, KernelForm)]
-        if len(forms) < len(found):
-            return None
-        groups: dict[tuple[int, int | None, bool], list[int]] = defaultdict(list)
-        for index, form in enumerate(forms):
-            groups[form.frame.bits, form.frame.group_size, form.stack.symmetric].append(index)
-        by_leaf[leaf] = [
-            (torch.tensor(chosen, device=forms[0].matrix.packed_OW.device), stacked([forms[e] for e in chosen]))
-            for chosen in groups.values()
-        ]
-    if not isinstance(first, KernelForm):
+    forms = {
+        leaf: [getattr(getattr(expert, leaf), "form", None) for expert in experts] for leaf in projections(experts)
+    }
+    if not isinstance(first, KernelForm) or not all(isinstance(f, KernelForm) for each in forms.values() for f in each):
         return None
-    experts.stacks = Stacks(first, by_leaf)
+    experts.stacks = Stacks(first, {leaf: _by_grid(each) for leaf, each in forms.items()})
     return experts.stacks
+
+
+def _by_grid(forms: Sequence[Any]) -> list[tuple[Tensor, PackedStack]]:
+    """One projection of all experts as one stack for each grid."""
+    groups: dict[tuple[int, int | None, bool], list[int]] = defaultdict(list)
+    for index, form in enumerate(forms):
+        groups[form.frame.bits, form.frame.group_size, form.stack.symmetric].append(index)
+    device = forms[0].matrix.packed_OW.device
+    return [(torch.tensor(chosen, device=device), stacked([forms[e] for e in chosen])) for chosen in groups.values()]
 
 
 def forward_by_kernel(
