@@ -1,1 +1,1 @@
-"""End-to-end tuning: what is left free in a quantized model learns to predict what the original predicts."""
+"""A whole quantized model learns what the original predicts."""
