@@ -76,17 +76,18 @@ def prepared_experts(dense: nn.Module, grid: PackedFormat, maker: Maker) -> Pack
     for expert in range(int(dense.num_experts)):  # type: ignore[arg-type]
         layers: dict[str, nn.Module] = {}
         for leaf in projections(dense):
-            shape = tuple(expert_weight(dense, expert, leaf).shape)
-            if shape not in made:
-                made[shape] = maker(drawn_weight(*shape, grid))
+            rows, columns = expert_weight(dense, expert, leaf).shape
+            if (rows, columns) not in made:
+                made[rows, columns] = maker(drawn_weight(rows, columns, grid))
             with torch.device("meta"):
-                layer = PackedLinear(shape[1], shape[0], grid, torch.bfloat16)
-            layer.hold(copy.deepcopy(made[shape]), maker)
+                layer = PackedLinear(columns, rows, grid, torch.bfloat16)
+            layer.hold(copy.deepcopy(made[rows, columns]), maker)
             layers[leaf] = layer
         experts.append(PackedExpert(**layers))
     packed = PackedExperts(dense, experts)
-    packed.config = copy.copy(dense.config)
-    packed.config._experts_implementation = IMPLEMENTATION
+    config: Any = copy.copy(dense.config)
+    config._experts_implementation = IMPLEMENTATION
+    packed.config = config
     return packed
 
 
