@@ -137,7 +137,8 @@ def logged(folder: Path) -> dict[str, float]:
 
 # What an edit needs runs the short ones.
 LONG_CONFIGS = (
-    "moequant_best_w3", "moequant_learned_w3", "moequant_awq_w4", "quantmoe_predictor", "quantmoe_outlier",
+    "moequant_best_w2", "moequant_best_w3", "moequant_best_w4", "moequant_learned_w3", "moequant_awq_w4",
+    "quantmoe_predictor", "quantmoe_outlier",
     "gguf_mixed", "mlx_mixed", "gguf_q3k",
 )  # fmt: skip
 

@@ -1,0 +1,196 @@
+"""How many bits the same divergence takes: recipes of moeq from 2 to 4 bits on average, beside other quantizers.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.one_bit_less --json benchmarks/results/one_bit_less.json
+    ... --models runs/mixtral_moe/model    # after make mixtral-model
+    ... --tasks-dir DATA                   # tasks as well, from the folder that docs/tasks.md describes
+
+Every case is the command that a user types, ``main.py fit`` with a configuration of ``configs/``, in a process of its
+own; its export is loaded like any model and compared with the original on four domains.  Rows of other quantizers are
+those of ``benchmarks.studies.peers``: with the mixture of the evaluated domains, and with what the model wrote.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import yaml
+
+from benchmarks.lab.provenance import ROOT
+from benchmarks.lab.study import MODEL, Study
+from benchmarks.lab.tables import Row
+from benchmarks.lab.yardstick import Yardstick
+from benchmarks.studies.one_bit_less_report import bars, table
+from moeq.checkpoint.loading import load_model
+from moeq.report.results import read_results
+
+BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration and what is changed in it.
+
+    Attributes:
+        config: File of ``configs/``; ``{bits}`` is the nearest of 2, 3 and 4.
+        uniform: Has one width for all weights, so that it exists at whole bits only; else a budget is allocated.
+        without: Steps that are taken out.
+        data, model: Settings that are changed.
+        seeded: Whether the data are drawn by a seed.
+    """
+
+    config: str
+    uniform: bool = True
+    without: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    seeded: bool = True
+
+
+RECIPES: dict[str, Recipe] = {
+    "RTN": Recipe("rtn_w3.yaml", seeded=False),
+    "GPTQ (prose)": Recipe("gptq_text_w3.yaml"),
+    "MoEQuant as in the paper": Recipe(
+        "moequant_w3.yaml", without=("RouterCalibration",), data={"mode": "paper"}, model={"damping": 0.01}
+    ),
+    "moeq, default": Recipe("moequant_w3.yaml"),
+    "moeq, allocated": Recipe("moequant_allocated_w3.yaml", uniform=False),
+    "moeq, best": Recipe("moequant_best_w{bits}.yaml", uniform=False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fit."""
+
+    seed: int
+    model: str
+    bits: float
+    recipe: str
+
+
+class OneBitLess(Study[Case]):
+    """Every recipe at every budget."""
+
+    title = "One bit less"
+    legend = (
+        "KL to the original in nats per token, mean and worst of four domains of 32 windows of 256 tokens, +- over seeds; "
+        "bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. Seconds "
+        "(processor and wall) and peak of resident memory are of the whole fit command, its sampling, export and "
+        "verification included; those of other quantizers as they report them."
+    )
+    quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--models", nargs="+", default=[MODEL], help="folders of models with the bundled tokenizer")
+        parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), choices=BUDGETS)
+        parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
+        parser.add_argument("--tasks", nargs="+", default=["sums"], help="of docs/tasks.md")
+        parser.add_argument("--tasks-dir", type=Path, help="their data; without it only sums, which are bundled")
+        parser.add_argument("--documents", type=int, default=1000, help="of each task")
+        parser.add_argument(
+            "--peers", type=Path, nargs="*", default=[Path("benchmarks/results/peers.json")], help="rows to compare with"
+        )
+
+    def cases(self) -> list[Case]:
+        o = self.options
+        every = [
+            Case(seed, model, bits, recipe)
+            for model in o.models for seed in o.seeds for bits in o.budgets for recipe in o.recipes
+        ]  # fmt: skip
+        return [case for case in every if self._exists(case)]
+
+    def _exists(self, case: Case) -> bool:
+        recipe = RECIPES[case.recipe]
+        once = recipe.seeded or case.seed == self.options.seeds[0]
+        return once and (not recipe.uniform or case.bits == int(case.bits))
+
+    def measure(self, case: Case) -> Row:
+        with TemporaryDirectory(dir=self.options.folder) as temporary:
+            folder = Path(temporary)
+            config = folder / "config.yaml"
+            config.write_text(yaml.safe_dump(configuration(case, folder), sort_keys=False), encoding="utf8")
+            cost = run_measured(["fit", "--config", str(config)])
+            export = folder / "export"
+            domains = measure_of(case.model).row(load_model(str(export), "auto"))
+            return {**cost, "domains": domains, **self._tasks(export, folder)}
+
+    def _tasks(self, export: Path, folder: Path) -> Row:
+        """Sizes and accuracies of tasks, by ``main.py validate``."""
+        o = self.options
+        tasks, data = (o.tasks, o.tasks_dir) if o.tasks_dir else (["sums"], ROOT / "assets/reference-moe/texts")
+        run_measured([
+            "validate", "--config", "configs/eval_moequant.yaml", "--model.name", str(export),
+            "--data.data_dir", str(data), "--data.tasks", json.dumps(tasks), "--data.num_documents", str(o.documents),
+            "--trainer.default_root_dir", str(folder / "tasks"),
+        ])  # fmt: skip
+        row = read_results(folder / "tasks" / "results.json")[0]
+        accuracy = dict(row.accuracy or {})
+        if row.exact_match is not None:
+            accuracy["sums"] = row.exact_match
+        return {"average_bits": row.average_bits, "bytes": row.bytes, "accuracy": accuracy}
+
+    def report(self, rows: Sequence[Row]) -> str:
+        peers = [row for path in self.options.peers for row in json.loads(path.read_text())["rows"]]
+        models = dict.fromkeys(row["model"] for row in rows)
+        parts = []
+        for model in models:
+            own = [row for row in rows if row["model"] == model]
+            others = [row for row in peers if row.get("model", MODEL) == model and row["group"] == 64]
+            parts.append(f"## {model}\n\n{bars(own, others)}\n{table(own, others)}")
+        return "\n".join(parts)
+
+
+@cache
+def measure_of(model: str) -> Yardstick:
+    """The evaluation texts with the logits of an original."""
+    return Yardstick(model)
+
+
+def configuration(case: Case, folder: Path) -> dict[str, Any]:
+    """The configuration of a case: that of its recipe with another model, budget, seed and run folder."""
+    recipe = RECIPES[case.recipe]
+    nearest = min(4, max(2, round(case.bits + 1e-3)))
+    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / recipe.config.format(bits=nearest)).read_text())
+    steps = [step for step in config["trainer"]["callbacks"] if step["class_path"] not in recipe.without]
+    config["trainer"] |= {"default_root_dir": str(folder), "callbacks": steps, "enable_progress_bar": False}
+    config["model"] |= {"name": case.model, **recipe.model}
+    if recipe.uniform:
+        config["model"]["bits"] = int(case.bits)
+    else:
+        next(step for step in steps if step["class_path"] == "BitAllocation")["init_args"]["budget"] = case.bits
+    config["data"]["init_args"] |= {"seed": case.seed, **recipe.data}
+    return config
+
+
+def run_measured(args: Sequence[str]) -> Row:
+    """Run ``main.py`` in a process of its own; seconds and peak memory of it.
+
+    Raises:
+        RuntimeError: It failed; the end of what it printed is in the message.
+    """
+    start = time.perf_counter()
+    with TemporaryDirectory() as temporary, (Path(temporary) / "log").open("w+") as log:
+        process = subprocess.Popen([sys.executable, "main.py", *args], stdout=log, stderr=log, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"main.py {' '.join(args)} failed:\n{log.read()[-2000:]}")
+    return {
+        "seconds": time.perf_counter() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1024,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    OneBitLess.main()
