@@ -82,7 +82,7 @@ class OneBitLess(Study[Case]):
 
     title = "One bit less"
     legend = (
-        "KL to the original in nats per token, mean and worst of four domains (32 windows of 256 tokens), +- over seeds; "
+        "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over seeds; "
         "bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. Seconds "
         "(processor and wall) and peak of resident memory are of the whole fit command, its sampling, export and "
         "verification included; those of other quantizers as they report them."
