@@ -82,7 +82,7 @@ class OneBitLess(Study[Case]):
 
     title = "One bit less"
     legend = (
-        "KL to the original in nats per token, mean and worst of four domains of 32 windows of 256 tokens, +- over seeds; "
+        "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over seeds; "
         "bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. Seconds "
         "(processor and wall) and peak of resident memory are of the whole fit command, its sampling, export and "
         "verification included; those of other quantizers as they report them."
@@ -98,7 +98,11 @@ class OneBitLess(Study[Case]):
         parser.add_argument("--tasks-dir", type=Path, help="their data; without it only sums, which are bundled")
         parser.add_argument("--documents", type=int, default=1000, help="of each task")
         parser.add_argument(
-            "--peers", type=Path, nargs="*", default=[Path("benchmarks/results/peers.json")], help="rows to compare with"
+            "--peers",
+            type=Path,
+            nargs="*",
+            default=[Path("benchmarks/results/peers.json")],
+            help="rows to compare with",
         )
 
     def cases(self) -> list[Case]:

@@ -63,9 +63,8 @@ def table(own: Sequence[Row], others: Sequence[Row]) -> str:
     """Every recipe and the best other quantizers, by bits."""
     domains = list(own[0]["domains"])
     tasks = list(dict.fromkeys(name for row in own for name in row.get("accuracy", {})))
-    groups: list[tuple[float, str, list[Row]]] = [
-        (bits, recipe, group) for (bits, recipe), group in grouped(own, lambda row: (row["bits"], row["recipe"])).items()
-    ]  # fmt: skip
+    recipes = grouped(own, lambda row: (float(row["bits"]), str(row["recipe"])))
+    groups = [(bits, recipe, group) for (bits, recipe), group in recipes.items()]
     for data, words in DATA.items():
         groups += [(b, f"{o.peer}, on {words}", list(o.rows)) for b, o in best_others(others, data).items()]
     head = ["bits", "with scales", "recipe", "seeds", "mean KL", "worst KL", *(f"ppl {name}" for name in domains)]

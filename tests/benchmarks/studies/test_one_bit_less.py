@@ -13,7 +13,13 @@ PARSER = OneBitLess.parser()
 
 def row(recipe: str, bits: float, kl: float, **values: Any) -> dict[str, Any]:
     domain = {"kl": kl, "nll": 0.0, "router_agreement": 0.9, "top1_agreement": 0.8}
-    given = {"average_bits": bits + 0.3, "cpu_seconds": 50.0, "seconds": 60.0, "peak_mb": 900.0, "accuracy": {"sums": 1.0}}
+    given = {
+        "average_bits": bits + 0.3,
+        "cpu_seconds": 50.0,
+        "seconds": 60.0,
+        "peak_mb": 900.0,
+        "accuracy": {"sums": 1.0},
+    }
     return {"recipe": recipe, "bits": bits, "seed": 0, "domains": {"a": domain}, **given, **values}
 
 
@@ -55,7 +61,12 @@ def test_the_best_other_is_the_one_of_least_divergence_on_its_data() -> None:
 
 def test_the_bar_is_the_best_other_with_one_bit_more_and_in_between_the_mean_of_the_neighbours() -> None:
     others = [peer("x", 3, 0.04), peer("x", 4, 0.01)]
-    own = [row("moeq, best", 2.0, 0.05), row("moeq, best", 2.5, 0.01), row("moeq, best", 3.0, 0.01), row("RTN", 3.0, 1.0)]
+    own = [
+        row("moeq, best", 2.0, 0.05),
+        row("moeq, best", 2.5, 0.01),
+        row("moeq, best", 3.0, 0.01),
+        row("RTN", 3.0, 1.0),
+    ]
     lines = bars(own, others).strip().splitlines()[4:]
     assert lines == [
         "| 2 | 0.0500 | 3 | 0.0400 | 1.25 | no |",
@@ -68,5 +79,6 @@ def test_every_recipe_stands_beside_the_best_other_at_its_bits() -> None:
     lines = table([row("RTN", 3.0, 0.1)], [peer("x", 3, 0.04)]).strip().splitlines()[4:]
     assert lines == [
         "| 3 | 3.30 | RTN | 1 | 0.1000 | 0.1000 | 1.00 | 80.0 | 90.0 | 100.0 | 50 | 60 | 900 |",
-        "| 3 | - | x, on the mixture of the evaluated domains | 1 | 0.0400 | 0.0400 | 1.00 | 80.0 | 90.0 | - | 5 | 6 | 7 |",
+        "| 3 | - | x, on the mixture of the evaluated domains | 1 | 0.0400 | 0.0400 | 1.00 | 80.0 | 90.0 | - "
+        "| 5 | 6 | 7 |",
     ]
