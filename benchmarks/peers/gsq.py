@@ -1,4 +1,4 @@
-"""GSQ's choice of levels as an arm beside learned rounding: ours, written from the paper; nothing of its authors' code.
+"""GSQ's choice of levels as an arm beside learned rounding: ours, with schedules as its authors publish them.
 
 Dadgarnia et al., 2026, arXiv 2604.18556.  Every weight is a mean of levels whose probabilities are learned,
 

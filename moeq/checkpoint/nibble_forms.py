@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat
-from moeq.checkpoint.plane_form import by_weight, frame_of, make_weight, product_dtype, second_code, why_no_planes
-from moeq.kernels.bit_planes import join_planes, split_planes
+from moeq.checkpoint.plane_form import (
+    by_weight,
+    frame_of,
+    joined_zero,
+    make_weight,
+    product_dtype,
+    second_code,
+    why_no_planes,
+)
+from moeq.kernels.bit_planes import split_planes
 from moeq.kernels.crossover import FEW_ROWS
 from moeq.kernels.nibbles import (
     GROUP_SIZES,
@@ -198,16 +206,11 @@ class SqueezedForm:
             packed = reused("packed", (len(widths) * rows, self.columns // 2), torch.uint8)
             for octets, planes, width, each in zip(packed.chunk(len(widths)), self.sets, widths, added, strict=True):
                 spread(planes, width, each, octets)
-        scale_offset_GO2 = _scale_and_offset(self.scale_GO, self._zero(), self.frame, self.columns)
+        scale_offset_GO2 = _scale_and_offset(
+            self.scale_GO, joined_zero(self.zero_planes, self.frame.bits, self.scale_GO), self.frame, self.columns
+        )
         group_size = _operation_group(self.frame.group_size, self.columns)
         return NibbleForm(self.frame, self.columns, group_size, packed, scale_offset_GO2)
-
-    def _zero(self) -> Tensor | None:
-        if not self.zero_planes:
-            return None
-        zero_GO = torch.empty(self.scale_GO.shape, dtype=torch.uint8)
-        join_planes(self.zero_planes, self.frame.bits, zero_GO, torch.empty_like(zero_GO))
-        return zero_GO
 
 
 def why_no_nibbles(

@@ -5,7 +5,7 @@ It is made in a buffer that all weights share, by the reference's formula to the
 Shapes: M rows of the input, O out features, I in features, G groups of a row, S in features of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +62,14 @@ class PlaneForm:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight, [I, O], in the reused buffer: valid until the next one is made."""
         columns = len(self.planes[0])
-        return make_weight(columns, self.frame.bits, self.scale_GO, self._zero(), dtype, self._codes)
+        return make_weight(
+            columns,
+            self.frame.bits,
+            self.scale_GO,
+            joined_zero(self.zero_planes, self.frame.bits, self.scale_GO),
+            dtype,
+            self._codes,
+        )
 
     def _codes(self, part: slice, out_IO: Tensor) -> None:
         join_planes([plane[part] for plane in self.planes], self.frame.bits, out_IO, second_code(out_IO))
@@ -71,7 +78,7 @@ class PlaneForm:
         """The weight as it was given."""
         code_IO = torch.empty(len(self.planes[0]), self.scale_GO.shape[1], dtype=torch.uint8)
         self._codes(slice(None), code_IO)
-        zero_GO = self._zero()
+        zero_GO = joined_zero(self.zero_planes, self.frame.bits, self.scale_GO)
         return replace(
             self.frame,
             codes_OI=code_IO.mT.contiguous(),
@@ -79,12 +86,14 @@ class PlaneForm:
             zero_point_OG=None if zero_GO is None else zero_GO.mT.contiguous(),
         )
 
-    def _zero(self) -> Tensor | None:
-        if not self.zero_planes:
-            return None
-        zero_GO = torch.empty(self.scale_GO.shape, dtype=torch.uint8)
-        join_planes(self.zero_planes, self.frame.bits, zero_GO, torch.empty_like(zero_GO))
-        return zero_GO
+
+def joined_zero(planes: Sequence[Tensor], bits: int, scale_GO: Tensor) -> Tensor | None:
+    """Zero points of planes, uint8 in the shape of the scales; None of a symmetric grid, which has no planes."""
+    if not planes:
+        return None
+    zero_GO = torch.empty(scale_GO.shape, dtype=torch.uint8)
+    join_planes(planes, bits, zero_GO, torch.empty_like(zero_GO))
+    return zero_GO
 
 
 def make_weight(

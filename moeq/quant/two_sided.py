@@ -16,6 +16,8 @@ ones and go together: O + I - 1 steps.
 Descent.  A weight moves to the level that minimises the loss with all others fixed, column by column, in a column row
 by row; rows that stay where they are cost nothing, since all of a column are looked at together until one moves.
 
+No callback uses these yet; what a trial of them found is in benchmarks/LOG.md.
+
 Shapes: E experts, O out features, I in features, N weights of a step.  Scales and zero points are those of each weight.
 """
 
