@@ -83,7 +83,8 @@ class CompressedTensors(Study[Case]):
         "llm-compressor's GPTQ with its defaults (every token to every expert, ranges from minimum and maximum), with "
         "ranges by mean squared error, and rounding to nearest. moeq's folders with a number of bits have the schemes "
         "that the allocator chose for vLLM among 4 bits per channel and in groups of 128, 64 and 32 and 8 bits per "
-        "channel and in groups of 128 and 64 (one survey, on the first set); all by AGQ with refitted routers."
+        "channel and in groups of 128 and 64 (one survey, on the first set); all on full-range symmetric grids by AGQ "
+        "with refitted routers."
     )
     quick: ClassVar = {"seeds": [0], "groups": [64], "budgets": [], "learned": []}
 
@@ -140,7 +141,7 @@ class CompressedTensors(Study[Case]):
             plan, group_size = allocated(float(case.kind), survey), 64
         steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
         steps += [LearnedRounding()] if case.quantizer == OWN_LEARNED else []
-        settings |= {"bits": 4, "group_size": group_size, "symmetric": True}
+        settings |= {"bits": 4, "group_size": group_size, "grid": "full_range"}
         return fit_file(self.ids(case.seed), steps, "compressed-tensors", folder, **settings)
 
     def report(self, rows: Sequence[Row]) -> str:
@@ -163,7 +164,7 @@ def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
     if not path.is_file():
         spec = SurveySpec(
             costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-            grid=GridSpec(4, 64, symmetric=True),
+            grid=GridSpec(4, 64, symmetric=True, kind="full_range"),
         )  # fmt: skip
         write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 

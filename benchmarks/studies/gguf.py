@@ -72,10 +72,10 @@ class Gguf(Study[Case]):
         "KL to the unquantized model in nats per token, mean over four domains of 8 windows of 256 tokens, +- over "
         "seeds (calibration sets); bits of a quantized weight with scales; bytes of the file, BF16 embedding and head "
         "included. Of {model}. moeq's files with a number of bits have the types that the allocator chose among Q2_0, "
-        "Q2_K, Q3_K, Q4_K, Q4_0, Q5_0 and Q8_0 (one survey, on the first set); those with the name of a K-quant have "
-        "it in every weight but the experts' down projections, which take Q4_0 or Q5_0, as in llama.cpp's files of a "
-        "model whose rows there are too short (the bundled one). All by AGQ with refitted routers. AutoRound with 0 "
-        "steps is its search without tuning."
+        "Q2_K, Q3_K, Q4_K, IQ4_NL, Q4_0, Q5_0 and Q8_0 (one survey, on the first set), full-range where a type has one "
+        "level of scales; those with the name of a K-quant have it in every weight but the experts' down projections, "
+        "which take Q4_0 or Q5_0, as in llama.cpp's files of a model whose rows there are too short (the bundled one). "
+        "All by AGQ with refitted routers. AutoRound with 0 steps is its search without tuning."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "types": ["Q4_0"], "grids": []}
 

@@ -25,7 +25,7 @@ OWN, OWN_LEARNED = "moeq", "moeq, learned"
 DAMPING = 0.1
 # Bits and group size of moeq's grid for a type.
 UNIFORM = {"Q2_0": (2, 64), "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}
-CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "4g32", "5g32", "8g32")
+CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "iq4_nl", "4g32", "5g32", "8g32")
 # The sizes of llama.cpp's files of the bundled model: Q2_K, Q3_K_S, Q3_K_M, Q4_0, Q4_K_S, Q4_K_M; and less.
 BUDGETS = (2.5, 3.19, 3.72, 4.08, 4.5, 4.78, 5.21)
 LEARNED = ("3.19", "4.5")
@@ -47,7 +47,7 @@ def steps_of(kind: str, survey: Path, *, learned: bool) -> tuple[list[Callback],
         learned: Whether the rounding is learned after GPTQ.
     """
     common = {"affinity_power": 1.0, "damping": DAMPING}
-    settings: dict[str, Any] = {**common, "bits": 4, "group_size": 32, "symmetric": True}
+    settings: dict[str, Any] = {**common, "bits": 4, "group_size": 32, "grid": "full_range"}
     if kind in UNIFORM:
         settings["bits"], settings["group_size"] = UNIFORM[kind]
         plan = BitAllocation()
@@ -72,7 +72,7 @@ def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
         return
     spec = SurveySpec(
         costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-        grid=GridSpec(4, 32, symmetric=True),
+        grid=GridSpec(4, 32, symmetric=True, kind="full_range"),
     )  # fmt: skip
     write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 

@@ -77,8 +77,9 @@ class Mlx(Study[Case]):
         "itself and by its recipes (quant_predicate), which are kept from embedding, head and routers: it would round "
         "those, too. "
         "moeq's folders have the widths and groups that the allocator chose among 2 to 6 and 8 bits in groups of 64 "
-        "and 2 to 4 in groups of 128 (one survey, on the first set), symmetric, by AGQ with refitted routers, every "
-        "value exact. Rows of mlx-lm's DWQ, where they stand, learned scales and offsets in 32 steps of 1,024 tokens "
+        "and 2 to 4 in groups of 128 (one survey, on the first set), full-range symmetric, by AGQ with refitted "
+        "routers, every value exact. "
+        "Rows of mlx-lm's DWQ, where they stand, learned scales and offsets in 32 steps of 1,024 tokens "
         "at a rate of 5e-5, by dequantized products, since those with packed weights take a minute on this CPU; rows "
         "of its GPTQ, which knows 2, 4 and 8 bits, have one Hessian for all experts of a projection. Its AWQ knows no "
         "model with experts."
@@ -150,7 +151,7 @@ class Mlx(Study[Case]):
             return folder
         survey = self.options.folder / "survey.json"
         make_survey(survey, self.yardstick.model, calibration_set(self.yardstick, "corpus", 64, 0, survey.parent))
-        settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "symmetric": True}
+        settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "grid": "full_range"}
         settings |= {"group_size": GROUP_SIZE, "model": self.options.model}
         return fit_file(ids_NL, steps_of(case.kind, survey), "mlx", folder, **settings)
 
@@ -175,7 +176,7 @@ def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
     if not path.is_file():
         spec = SurveySpec(
             costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-            grid=GridSpec(4, GROUP_SIZE, symmetric=True),
+            grid=GridSpec(4, GROUP_SIZE, symmetric=True, kind="full_range"),
         )  # fmt: skip
         write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 
