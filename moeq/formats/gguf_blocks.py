@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.formats.e2m1 import exponents, sign_magnitudes
 from moeq.formats.gguf_kquants import k_blocks
 from moeq.quant.carrier import CarrierMode, choose_carrier, recentre, regroup
 from moeq.quant.spec import QuantizedWeight
@@ -131,13 +132,8 @@ def _by_table(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
 
 def _microscaled(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
     """Blocks of MXFP4: the exponent of a scale, and signs with places among the magnitudes."""
-    mantissa_OB, exponent_OB = torch.frexp(weight.scale_OG.float())
-    if not bool(((mantissa_OB == 0.5) | (mantissa_OB == 0.0)).all()):
-        raise ValueError("a scale is no power of two, as MXFP4 has them")
-    place_OBS = _blocks(weight.codes_OI, weight).short() - 7  # the 8th of 15 levels is 0
-    nibble_OBS = torch.where(place_OBS < 0, 8 - place_OBS, place_OBS).to(torch.uint8)
-    octet_OB = (exponent_OB - 1 + 127).clamp_min(0).masked_fill(mantissa_OB == 0, 0).to(torch.uint8)
-    joined: Bytes = torch.cat([octet_OB.unsqueeze(2), _halves(nibble_OBS)], 2).flatten(1).numpy()
+    halves_OBS = _halves(_blocks(sign_magnitudes(weight), weight))
+    joined: Bytes = torch.cat([exponents(weight).unsqueeze(2), halves_OBS], 2).flatten(1).numpy()
     return joined
 
 
