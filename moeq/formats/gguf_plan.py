@@ -14,6 +14,7 @@ from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
 from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor
+from moeq.formats.gguf_nvfp4 import check_scaled, global_scale, scale_name
 from moeq.formats.gguf_pieces import Piece
 from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
 from moeq.models.adapter import find_blocks
@@ -34,6 +35,7 @@ class Planned:
         weights: Canonical names of the weights that it holds, one or those of all experts; none for other tensors.
         tensor: Name in the model of a tensor that is no weight, otherwise "".
         piece: What it is of each of them.
+        scales_of: Canonical names of the weights whose global scales it holds, and nothing else.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Planned:
     weights: tuple[str, ...]
     tensor: str
     piece: Piece
+    scales_of: tuple[str, ...] = ()
 
     @property
     def has_blocks(self) -> bool:
@@ -49,6 +52,8 @@ class Planned:
 
     def values(self, export: PackedExport) -> Iterator[Tensor]:
         """Its values as they are evaluated, one weight after another, in their dtype."""
+        if self.scales_of:
+            yield torch.tensor([global_scale(self.piece.of_codes(export.quantized(name))) for name in self.scales_of])
         for weight_OI in export.weights(self.weights):
             yield self.piece.of_values(weight_OI)
         if self.tensor:
@@ -100,6 +105,7 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         for piece in _pieces(config, family, blocks, stack, ".weight", shape):
             kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
+            planned += _scales(planned[-1], config.model_type)
     for name in other_names(model):
         shape, dtype = tuple(state[name].shape), state[name].dtype
         for piece in _pieces(config, family, blocks, name, "", shape):
@@ -109,6 +115,15 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         head = Piece(_HEAD)
         planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
     return planned
+
+
+def _scales(planned: Planned, family: str) -> list[Planned]:
+    """The tensor of global scales that stands beside a tensor in NVFP4."""
+    if planned.stored.kind != "NVFP4":
+        return []
+    check_scaled(family, planned.name)
+    stored = FileTensor("F32", (len(planned.weights),))
+    return [Planned(scale_name(planned.name), stored, (), "", planned.piece, scales_of=planned.weights)]
 
 
 def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:

@@ -93,6 +93,8 @@ def _own_type(format_name: FormatName, grid: GridSpec, in_features: int) -> Carr
         others = " and ".join(name for name in FORMATS if grid.kind in _NAMED[name])
         raise ValueError(f"{format_name} has no type that holds {grid.label}, a grid of {others}")
     grid.num_groups(in_features)  # raises where rows are no whole blocks
+    if format_name == "gguf" and grid.kind == "nvfp4" and in_features % _NVFP4_BLOCK:
+        raise ValueError(f"gguf has NVFP4 in rows of whole {_NVFP4_BLOCK}, not {in_features}")
     offset: Literal["middle", "real"] = "middle" if grid.symmetric else "real"
     return Carrier(grid.kind.upper(), grid.bits, grid.group_size, offset, grid.stored_kind)
 
@@ -190,9 +192,10 @@ _CHOOSERS: dict[FormatName, Callable[[GridSpec, int, CarrierMode], Carrier | Non
     "mlx": _mlx,
     "gptq": _gptq,
 }
+_NVFP4_BLOCK = 64  # of GGUF
 _NAMED: dict[FormatName, frozenset[str]] = {
     "compressed-tensors": frozenset({"mxfp4", "nvfp4"}),
-    "gguf": frozenset({*TWO_LEVEL, "iq4_nl", "mxfp4"}),
+    "gguf": frozenset({*TWO_LEVEL, *TABLES}),
     "mlx": frozenset(),
     "gptq": frozenset(),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.source import PackedExport
 from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
-from tests.export.rounding import ROUTERS, real_weight, round_weight
+from tests.export.rounding import ROUTERS, real_weight, round_float, round_weight
 from tests.tiny import save_tiny, tiny_tokenizer
 
-Grid = tuple[int, int | None, bool]  # bits, group size, symmetric
+Grid = tuple[int, int | None, bool] | Literal["mxfp4", "nvfp4"]  # bits, group size, symmetric
 IDS = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(3))
 
 
@@ -64,7 +64,7 @@ def write_packed(
             if name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
                 continue
             weight_OI = dense_weight(model, name, experts)
-            quantized[name] = round_weight(weight_OI, *grid)
+            quantized[name] = round_float(weight_OI, grid) if isinstance(grid, str) else round_weight(weight_OI, *grid)
             change(name, quantized[name])
             weight_OI.copy_(real_weight(quantized[name]))
     write_checkpoint(model, tiny_tokenizer(), quantized, folder / "export", metadata={})

@@ -118,4 +118,4 @@ def test_quantized_files_are_read_as_the_codes_that_were_solved(
     file.close()
     # llama.cpp rounds activations to 8 bits, and the embedding and head stay in bfloat16.
     assert divergence(same, found) < 0.01
-    assert divergence(original, same) > 3 * divergence(same, found) or grid[0] == 8
+    assert divergence(original, same) > 3 * divergence(same, found) or kind == "Q8_0"
