@@ -6,7 +6,7 @@
 AGQ on data that the model wrote itself (EBSS, corpus mode, 64 sequences of 256 tokens), and with learned rounding after
 it.  More arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone, or fit the scales to
 the codes afterwards.  Beside 4 bits in
-groups of 32 stand tables of levels, NVFP4 in groups of 16.
+groups of 32 stand tables of levels, NVFP4 in groups of 16; scales of tables are fitted to the codes in every arm.
 """
 
 import argparse
@@ -48,7 +48,7 @@ BY_TABLE = {"IQ4_NL": RUNTIMES["llama.cpp"], "MXFP4": RUNTIMES["vllm"], "NVFP4":
 METHODS = (
     "RTN", "AGQ", "AGQ, ranges by output error", "AGQ, ranges by input energy", "AGQ, refitted scales", "AGQ, learned",
 )  # fmt: skip
-WITHOUT_DATA, WITH_TABLES = METHODS[:1], ("RTN", "AGQ", "AGQ, refitted scales")
+WITHOUT_DATA = METHODS[:1]
 
 
 class RangedGPTQ(GPTQ):
@@ -131,7 +131,7 @@ class Symmetric(Study[Case]):
             for bits in asked.bits
             for group_size in asked.groups
             for grid in asked.grids
-            if grid not in BY_TABLE or ((bits, group_size) == (4, 32) and method in WITH_TABLES)
+            if grid not in BY_TABLE or ((bits, group_size) == (4, 32) and method in METHODS[:2])
         ]
 
     def measure(self, case: Case) -> Row:
