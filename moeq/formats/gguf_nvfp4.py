@@ -16,7 +16,7 @@ from moeq.quant.tables import common_exponent
 
 GROUPS = 4  # of a block
 # Families in which llama.cpp was seen to multiply by the scales (tests/formats/test_gguf_nvfp4.py).
-SCALED = frozenset({"mixtral", "qwen3_moe"})
+SCALED = frozenset({"cohere2_moe", "hy_v3", "mellum", "mixtral", "qwen3_moe"})
 
 
 def check_scaled(family: str, name: str) -> None:

@@ -189,3 +189,14 @@ def test_the_dtype_of_a_model_that_is_narrow_bounds_scales_in_float8() -> None:
     scale_EOG = choose_qparams(weight_EOI, GridSpec.of_kind("nvfp4"), torch.float16).scale_EOG
     assert float(scale_EOG.min()) >= torch.finfo(torch.float16).tiny
     assert common_exponent([scale_EOG]) == -11
+
+
+def test_scales_in_float8_depend_on_their_own_weight_whatever_is_searched_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = GridSpec.of_kind("nvfp4")
+    weight_EOI = torch.cat([WEIGHT_EOI, 1e-4 * WEIGHT_EOI])
+    weight_EOI[:, 0, :16] *= 1e-3  # as far below the largest as scales go
+    alone = [choose_qparams(weight_OI[None], grid, BF16).scale_EOG for weight_OI in weight_EOI]
+    monkeypatch.setattr("moeq.quant.grid.CPU_CHUNK", 80)
+    assert torch.equal(choose_qparams(weight_EOI, grid, BF16).scale_EOG, torch.cat(alone))
