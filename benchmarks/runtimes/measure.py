@@ -16,7 +16,7 @@ from benchmarks.runtimes.exports import (
     write_packed,
 )
 from benchmarks.runtimes.judge import agreement, bound, judge
-from benchmarks.runtimes.opened import Answer, Job, is_kept_from_transformers
+from benchmarks.runtimes.opened import Answer, Job, why_not_transformers
 from benchmarks.runtimes.rounding import rounding_by_token, rounding_of
 from benchmarks.runtimes.runtime import Runtime
 from moeq.checkpoint.loading import DType
@@ -87,9 +87,8 @@ class Measurement:
         rows, given = [], dict(folders)
         if runtime.name == "transformers":
             for cell, folder in folders.items():
-                if is_kept_from_transformers(folder):
+                if (reason := why_not_transformers(folder)) is not None:
                     del given[cell]
-                    reason = "transformers reads one scheme for all experts of a model; config.json stops it"
                     rows.append(_row(cell, runtime, "refused by moeq", reason=reason))
         jobs = [Job(folder, self._source.ids_NL, self._export(cell, runtime)) for cell, folder in given.items()]
         for cell, answer in zip(given, runtime.run(jobs), strict=True):  # the unquantized one comes first

@@ -42,7 +42,7 @@ from moeq.quant.solution import Solution
 
 GRIDS: dict[str, dict[str, Any]] = {
     "asymmetric": {}, "symmetric": {"symmetric": True}, "full-range": {"grid": "full_range"},
-    "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"}, "NVFP4": {"grid": "nvfp4"},
+    "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"}, "NVFP4": {"grid": "nvfp4", "group_size": 16},
 }  # fmt: skip
 BY_TABLE = {"IQ4_NL": RUNTIMES["llama.cpp"], "MXFP4": RUNTIMES["vllm"], "NVFP4": RUNTIMES["vllm"]}  # whose files count
 METHODS = (

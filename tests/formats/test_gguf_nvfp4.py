@@ -45,7 +45,9 @@ def test_the_reader_of_gguf_finds_the_values_times_a_power_of_two() -> None:
 
 def test_a_family_whose_scales_llama_cpp_leaves_out_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     export, _ = write_packed("qwen2_moe", tmp_path, lambda name: "nvfp4", **wide("qwen2_moe"))
-    with pytest.raises(ValueError, match=r"qwen2_moe in NVFP4: .* in blocks of cohere2_moe, .*mixtral, .*; choose grid mxfp4"):
+    with pytest.raises(
+        ValueError, match=r"qwen2_moe in NVFP4: .* in blocks of cohere2_moe, .*mixtral, .*; choose grid mxfp4"
+    ):
         convert(export, "gguf", tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
 
