@@ -56,10 +56,9 @@ def test_mixes_of_experts(key: str, is_fine: Callable[[int, int, str], bool]) ->
 def test_full_range_mixes_have_scales_of_either_sign_everywhere() -> None:
     keys = [key for key in REFERENCE_GRIDS if "full range" in key]
     assert len(keys) == 8
+    model = tiny_model("qwen2_moe")
     for key in keys:
-        assert {grid.kind for grid in grids_of(tiny_model("qwen2_moe"), key, REFERENCE_GRIDS).values()} == {
-            "full_range"
-        }
+        assert {grid.kind for grid in grids_of(model, key, REFERENCE_GRIDS).values()} == {"full_range"}
 
 
 def test_the_unquantized_model_has_one_linear_on_8_bits() -> None:
