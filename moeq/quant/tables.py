@@ -3,8 +3,9 @@
     real = scale * level[code],        codes from the lowest level to the highest
 
 A scale may be negative where the table is not even.  It is searched as that of uniform groups (``moeq.quant.ranges``):
-of ``STEPS`` sizes, downward from the one at which the largest weight lies on the outermost level, with both signs, it
-is the one with the least sum |real - weight|^2.4.  Each is rounded first as it is stored.  A group of zeros has the
+of ``STEPS`` sizes, with both signs, it is the one with the least sum |real - weight|^2.4.  Sizes are from ``WIDEST`` to
+``SMALLEST`` times the one at which the largest weight lies on the outermost level: outer levels are far apart, and many
+groups are better on inner ones.  Each is rounded first as it is stored.  A group of zeros has the
 scale 0, as not every table has the level 0.
 
 Scales in e4m3 keep four significant bits.  Which power of two is taken out of those of a weight is left to the file
@@ -27,7 +28,7 @@ from moeq.quant.ranges import CLIP_NORM
 from moeq.quant.spec import GridSpec
 from moeq.quant.two_level import divisor
 
-STEPS, SMALLEST = 56, 0.45
+STEPS, WIDEST, SMALLEST = 56, 1.5, 0.45
 # Powers of two below the scale of the largest weight, and above it, that scales in e4m3 keep to.
 DEEPEST, HIGHEST = 9, 2
 _E4M3_LARGEST = 448.0
@@ -62,8 +63,8 @@ def table_scales(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype, whol
     first_N = torch.ones_like(low_N) if is_even else torch.where(high_N > -low_N, side, -side)
     signs = [first_N] if is_even or not grid.clip_search else [first_N, -first_N]
     best_N, found_N = torch.full_like(largest_N, torch.inf), torch.zeros_like(largest_N)
-    for step in range(STEPS if grid.clip_search else 1):
-        shrink = 1.0 - step * (1.0 - SMALLEST) / STEPS
+    step = (WIDEST - SMALLEST) / STEPS
+    for shrink in [WIDEST - place * step for place in range(STEPS)] if grid.clip_search else [1.0]:
         size_N = stored_scales(largest_N * (shrink / outermost), table, scale_dtype, whole_N)
         for sign_N in signs:
             error_N = _error(rows_NS, size_N * sign_N, largest_N, table)
