@@ -133,8 +133,9 @@ def _special(tokenizer: Any, config: Any) -> Metadata:
     keys: Metadata = {}
     for ours, theirs in _SPECIAL.items():
         number = getattr(tokenizer, f"{ours}_token_id", None)
-        if number is None and isinstance(of_model := getattr(config, f"{ours}_token_id", None), int):
-            number = of_model
+        for part in (config.get_text_config(), config):  # a wrapper's language model has its own
+            if number is None and isinstance(of_model := getattr(part, f"{ours}_token_id", None), int):
+                number = of_model
         if number is not None and number >= 0:
             keys[f"tokenizer.ggml.{theirs}_token_id"] = int(number)
     ids = tokenizer("a").input_ids
