@@ -20,10 +20,10 @@ from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
 from moeq.formats.gguf_metadata import common
-from moeq.formats.gguf_plan import Planned, find_family, left_out, plan_file
+from moeq.formats.gguf_plan import Planned, find_family, plan_file
 from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
-from moeq.formats.source import PackedExport
+from moeq.formats.source import PackedExport, left_out
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.kinds import NAMED
 from moeq.quant.spec import QuantizedWeight

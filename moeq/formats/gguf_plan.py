@@ -16,13 +16,12 @@ from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor
 from moeq.formats.gguf_pieces import Piece
 from moeq.formats.gguf_wrappers import WRAPPERS
-from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
-from moeq.models.adapter import find_blocks
+from moeq.formats.source import PackedExport, is_beside, language_root, model_stacks, other_names, weight_shape
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
 _FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
-_EMBEDDING, _HEAD, _HEAD_NAME = "token_embd.weight", "output.weight", "lm_head"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,6 @@ def find_family(model: PreTrainedModel) -> Family:
     return family
 
 
-def left_out(export: PackedExport) -> list[str]:
-    """Keys of tensors that the file does not hold: what stands beside a language model, what no model computes with."""
-    family, root, parameter_of = find_family(export.model), _root(export.model), export.contents.parameter_of
-    return [
-        key
-        for key in export.contents.stored
-        if key not in parameter_of or not _is_told(family, root, parameter_of[key])
-    ]
-
-
 def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> list[Planned]:
     """Tensors of the file of a model, in its order.
 
@@ -99,18 +88,18 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
             need different types.
     """
     family, config, state = find_family(model), model.config.get_text_config(), model.state_dict()
-    root = _root(model)
+    root = language_root(model)
     planned = []
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for stack, names in model_stacks(model).items():
-        if (tied and stack == _HEAD_NAME) or not _is_told(family, root, stack):
+        if (tied and stack == "lm_head") or is_beside(model, stack):
             continue
         shape = weight_shape(model, names[0])
         for piece in _pieces(config, family, root, stack, ".weight", shape):
             kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
     for name in other_names(model):
-        if not _is_told(family, root, name):
+        if is_beside(model, name):
             continue
         shape, dtype = tuple(state[name].shape), state[name].dtype
         for piece in _pieces(config, family, root, name, "", shape):
@@ -120,16 +109,6 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         head = Piece(_HEAD)
         planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
     return planned
-
-
-def _root(model: PreTrainedModel) -> str:
-    """What the names of the language model begin with, but for its head."""
-    return find_blocks(model)[0].removesuffix("layers")
-
-
-def _is_told(family: Family, root: str, name: str) -> bool:
-    """Whether a tensor is of the language model."""
-    return not family.language_model or name.startswith((root, _HEAD_NAME))
 
 
 def _full_name(config: Any) -> str:
@@ -147,9 +126,7 @@ def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, sha
     return Planned(piece.name, FileTensor(kind, made), weights, tensor, piece)
 
 
-def _pieces(
-    config: Any, family: Family, root: str, name: str, ending: str, shape: tuple[int, ...]
-) -> Iterator[Piece]:
+def _pieces(config: Any, family: Family, root: str, name: str, ending: str, shape: tuple[int, ...]) -> Iterator[Piece]:
     """What the file has of a tensor of the model, with names in the file."""
     if family.language_model and name.startswith(root):
         name, root = f"model.{name.removeprefix(root)}", "model."

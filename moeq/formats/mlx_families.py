@@ -30,6 +30,9 @@ class MlxFamily:
         rope_types: Rotary embeddings that it computes.
         taken_apart: Last parts of names of linears that it takes apart, which rounds them where they are quantized:
             they are written dequantized.
+        language_model: Of a wrapper, of which mlx-lm reads the language model alone: the family that this has to be.
+            Names and settings are of it. "" where there is no wrapper.
+        made_beside: As ``made``, of the wrapper's own configuration.
     """
 
     experts: str = "switch_mlp"
@@ -41,12 +44,38 @@ class MlxFamily:
     has_tied_head: bool = True
     rope_types: tuple[str, ...] = ("default",)
     taken_apart: tuple[str, ...] = ()
+    language_model: str = ""
+    made_beside: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
 
 _SILU = {"hidden_act": ("silu",)}
 _ALL_FULL = {"sliding_window": (None,)}
 _LATENT = MlxFamily(
     computed={**_SILU, "rope_interleave": (True,)}, has_tied_head=False, taken_apart=("kv_b_proj",)
+)  # fmt: skip
+
+
+# Where wrappers have their language model, in files and in mlx-lm.
+_INSIDE = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
+
+
+def _of_full_attention(key: str) -> Callable[[Any], Any]:
+    """What blocks without a window have."""
+    return lambda config: getattr(config.per_layer_config[config.layer_types.index("full_attention")], key)
+
+
+_GEMMA = MlxFamily(
+    experts="experts.switch_glu",
+    keys=("layer_types", "rope_parameters", "sliding_window", "num_kv_shared_layers", "final_logit_softcapping"),
+    made={
+        "global_head_dim": _of_full_attention("head_dim"),
+        "num_global_key_value_heads": _of_full_attention("num_key_value_heads"),
+    },
+    computed={
+        "hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,),
+        "use_bidirectional_attention": (None, "vision", False), "num_kv_shared_layers": (0,),
+    },
+    rope_types=("default", "proportional"),
 )  # fmt: skip
 
 
@@ -91,6 +120,17 @@ FAMILIES: dict[str, MlxFamily] = {
         computed=_SILU,
     ),
     "afmoe": MlxFamily(experts="experts", computed=_SILU),
+    "qwen3_vl_moe": MlxFamily(
+        renamed=_INSIDE, keys=("num_experts", "mlp_only_layers", "decoder_sparse_step", "head_dim"),
+        made={"norm_topk_prob": lambda config: True},
+        computed={**_SILU, "attention_bias": (False,)}, has_tied_head=False, language_model="qwen3_vl_moe_text",
+    ),
+    "kimi_k25": replace(_LATENT, rope_types=("default", "yarn"), language_model="deepseek_v3"),
+    "gemma4_text": _GEMMA,
+    "gemma4": replace(
+        _GEMMA, renamed=_INSIDE, language_model="gemma4_text",
+        made_beside={"vocab_size": lambda config: config.get_text_config().vocab_size},
+    ),
     "laguna": MlxFamily(computed=_SILU),
     "mellum": MlxFamily(keys=("num_experts",), computed=_SILU),
     "nemotron_h": MlxFamily(leaves={"up_proj": "fc1", "down_proj": "fc2"}, computed={"mlp_hidden_act": ("relu2",)}),
@@ -103,10 +143,12 @@ def find_family(model: PreTrainedModel) -> MlxFamily:
     Raises:
         ValueError: mlx-lm does not know it, or would compute something else than the model; the setting is named.
     """
-    config = model.config
-    if (family := FAMILIES.get(config.model_type)) is None:
+    name, config = model.config.model_type, model.config.get_text_config()
+    family = FAMILIES.get(name)
+    if family is None or family.language_model not in ("", config.model_type):
+        of = f" of {config.model_type}" if family else ""
         raise ValueError(
-            f"mlx-lm is not known to read {config.model_type} rightly; it does {', '.join(FAMILIES)}: choose gguf or "
+            f"mlx-lm is not known to read {name}{of} rightly; it does {', '.join(FAMILIES)}: choose gguf or "
             "compressed-tensors"
         )
     for key, values in family.computed.items():
@@ -136,16 +178,22 @@ def _rope_types(config: Any) -> set[str]:
     return {values.get("rope_type", "default") for values in each}
 
 
-def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict[str, Any]:
+def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_head: bool) -> dict[str, Any]:
     """A source's configuration with what mlx-lm's class reads and other libraries look for elsewhere.
 
     Args:
         values: Of ``config.json``.
         config: The same as transformers reads it.
         family: Of the model.
+        has_head: Whether the files have a head that is not the embedding.
     """
+    if family.language_model:
+        inner = replace(family, language_model="")
+        text = completed(values["text_config"], config.get_text_config(), inner, has_head=has_head)
+        beside = {key: make(config) for key, make in family.made_beside.items()}
+        return {**beside, **values, "text_config": text}
     rope = rope_of(config)
-    added: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    added: dict[str, Any] = {}
     if rope.get("rope_type", "default") != "default":
         added["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     if "rope_theta" in rope:
@@ -153,4 +201,5 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict
     for key in family.keys:
         added[key] = rope[key] if key in rope else getattr(config, key, None)
     added |= {key: make(config) for key, make in family.made.items()}
-    return {**values, **{key: value for key, value in added.items() if key not in values}}
+    missing = {key: value for key, value in added.items() if key not in values}
+    return {**values, **missing, "tie_word_embeddings": not has_head}

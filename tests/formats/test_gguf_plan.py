@@ -40,7 +40,7 @@ def grids(model: Any, of: dict[str, PackedFormat | None]) -> dict[str, PackedFor
     return found
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *WRAPPERS))
+@pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 def test_no_tensor_is_left_out_and_none_written_twice(family: str) -> None:
     """Of a wrapper those of the language model and its head."""
     model = empty(family)
@@ -59,7 +59,7 @@ def _tied(model: Any) -> int:
 
 @pytest.mark.parametrize("family", sorted({*ALL, *ALL_WRAPPERS} - {*FAMILIES, *WRAPPERS}))
 def test_a_family_that_was_not_run_is_refused(family: str) -> None:
-    with pytest.raises(ValueError, match=rf"gguf: {family}( \(\w+\))? is no family whose files were run .* docs/serving.md"):
+    with pytest.raises(ValueError, match=rf"gguf: {family}( \(\w+\))? is no family whose files were run "):
         FORMAT.check(empty(family), {}, "exact")
 
 

@@ -28,7 +28,8 @@ def _of_kinds(full: float, sliding: float, turned: float = 1.0) -> Values:
 
 # What differs from ``tests.families``: options that llama.cpp computes with.
 OPTIONS: dict[str, Values] = {
-    **dict.fromkeys(("qwen3_moe", "internvl"), {"norm_topk_prob": True}),
+    "qwen3_moe": {"norm_topk_prob": True},
+    "internvl": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4},
     # llama.cpp normalizes queries and keys of the delta rule with the epsilon of the norms, transformers with 1e-6.
