@@ -64,7 +64,7 @@ def _normalizer(steps: list[dict[str, Any]], prefixed: bool) -> Metadata:
     """
     if not steps:
         return {"tokenizer.ggml.remove_extra_whitespaces": False}
-    table = steps[0].get("precompiled_charsmap")  # of one that is none
+    table = steps[0].get("precompiled_charsmap")
     if not (prefixed and table and steps[1:] == [_STRIP, _MERGE]):
         raise ValueError(
             f"gguf: llama.cpp normalizes for a unigram tokenizer by {_KNOWN} or not at all, and this one does by "
