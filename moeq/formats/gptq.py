@@ -55,7 +55,7 @@ _BARRIER = {
 # Families whose quantized folders GPTQModel 7.7 opens and computes as something else (``benchmarks/runtimes``).
 _MISREAD = ("lfm2_moe",)
 # Wrappers that it opens rightly, of which it has this one's experts one by one.
-_WRAPPERS = ("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe")
+WRAPPERS = ("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe")
 _TAKEN_APART = ("qwen3_vl_moe",)
 # In- and out-features of a weight are multiples: words of 32 bits then hold whole codes of every width.
 _MULTIPLE = 32
@@ -67,9 +67,9 @@ def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: Carri
         raise ValueError(
             f"GPTQModel opens {family} and computes something else; choose compressed-tensors, gguf or mlx"
         )
-    if model.config.get_text_config() is not model.config and family not in _WRAPPERS:
+    if model.config.get_text_config() is not model.config and family not in WRAPPERS:
         raise ValueError(
-            f"GPTQModel was not seen to read {family} rightly; of wrappers it does {', '.join(_WRAPPERS)}: choose "
+            f"GPTQModel was not seen to read {family} rightly; of wrappers it does {', '.join(WRAPPERS)}: choose "
             "gguf, mlx or compressed-tensors"
         )
     _carriers(model, grids, mode)
