@@ -112,10 +112,8 @@ def wrapper_row(family: str) -> tuple[str, dict[str, str]]:
     beside = [name for name, module in model.base_model.named_children() if module is not decoder]
     text = WRAPPERS[family]["text_config"]["model_type"]
     named = f"`{text}`" if text in FAMILIES else "its own"
-    opened_by, runtimes = (
-        model_class(model.config).__name__,
-        ", ".join(r for r, known in OF_WRAPPERS.items() if family in known),
-    )
+    opened_by = model_class(model.config).__name__
+    runtimes = ", ".join(name for name, known in OF_WRAPPERS.items() if family in known)
     return _line([family, opened_by, named, _join(beside), *cells, *_published(family), runtimes]), kept
 
 

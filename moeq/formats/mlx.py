@@ -27,7 +27,7 @@ from moeq.formats.card import Card
 from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import Piece, check_pieces, fill_folder, kept_pieces, renamed, report
-from moeq.formats.mlx_families import MlxFamily, completed, find_family
+from moeq.formats.mlx_families import MlxFamily, check_norms, completed, find_family
 from moeq.formats.mlx_reader import check_stacks
 from moeq.formats.source import PackedExport, is_beside, left_out, stacks
 from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup
@@ -37,6 +37,7 @@ from moeq.quant.spec import QuantizedWeight
 _REASON = "MLX holds all experts of a projection of a block in one tensor"
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 _TEXT_ALONE = "Images and sound: the folder holds the language model alone, which is what mlx-lm reads."
+_NORMS = "Exact agreement with what was measured: norms are 1 + weight, and rounded to the dtype of the files."
 _APART = "dequantized (mlx-lm takes it apart)"
 
 
@@ -92,6 +93,7 @@ def serve(folder: Path) -> str:
 def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> dict[str, Carrier]:
     """Storage types of the weights that stay quantized."""
     family = find_family(model)
+    check_norms(model, family, mode)
     carriers = choose_carriers("mlx", model, grids, mode)
     for unit in expert_blocks(model):
         for leaf in dict.fromkeys(name.rpartition(".")[2] for name in unit):
@@ -129,7 +131,20 @@ def _kept(
         experts += names
         made.append(_dense_stack(export, f"{path}.weight", names))
     others = kept_pieces(export, without=[*left_out(export), *export.keys_of(experts)])
-    return made + [renamed(piece, lambda key: _renamed(key, family)) for piece in others]
+    return made + [_changed(renamed(piece, lambda key: _renamed(key, family)), family) for piece in others]
+
+
+def _changed(piece: Piece, family: MlxFamily) -> Piece:
+    """A piece with what its class holds otherwise."""
+    changes = {key: change for key in piece.declared if (change := family.change(key)) is not None}
+    if not changes:
+        return piece
+    declared = dict(piece.declared)
+    for key, change in changes.items():
+        declared[key] = Declared(declared[key].dtype, tuple(change(torch.empty(declared[key].shape)).shape))
+    return Piece(
+        declared, lambda: {k: changes[k](tensor) if k in changes else tensor for k, tensor in piece.make().items()}
+    )
 
 
 def _dense_stack(export: PackedExport, key: str, names: Sequence[str]) -> Piece:
@@ -217,9 +232,15 @@ def _card(export: PackedExport, carriers: Mapping[str, Carrier]) -> Card:
         library="mlx",
         opening='```sh\nmlx_lm.generate --model mlx --prompt "Hello"\nmlx_lm.server --model mlx\n```',
         types=count_types(_label(carriers.get(name)) for name in export.grids),
-        limits=(_TEXT_ALONE,) if find_family(export.model).language_model else (),
+        limits=_limits(export),
         left_out=f"{len(left)} tensors that mlx-lm does not read, draft layers among them" if left else None,
     )
+
+
+def _limits(export: PackedExport) -> tuple[str, ...]:
+    family = find_family(export.model)
+    limits = (_TEXT_ALONE,) if family.language_model else ()
+    return (*limits, _NORMS) if family.one_added and export.model.dtype != torch.float32 else limits
 
 
 FORMAT = Format("mlx", check, write, verify, serve)

@@ -127,6 +127,17 @@ def test_a_tied_head_is_written_where_its_class_has_none(tmp_path: Path) -> None
     assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
 
 
+def test_norms_with_one_added_are_rounded_only_where_that_is_allowed(tmp_path: Path) -> None:
+    made = write_tiny_packed("qwen3_5_moe", tmp_path, lambda name: (4, 32, True), num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"holds norms of qwen3_5_moe with 1 added, which bfloat16 rounds .* native"):
+        convert(made.folder, "mlx", tmp_path / "mlx")
+    convert(made.folder, "mlx", tmp_path / "mlx", carrier="native")
+    assert "norms are 1 + weight, and rounded" in (tmp_path / "mlx" / "README.md").read_text()
+    name = "model.language_model.layers.0.input_layernorm.weight"
+    ours = tensors_of(tmp_path / "mlx")["language_model.model.layers.0.input_layernorm.weight"]
+    assert torch.equal(ours, (made.model.get_parameter(name).float() + 1).bfloat16())
+
+
 def test_a_wrapper_whose_head_is_the_embedding_gets_one(tmp_path: Path) -> None:
     made = write_tiny_packed(
         "qwen3_vl_moe", tmp_path, lambda name: (4, 32, True), dtype=torch.float32, num_hidden_layers=1,
@@ -202,6 +213,7 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
     [
         ("qwen2_moe", {"norm_topk_prob": True}, False, "norm_topk_prob: True of qwen2_moe is not what mlx-lm computes"),
         ("mixtral", {"sliding_window": 64}, False, "sliding_window: 64 of mixtral"),
+        ("qwen3_5_moe", {"layer_types": ["full_attention", "linear_attention"]}, False, "every so-manieth block"),
         ("ernie4_5_moe", {}, False, "mlx-lm is not known to read ernie4_5_moe rightly"),
         (
             "qwen3_moe",

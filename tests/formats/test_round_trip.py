@@ -37,8 +37,9 @@ _IN_ONE = {
     **dict.fromkeys(("gemma4", "qwen3_vl_moe"), _FUSED),
     "gpt_oss": "has biases, which no runtime reads beside experts",
 }
-# What these two refuse, and why.
+# What these refuse, and why.
 REFUSED: dict[str, dict[str, str]] = {
+    "mlx": {"qwen3_5_moe": "with 1 added, which bfloat16 rounds"},
     "compressed-tensors": _IN_ONE,
     "gptq": {
         **{family: reason for family, reason in _IN_ONE.items() if family != "qwen3_vl_moe"},
