@@ -23,7 +23,8 @@ from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
 from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
-from moeq.formats.source import PackedExport, left_out
+from moeq.formats.language_model import left_out
+from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.kinds import NAMED
 from moeq.quant.spec import QuantizedWeight

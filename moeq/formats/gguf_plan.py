@@ -16,7 +16,8 @@ from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor
 from moeq.formats.gguf_pieces import Piece
 from moeq.formats.gguf_wrappers import WRAPPERS
-from moeq.formats.source import PackedExport, is_beside, language_root, model_stacks, other_names, weight_shape
+from moeq.formats.language_model import is_beside, language_root
+from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.

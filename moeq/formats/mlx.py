@@ -27,9 +27,11 @@ from moeq.formats.card import Card
 from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import Piece, check_pieces, fill_folder, kept_pieces, renamed, report
-from moeq.formats.mlx_families import MlxFamily, check_norms, completed, find_family
+from moeq.formats.language_model import is_beside, left_out
+from moeq.formats.mlx_config import completed
+from moeq.formats.mlx_families import MlxFamily, check_norms, find_family
 from moeq.formats.mlx_reader import check_stacks
-from moeq.formats.source import PackedExport, is_beside, left_out, stacks
+from moeq.formats.source import PackedExport, stacks
 from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup
 from moeq.quant.packing import num_words, pack
 from moeq.quant.spec import QuantizedWeight

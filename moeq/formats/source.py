@@ -22,7 +22,6 @@ from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes,
 from moeq.checkpoint.quantizer import METHOD
 from moeq.disk.folder import check_integrity
 from moeq.export.contents import Contents, read_contents
-from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules, expert_weight, parameter_name, projections_of
 from moeq.quant.spec import QuantizedWeight
 
@@ -216,25 +215,6 @@ def other_names(model: PreTrainedModel) -> list[str]:
     for path, module in expert_modules(model).items():
         taken |= {f"{path}.{parameter_name(module, part)}" for part in ("into", "down")}
     return [name for name in kept if name not in taken]
-
-
-def language_root(model: PreTrainedModel) -> str:
-    """What names of a language model begin with, but for its head: "model.", or that and more inside of a wrapper."""
-    return find_blocks(model)[0].removesuffix("layers")
-
-
-def is_beside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight or tensor is of what stands beside a wrapper's language model."""
-    alone = model.config.get_text_config() is model.config
-    return not alone and not name.startswith((language_root(model), "lm_head"))
-
-
-def left_out(export: PackedExport) -> list[str]:
-    """Keys of what a runtime of language models does not read: a tower, draft layers, what no parameter is made of."""
-    parameter_of = export.contents.parameter_of
-    return [
-        key for key in export.contents.stored if key not in parameter_of or is_beside(export.model, parameter_of[key])
-    ]
 
 
 def weight_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
