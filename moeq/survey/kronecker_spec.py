@@ -16,11 +16,11 @@ class KroneckerSpec:
 
     num_sequences: int = 1024
     length: int = 256
-    batch_size: int = 16
+    batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        usual = {"num_sequences": 1024, "length": 256, "batch_size": 16}
+        usual = {"num_sequences": 1024, "length": 256, "batch_size": 64}
         for name, value in usual.items():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; the usual value is {value}")
