@@ -34,7 +34,9 @@ class GPTQ(SolveStep):
         """Refuse factors where experts are to be rounded to nearest."""
         super().check(module)
         if module.run.needs.factors and self.coverage.policy == "rtn":
-            raise ValueError("coverage (rtn) leaves experts to rounding, and KroneckerFactors solves all; choose shrink")
+            raise ValueError(
+                "coverage (rtn) leaves experts to rounding, and KroneckerFactors solves all; choose shrink"
+            )
 
     def solver(self, module: MoEQuantModule) -> Solver:
         hessians, fallbacks = hessians_of(module.run.hessians, module.current_pass.parts, self.coverage)

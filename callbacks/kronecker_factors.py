@@ -54,7 +54,9 @@ class KroneckerFactors(Step):
             raise ValueError("no callback solves with the factors that KroneckerFactors gathers; add GPTQ to the list")
         module = module_of(pl_module)
         if why := survey_refusal(module.model.config, (), of_output=False):
-            raise ValueError(f"KroneckerFactors cannot go back through {type(module.model).__name__}: {why}; leave it out")
+            raise ValueError(
+                f"KroneckerFactors cannot go back through {type(module.model).__name__}: {why}; leave it out"
+            )
         module.run.needs.factors = True
 
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:

@@ -4,9 +4,9 @@
 
 With all other weights fixed, the best level of one is known from the slope H_O D H_I.  Columns are visited one after
 another, as only the diagonal of H_I counts within one.  In a column every row that would gain by itself wants to move.
-Moved together they may overshoot; so all wishes, the quarter and the sixteenth that gain most, and the best alone, which
-always lowers the loss, are tried in one product, and those are moved that together lower it most.  The others have their
-turn in the next sweep.
+Moved together they may overshoot; so all wishes, the quarter and the sixteenth that gain most, and the best alone,
+which always lowers the loss, are tried in one product, and those are moved that together lower it most.  The others
+have their turn in the next sweep.
 
 Slopes of a block of columns are kept up to date move by move, the others once per block.
 

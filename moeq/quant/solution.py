@@ -32,8 +32,8 @@ class Solution:
         num_retries_E: int64; factorisations of the Hessian that failed before one succeeded.
         failed_E: bool; no factorisation succeeded and the expert was rounded to nearest.
         super_scales: Of a two-level grid, on which scales and zero points are integers; else None.
-        one_sided_E: bool; a Kronecker factor could not be factorised and the codes are those of one Hessian.  None where
-            no factor was asked for.
+        one_sided_E: bool; a Kronecker factor could not be factorised, so that the codes are those of one Hessian.  None
+            where no factor was asked for.
     """
 
     codes_EOI: Tensor

@@ -11,8 +11,6 @@ Shapes: B batch, T tokens of a sequence, N tokens of an expert, E experts, O out
 """
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,11 +104,15 @@ class BlockSums:
         self._parts: dict[str, Tensor] = {}
 
     def on_input(self, site: Site, expert: int, x_NI: Tensor) -> None:
-        """Add inputs."""
+        """Add inputs, where this site is summed."""
+        if site.name not in self.of:
+            return
         accumulate(self.of[site.name].input, expert, x_NI, power=0.0)
 
     def on_gradient(self, site: Site, expert: int, rows: slice, gradient_NO: Tensor) -> None:
-        """Add gradients; those of linears side by side wait for each other until ``end_batch``."""
+        """Add gradients likewise; those of linears side by side wait for each other until ``end_batch``."""
+        if site.name not in self.of:
+            return
         num_rows = sum(site.rows)
         if gradient_NO.shape[1] == num_rows:
             accumulate(self.of[site.name].output, expert, gradient_NO, power=0.0)
@@ -157,11 +159,8 @@ def _pull_back_block(
         read = states.read(original(batch, block), device)
         states.drop(original(batch, block))
     leaves = as_leaf(read[0] if read else call.hidden), as_leaf(read[1] if read else None)
-    watched: Any = nullcontext()
-    if sums.of:
-        observed = adapter.sites(block), sums.on_gradient, keep_N(inputs), sums.on_input
-        watched = observe_gradients(adapter, *observed)
-    with watched:
+    # Watched where nothing is summed, too: experts then run alike, and what is handed on has the same bits.
+    with observe_gradients(adapter, adapter.sites(block), sums.on_gradient, keep_N(inputs), sums.on_input):
         with torch.enable_grad():
             made = hand_on(adapter.blocks[block], leaves[0], entered(call, *leaves))
         found = pull_back(leaves, made, states.read(_gradient(batch), device), keep_graph=False)

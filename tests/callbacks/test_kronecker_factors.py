@@ -19,9 +19,7 @@ from tests.tiny import save_tiny
 SMALL = {"num_sequences": 6, "length": 16, "batch_size": 2, "sequences_at_once": 6}
 
 
-def arguments(
-    folder: Path, model: Path, *extra: dict[str, Any], factors: bool = True, **options: Any
-) -> list[str]:
+def arguments(folder: Path, model: Path, *extra: dict[str, Any], factors: bool = True, **options: Any) -> list[str]:
     """Of a small fit under two Hessians; its configuration is written beside the folder."""
     steps = [{"class_path": "KroneckerFactors", "init_args": SMALL}] if factors else []
     steps += [*extra, {"class_path": "HessianCalibration"}, {"class_path": "GPTQ"}, {"class_path": "Record"}]
@@ -79,3 +77,16 @@ def test_streamed_and_killed_runs_give_the_bytes_of_one_in_memory(tmp_path: Path
     done = run(arguments(killed, model))
     assert done.returncode == 0, done.stderr
     assert blocks(killed) == expected
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one_and_what_was_shrunk_is_told(tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(arguments(one, model)).returncode == 0
+    ranks = ["--trainer.devices=2", "--trainer.strategy=moeq.strategy.UnwrappedDDPStrategy"]
+    done = run([*arguments(two, model), *ranks, "--trainer.strategy.start_method=fork"])
+    assert done.returncode == 0, done.stderr
+    assert blocks(two) == blocks(one)
+    assert fallbacks(two) == fallbacks(one)
+    assert "few tokens of curvature" in {each["reason"] for each in fallbacks(one)}

@@ -10,7 +10,9 @@ from moeq.quant.two_sided import two_sided_loss, two_sided_round
 from tests.quant.test_two_sided import E, problem
 
 
-def reference_sweep(code_OI: Tensor, weight_OI: Tensor, factors: tuple[Tensor, Tensor], grid: tuple[Tensor, ...]) -> None:
+def reference_sweep(
+    code_OI: Tensor, weight_OI: Tensor, factors: tuple[Tensor, Tensor], grid: tuple[Tensor, ...]
+) -> None:
     """In place, float64: in each column the set of wishes that lowers the whole loss most, of those that are tried."""
     scale_OI, zero_OI = grid
 
