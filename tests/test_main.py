@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from main import main
 from moeq.report.results import read_results
-from moeq.tasks.registry import GROUPS, expand, task_names
 from moeq.survey.kronecker_spec import KroneckerSpec
+from moeq.tasks.registry import GROUPS, expand, task_names
 from moeq.tuning.tuning_spec import TuningSpec
 from tests.evaluation_data import write_evaluation_data
 from tests.tiny import save_tiny
