@@ -156,10 +156,10 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = Fal
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
     retries = len(ATTEMPTS) if bool(solution.failed_E[position]) else int(solution.num_retries_E[position])
-    found = (Fallback(name, *retry_reason(retries)),) if retries else ()
+    found = [Fallback(name, *retry_reason(retries))] if retries else []
     if solution.one_sided_E is not None and bool(solution.one_sided_E[position]):
-        found += (Fallback(name, ONE_SIDED, "a Kronecker factor has no Cholesky factor; codes of one Hessian"),)
-    return found
+        found.append(Fallback(name, ONE_SIDED, "a Kronecker factor has no Cholesky factor; codes of one Hessian"))
+    return tuple(found)
 
 
 @torch.no_grad()

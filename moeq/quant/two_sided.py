@@ -123,7 +123,7 @@ def _round(weight_EOI: Tensor, left_EOO: Tensor, right_EII: Tensor, levels: Leve
         j = step - i
         before, above = mixed[:, i] @ right[:, j].mT, left[:, i] @ delta[:, j]
         state = weight[:, i, j], scale[:, i, j], zero[:, i, j], before, above, left_ss[:, i], right_ss[:, j]
-        made = _round_tiles(*(value.flatten(0, 1) for value in state), levels.top)
+        made = _round_tiles(levels.top, *(value.flatten(0, 1) for value in state))
         code[:, i, j], delta_tiles, mixed_tiles = (value.unflatten(0, (num_experts, -1)) for value in made)
         delta.unflatten(2, (-1, SIDE))[:, j, i] = delta_tiles
         mixed.unflatten(3, (-1, SIDE)).transpose(2, 3)[:, i, j] = mixed_tiles
@@ -131,8 +131,8 @@ def _round(weight_EOI: Tensor, left_EOO: Tensor, right_EII: Tensor, levels: Leve
 
 
 def _round_tiles(
-    weight_NSS: Tensor, scale_NSS: Tensor, zero_NSS: Tensor, before_NSS: Tensor, above_NSS: Tensor, left_NSS: Tensor,
-    right_NSS: Tensor, top: int,
+    top: int, weight_NSS: Tensor, scale_NSS: Tensor, zero_NSS: Tensor, before_NSS: Tensor, above_NSS: Tensor,
+    left_NSS: Tensor, right_NSS: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Codes, D and A D of tiles, given what comes from the columns before them and from the rows above.
 

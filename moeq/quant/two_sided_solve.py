@@ -81,5 +81,5 @@ def _levels(qparams: QParams, grid: GridSpec, in_features: int) -> Levels:
     """Scale and zero point of every weight."""
     scale_EOG, zero_point_EOG = qparams.divisors(), -lowest_level(qparams, grid)
     size = in_features // scale_EOG.shape[2]
-    spread = (value.repeat_interleave(size, dim=2) for value in (scale_EOG, zero_point_EOG))
-    return Levels(*spread, top=2**grid.bits - 1)
+    scale_EOI, zero_point_EOI = (value.repeat_interleave(size, dim=2) for value in (scale_EOG, zero_point_EOG))
+    return Levels(scale_EOI, zero_point_EOI, 2**grid.bits - 1)

@@ -136,7 +136,8 @@ def _at_the_end(
     adapter: Adapter, batch: int, inputs: Inputs, states: BlockStates, seed: int, device: torch.device
 ) -> Tensor:
     """Gradients at the last hidden states, one sequence at a time: logits are large."""
-    generator, found = torch.Generator().manual_seed(batch_seed(seed, batch)), []
+    generator = torch.Generator().manual_seed(batch_seed(seed, batch))
+    found: list[Tensor] = []
     for row in range(len(inputs["input_ids"])):
         sequence = {name: value[row : row + 1] for name, value in inputs.items()}
         key = (*original(batch, len(adapter.blocks)), row)

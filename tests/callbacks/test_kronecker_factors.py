@@ -81,11 +81,13 @@ def test_streamed_and_killed_runs_give_the_bytes_of_one_in_memory(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one_and_what_was_shrunk_is_told(tmp_path: Path) -> None:
+    """On given sequences: what ranks write together depends on their number, as for calibration data."""
     model = save_tiny("qwen2_moe", tmp_path / "model")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(arguments(one, model)).returncode == 0
+    given = {"class_path": "tests.on_ranks.GivenSequences"}
+    assert run(arguments(one, model, given)).returncode == 0
     ranks = ["--trainer.devices=2", "--trainer.strategy=moeq.strategy.UnwrappedDDPStrategy"]
-    done = run([*arguments(two, model), *ranks, "--trainer.strategy.start_method=fork"])
+    done = run([*arguments(two, model, given), *ranks, "--trainer.strategy.start_method=fork"])
     assert done.returncode == 0, done.stderr
     assert blocks(two) == blocks(one)
     assert fallbacks(two) == fallbacks(one)
