@@ -39,19 +39,22 @@ class GPTQ(SolveStep):
             )
 
     def solver(self, module: MoEQuantModule) -> Solver:
-        hessians, fallbacks = hessians_of(module.run.hessians, module.current_pass.parts, self.coverage)
-        module.run.fallbacks += fallbacks
-        if module.run.factors is not None:
-            module.run.fallbacks += module.run.factors.fallbacks(
-                module.current_pass.parts, module.run.plan, self.coverage
-            )
-        return lambda unit, weight_EOI: self.solve(module, unit, weight_EOI, hessians(unit.site, unit.experts))
+        run, parts = module.run, module.current_pass.parts
+        hessians, fallbacks = hessians_of(run.hessians, parts, self.coverage)
+        if run.factors is not None:
+            fallbacks += run.factors.fallbacks(parts, run.plan, self.coverage)
+        run.fallbacks += fallbacks
+
+        def solve(unit: Unit, weight_EOI: Tensor) -> Solution:
+            hessian_EII = hessians(unit.site, unit.experts)
+            solution = self.solve(module, unit, weight_EOI, hessian_EII)
+            if run.factors is None or unit.grid.is_named:
+                return solution
+            both = factors_of(run.factors, unit, self.coverage, weight_EOI.device)
+            return two_sided_solution(solution, weight_EOI, hessian_EII, *both, unit.grid, run.factors.solve)
+
+        return solve
 
     def solve(self, module: MoEQuantModule, unit: Unit, weight_EOI: Tensor, hessian_EII: Tensor) -> Solution:
         """Solve one stack of weights on its Hessians: what a variant of GPTQ overrides."""
-        solution = gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, module.adapter.storage_dtype)
-        factors = module.run.factors
-        if factors is None or unit.grid.is_named:
-            return solution
-        both = factors_of(factors, unit, self.coverage, weight_EOI.device)
-        return two_sided_solution(solution, weight_EOI, hessian_EII, *both, unit.grid, factors.solve)
+        return gptq_solve(weight_EOI, hessian_EII, unit.grid, module.solve_spec, module.adapter.storage_dtype)

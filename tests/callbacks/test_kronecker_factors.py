@@ -7,11 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from callbacks.gptq import GPTQ
 from callbacks.kronecker_factors import KroneckerFactors
 from callbacks.rtn import RTN
+from moeq.fit.factors import Factors
+from moeq.fit.solve import Unit
+from moeq.models.sites import Site
+from moeq.quant.gptq import gptq_solve
+from moeq.quant.spec import GridSpec, SolveSpec
+from moeq.quant.two_sided_solve import TwoSidedSpec
 from tests.processes import run
 from tests.test_main import QUIET
 from tests.tiny import save_tiny
@@ -55,6 +62,24 @@ def test_settings_that_cannot_work_are_refused() -> None:
     module = SimpleNamespace(run=SimpleNamespace(needs=SimpleNamespace(factors=True), plan={}))
     with pytest.raises(ValueError, match="choose shrink"):
         GPTQ(coverage="rtn").check(module)  # type: ignore[arg-type]
+
+
+def test_grids_without_even_levels_keep_the_codes_of_gptq(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_EOI, x_EIN = (torch.randn(1, *shape, generator=generator) for shape in ((8, 32), (32, 64)))
+    hessian_EII, grid = x_EIN @ x_EIN.mT, GridSpec.of_kind("iq4_nl")
+    monkeypatch.setattr("callbacks.gptq.hessians_of", lambda *_: (lambda *_: hessian_EII, []))
+    # There are no factors to read.
+    factors = Factors(tmp_path, {}, TwoSidedSpec())
+    module = SimpleNamespace(
+        run=SimpleNamespace(hessians=None, factors=factors, plan={}, fallbacks=[]), solve_spec=SolveSpec(),
+        current_pass=SimpleNamespace(parts=()), adapter=SimpleNamespace(storage_dtype=torch.float32),
+    )  # fmt: skip
+    unit = Unit(Site("w", 0, "dense", "mlp_in", ("w",), ("w",), (8,), 32, 1), (0,), (0,), grid)
+    found = GPTQ().solver(module)(unit, weight_EOI)  # type: ignore[arg-type]
+    expected = gptq_solve(weight_EOI, hessian_EII, grid, SolveSpec(), torch.float32)
+    assert torch.equal(found.codes_EOI, expected.codes_EOI)
+    assert found.one_sided_E is None
 
 
 @pytest.mark.slow
