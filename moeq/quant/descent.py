@@ -43,8 +43,8 @@ def descend(
         # Once per sweep from nothing, so that rounding errors of the updates do not add up.
         slope_EOI = output_EOO @ (levels.real(code_EOI) - weight_EOI) @ input_EII
         moved = False
-        for columns in torch.arange(code_EOI.shape[2]).split(BLOCK):
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
+        for start in range(0, code_EOI.shape[2], BLOCK):
+            part = slice(start, min(start + BLOCK, code_EOI.shape[2]))
             pushed_EOC = _descend_block(part, code_EOI, slope_EOI, output_EOO, input_EII, levels)
             if pushed_EOC is not None:
                 slope_EOI += pushed_EOC @ input_EII[:, part]
