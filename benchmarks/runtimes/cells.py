@@ -105,6 +105,7 @@ _YARN = {
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
+    "internvl": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4, "sliding_window": None},
     "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},

@@ -23,6 +23,7 @@ from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
 from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
+from moeq.formats.language_model import left_out
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.kinds import NAMED
@@ -41,6 +42,10 @@ _OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp a
 llama-server -m gguf/{NAME}
 ```"""
 _LIMITS = ("Exact agreement with what was measured: llama.cpp rounds activations to 8 bits where weights have codes.",)
+_TEXT_ALONE = (
+    "Images and sound: the file holds the language model alone. What turns these into its embeddings is a second file "
+    "(`mmproj`), which llama.cpp's converter makes of the source."
+)
 _LEFT_OUT = "tensors of the source that its model does not compute with, draft layers among them"
 
 
@@ -70,7 +75,8 @@ def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
     for _ in shown:  # it ends by itself
         pass
     types = dict(Counter(planned.stored.kind for planned in plan for _ in planned.weights).most_common())
-    write_card(export, folder, Card("gguf", "gguf", _OPENING, types, _LIMITS, _LEFT_OUT))
+    limits = (_TEXT_ALONE, *_LIMITS) if find_family(export.model).language_model else _LIMITS
+    write_card(export, folder, Card("gguf", "gguf", _OPENING, types, limits, _LEFT_OUT))
     manifest = export.folder / MANIFEST  # a folder that transformers saved has none
     made_of = json.loads(manifest.read_text(encoding="utf8")) if manifest.is_file() else {}
     write_manifest(folder, {**{key: value for key, value in made_of.items() if key != "files"}, "kind": "gguf"})
@@ -119,6 +125,7 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
         bits_per_weight=8 * num_bytes / numel if numel else 0.0,
         types=dict(types.most_common()),
         largest_error=error,
+        num_left_out=len(left_out(export)),
     )
 
 
@@ -151,8 +158,9 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
-        keys = common(model.config) | find_family(model).describe(model.config)
-        windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        family, config = find_family(model), model.config.get_text_config()
+        keys = common(config) | family.describe(config) | family.beside(model.config)
+        windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         if windows and "attention.sliding_window" not in keys:
             raise ValueError("llama.cpp computes this family without windows, and its layer_types has some")
     except ValueError as error:

@@ -15,8 +15,9 @@ from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
 from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor
 from moeq.formats.gguf_pieces import Piece
+from moeq.formats.gguf_wrappers import WRAPPERS
+from moeq.formats.language_model import is_beside, language_root
 from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
-from moeq.models.adapter import find_blocks
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
@@ -57,14 +58,12 @@ class Planned:
 
 def find_family(model: PreTrainedModel) -> Family:
     """How a model is told to llama.cpp; raises ValueError where it cannot be, or would be computed otherwise."""
-    config = model.config
-    name = config.model_type
-    if name not in FAMILIES:
+    name, config = model.config.model_type, model.config.get_text_config()
+    if (family := (FAMILIES | WRAPPERS).get(name)) is None or family.language_model not in ("", config.model_type):
         raise ValueError(
-            f"gguf: {name} is no family whose files were run in llama.cpp; docs/serving.md lists those that were, "
-            "export moeq or dense"
+            f"gguf: {_full_name(model.config)} is no family whose files were run in llama.cpp; docs/serving.md lists "
+            "those that were, export moeq or dense"
         )
-    family = FAMILIES[name]
     for option, value in family.fixed:
         given = getattr(config, option, value)
         if given != value and (given or value):
@@ -89,26 +88,34 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         ValueError: A tensor has no name in llama.cpp or a weight no type, or weights that are one tensor of the file
             need different types.
     """
-    family, config, state = find_family(model), model.config, model.state_dict()
-    blocks = f"{find_blocks(model)[0]}."
+    family, config, state = find_family(model), model.config.get_text_config(), model.state_dict()
+    root = language_root(model)
     planned = []
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for stack, names in model_stacks(model).items():
-        if tied and stack == "lm_head":
+        if (tied and stack == "lm_head") or is_beside(model, stack):
             continue
         shape = weight_shape(model, names[0])
-        for piece in _pieces(config, family, blocks, stack, ".weight", shape):
+        for piece in _pieces(config, family, root, stack, ".weight", shape):
             kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
     for name in other_names(model):
+        if is_beside(model, name):
+            continue
         shape, dtype = tuple(state[name].shape), state[name].dtype
-        for piece in _pieces(config, family, blocks, name, "", shape):
+        for piece in _pieces(config, family, root, name, "", shape):
             planned.append(_planned(piece, _kept_type(piece, dtype), (), name, shape))
     if tied and family.own_head:
         embedding = next(each for each in planned if each.name == _EMBEDDING)
         head = Piece(_HEAD)
         planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
     return planned
+
+
+def _full_name(config: Any) -> str:
+    """A wrapper with its language model."""
+    name, inside = str(config.model_type), str(config.get_text_config().model_type)
+    return name if inside == name else f"{name} ({inside})"
 
 
 def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:
@@ -120,10 +127,11 @@ def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, sha
     return Planned(piece.name, FileTensor(kind, made), weights, tensor, piece)
 
 
-def _pieces(
-    config: Any, family: Family, blocks: str, name: str, ending: str, shape: tuple[int, ...]
-) -> Iterator[Piece]:
+def _pieces(config: Any, family: Family, root: str, name: str, ending: str, shape: tuple[int, ...]) -> Iterator[Piece]:
     """What the file has of a tensor of the model, with names in the file."""
+    if family.language_model and name.startswith(root):
+        name, root = f"model.{name.removeprefix(root)}", "model."
+    blocks = f"{root}layers."
     number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
         for piece in make(config, shape):

@@ -12,7 +12,7 @@ from moeq.quant.spec import QuantizedWeight
 
 # Bits, group size, symmetric: every width that files use, groups and whole rows, with and without zero points.
 GRIDS = ((3, 8, False), (4, None, True), (2, 16, False), (8, None, False), (3, 32, True))
-ROUTERS = ("lm_head", "gate", "router", "shared_expert_gate")
+ROUTERS = ("lm_head", "gate", "router", "shared_expert_gate", "proj", "per_layer_input_gate", "per_layer_projection")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from moeq.checkpoint.loading import load_model
 from moeq.checkpoint.names import dense_weight, weight_names
@@ -35,8 +36,19 @@ def write_dense(family: str, folder: Path, **overrides: Any) -> tuple[Path, Path
     return source, folder / "gguf" / NAME
 
 
-def transformers_logits(source: Path, ids: Tensor = IDS) -> Tensor:
+class GeluByTable(nn.Module):
+    """What llama.cpp computes on a CPU: of arguments in float16, in float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x.abs() < 10, found, x.relu())
+
+
+def transformers_logits(source: Path, ids: Tensor = IDS, *, by_table: bool = False) -> Tensor:
     model = load_model(str(source), "float32")
+    for module in model.modules() if by_table else ():
+        if hasattr(module, "act_fn"):
+            module.act_fn = GeluByTable()
     with torch.no_grad():
         return model(ids[None]).logits[0].float()
 

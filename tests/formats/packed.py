@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.export.moeq_format import write_checkpoint
+from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import ROUTERS, real_weight, round_weight
@@ -67,10 +68,10 @@ def write_tiny_packed(
     source = save_tiny(family, folder / "source", dtype=dtype, **overrides)
     prepare(source)
     model = open_model(source, dtype)
-    experts, quantized = expert_modules(model), {}
+    experts, quantized, blocks = expert_modules(model), {}, f"{find_blocks(model)[0]}."
     with torch.no_grad():
         for name in weight_names(model):
-            if name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
+            if not name.startswith(blocks) or name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
                 continue
             view = dense_weight(model, name, experts)
             if any(side % multiple for side in view.shape):
