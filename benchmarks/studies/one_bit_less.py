@@ -173,6 +173,9 @@ def configuration(case: Case, folder: Path) -> dict[str, Any]:
     else:
         next(step for step in steps if step["class_path"] == "BitAllocation")["init_args"]["budget"] = case.bits
     config["data"]["init_args"] |= {"seed": case.seed, **recipe.data}
+    for step in steps:
+        if step["class_path"] == "KroneckerFactors":
+            step.setdefault("init_args", {})["seed"] = case.seed
     return config
 
 
