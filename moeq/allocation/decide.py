@@ -122,7 +122,7 @@ class AllocationSpec:
         timed = self.budget_unit == "milliseconds" and self.budget is not None
         if timed and self.milliseconds is not None:
             raise ValueError(
-                f"milliseconds ({self.milliseconds}) stand beside a budget of bits or bytes; leave them out"
+                f"milliseconds ({self.milliseconds}) stand beside a budget of bits or bytes; leave one out"
             )
         if (timed or self.milliseconds is not None) and self.times is None:
             raise ValueError(f"a limit of milliseconds needs times, measured by {COMMAND} (--help says how)")
