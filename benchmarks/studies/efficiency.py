@@ -34,6 +34,7 @@ from benchmarks.studies.efficiency_plans import (
     CHOICES,
     DENSE,
     GRID,
+    NUM_BLOCKS,
     PLANS,
     Plan,
     Surveyed,
@@ -77,7 +78,7 @@ class Efficiency(Study[Case]):
     seeds = (0,)
     quick: ClassVar = {
         "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
-        "prompt": 16, "windows": 8, "texts": 1, "file_experts": 4,
+        "prompt": 16, "windows": 8, "texts": 1, "file_experts": 8,
     }  # fmt: skip
 
     @classmethod
@@ -90,6 +91,7 @@ class Efficiency(Study[Case]):
         parser.add_argument("--experts", type=int, default=64, help="of a block of the model of real shapes")
         parser.add_argument("--file-experts", type=int, default=8, help="the same where files are written")
         parser.add_argument("--hidden", type=int, default=2048, help="of the model of real shapes")
+        parser.add_argument("--blocks", type=int, default=2, help="of the same that are run")
         parser.add_argument("--turns", type=int, default=3)
         parser.add_argument("--prompt", type=int, default=512, help="tokens")
 
@@ -111,8 +113,8 @@ class Efficiency(Study[Case]):
 
     @cached_property
     def large(self) -> list[WeightShape]:
-        """Weights of the model of real shapes."""
-        return shapes_of(self._config(self.options.experts))
+        """Weights of the model of real shapes, with as many blocks as the bundled one."""
+        return shapes_of(self._config(self.options.experts, NUM_BLOCKS))
 
     @cached_property
     def times(self) -> TimeTable:
@@ -122,8 +124,9 @@ class Efficiency(Study[Case]):
             write_json(path, measure_times(self.large, CHOICES, GRID, turns=self.options.turns).to_json())
         return read_times(path)
 
-    def _config(self, num_experts: int) -> Any:
-        return config_of(num_experts=num_experts, hidden_size=self.options.hidden)
+    def _config(self, num_experts: int, num_blocks: int | None = None) -> Any:
+        blocks = num_blocks or self.options.blocks
+        return config_of(num_experts=num_experts, hidden_size=self.options.hidden, num_hidden_layers=blocks)
 
     def measure(self, case: Case) -> Row:
         if case.part == "quality":
@@ -155,10 +158,12 @@ class Efficiency(Study[Case]):
         return dense_model(self._config(self.options.experts))
 
     def _packed(self, plan: Plan) -> Row:
-        sides = {DENSE: self.dense}
+        sides, config = {DENSE: self.dense}, self._config(self.options.experts)
+        weights = shapes_of(config)
+        on_these = carried(plan, weights)
         if plan:
-            grids = {name: PackedFormat.of(grid) for name, grid in carried(plan, self.large).items()}
-            sides["plan"] = prepared_model(self._config(self.options.experts), grids)
+            grids = {name: PackedFormat.of(grid) for name, grid in on_these.items()}
+            sides["plan"] = prepared_model(config, grids)
         before = joules()
         tasks = {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
         seconds = in_turns(sides, tasks, self.options.turns)

@@ -1,9 +1,9 @@
-"""Plans, uniform, ruled and allocated: their quality is measured on the bundled model, their time on one of real shapes.
+"""Plans, uniform, ruled and allocated: quality is measured on the bundled model, time on one of real shapes.
 
 The second model has the shapes of DeepSeek-MoE-16B (64 experts of 1408 x 2048, six for a token, shared experts of 2816)
-in the layout of Qwen2-MoE, with as many blocks as the bundled model.  A weight of it has the grid of the weight of that
-name in the bundled one; experts repeat.  Shares of attention, shared and routed weights differ between the two, so a
-plan has a size on each.
+in the layout of Qwen2-MoE.  A weight of it has the grid of the weight of that name in the bundled one, whose blocks are
+evenly spread over it; experts repeat.  Shares of attention, shared and routed weights differ between the two, so a plan
+has a size on each.
 """
 
 import re
@@ -63,7 +63,8 @@ SHAPES = {
     "num_experts_per_tok": 6, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
     "vocab_size": 4096, "norm_topk_prob": False, "tie_word_embeddings": False, "decoder_sparse_step": 1,
 }  # fmt: skip
-NUM_EXPERTS = 16  # of a block of the bundled model
+NUM_BLOCKS, NUM_EXPERTS = 4, 16  # of the bundled model
+_BLOCK = re.compile(r"(?<=^model\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 
 
@@ -89,12 +90,14 @@ def shapes_of(config: Qwen2MoeConfig) -> list[WeightShape]:
 
 
 def carried(plan: Plan, weights: Sequence[WeightShape]) -> Plan:
-    """A plan of the bundled model on the weights of another."""
-    return {weight.name: plan[name] for weight in weights if (name := counterpart(weight.name)) in plan}
+    """A plan of the bundled model on the weights of another, whose blocks are evenly spread over those of that one."""
+    every = NUM_BLOCKS // (1 + max(weight.block for weight in weights))
+    return {weight.name: plan[name] for weight in weights if (name := counterpart(weight.name, every)) in plan}
 
 
-def counterpart(name: str) -> str:
-    """The weight of the bundled model whose grid a weight has."""
+def counterpart(name: str, every: int = 1) -> str:
+    """The weight of the bundled model whose grid a weight has: block b has that of block ``every`` b."""
+    name = _BLOCK.sub(lambda found: str(int(found[0]) * every), name)
     return _EXPERT.sub(lambda found: str(int(found[0]) % NUM_EXPERTS), name)
 
 
