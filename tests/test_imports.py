@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each room, a folder of plain torch, and the rooms below it that it may import.  Two wings (fit, survey, sampling,
-# allocation, tuning, export, formats, timing; evaluation, scoring, tasks, programs, report) stand on one cellar and do not see
-# each other, except that a survey measures what a width does to the predictions of the model (survey -> scoring).
+# allocation, tuning, export, formats, timing; evaluation, scoring, tasks, programs, report) stand on one cellar and do
+# not see each other, except that a survey measures what a width does to a model's predictions (survey -> scoring).
 MAY_IMPORT: dict[str, set[str]] = {
     "disk": set(),
     "kernels": set(),

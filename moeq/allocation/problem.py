@@ -123,8 +123,8 @@ def build_problem(weights: Sequence[WeightShape], costs: CostTable, constraints:
         parts = sum(w.numel for w in weights)
     limit = None
     if constraints.milliseconds is not None:
-        time_UC, fixed = _sizes(offer, weights, units, cost_UC, "milliseconds", 1)
-        limit = TimeLimit(time_UC, math.floor(constraints.milliseconds * PER_MILLISECOND) - fixed, fixed)
+        time_UC, fixed_time = _sizes(offer, weights, units, cost_UC, "milliseconds", 1)
+        limit = TimeLimit(time_UC, math.floor(constraints.milliseconds * PER_MILLISECOND) - fixed_time, fixed_time)
     capacity = math.floor(budget.value * parts * (1 + 1e-12)) - fixed_size
     # The widest first, as experts that meet it also meet the others.
     ordered = sorted(constraints.floors, key=lambda floor: -floor.bits)

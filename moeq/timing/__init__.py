@@ -1,1 +1,1 @@
-"""How long this machine takes for products with packed weights: the table by which an allocator knows time."""
+"""How long packed products take on this machine: time as a budget."""

@@ -9,7 +9,7 @@ Shapes: O out features, I in features, M rows of the input.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter, process_time
 
@@ -77,7 +77,7 @@ def packed_copies(
     return [layer, *(copy.deepcopy(layer) for _ in range(min(num, max(1, SPAN // num_bytes)) - 1))]
 
 
-def least_seconds(sides: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+def least_seconds(sides: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """The least time of each side over some turns, in which all follow each other.
 
     Processor time on one thread, which other work on the machine disturbs less; the clock on several.
