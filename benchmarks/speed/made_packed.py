@@ -188,7 +188,9 @@ def _filled(model: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, DEVIATION)
+                # Biases of one would make all tokens alike, and choose the same experts for them.
+                constant = 0.0 if name.endswith("bias") else 1.0
+                value = value.fill_(constant) if parameter.ndim == 1 else value.normal_(0, DEVIATION)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             made = type(module)(config=model.config)  # rotary frequencies are computed by the module itself

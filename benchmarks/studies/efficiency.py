@@ -168,11 +168,9 @@ class Efficiency(Study[Case]):
         tasks = {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
         seconds = in_turns(sides, tasks, self.options.turns)
         used = None if before is None else (joules() or before) - before
-        return {
-            "seconds": seconds,
-            "bytes": {name: model_bytes(model) for name, model in sides.items()},
-            "joules": used,
-        }
+        num_bytes = {name: model_bytes(model) for name, model in sides.items()}
+        bits = plan_cost(on_these, weights).average_bits if plan else 16.0
+        return {"seconds": seconds, "bytes": num_bytes, "bits": bits, "joules": used, "prompt": self.options.prompt}
 
     @cached_property
     def dense_files(self) -> TemporaryDirectory[str]:

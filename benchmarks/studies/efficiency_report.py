@@ -44,18 +44,19 @@ def faster(row: Row, task: str) -> float:
 def rate(row: Row, task: str) -> float:
     """Tokens per second, from the median turn."""
     sides = row["seconds"][task]
-    num = int(task.split()[1]) if task != "prompt" else row.get("prompt", 512)
+    num = row["prompt"] if task == "prompt" else int(task.split()[1])
     return float(num / median(sides.get("plan", sides["bfloat16"])))
 
 
 def _speed_table(found: Mapping[str, Row]) -> str:
-    tasks = list(next(row for row in found.values() if "seconds" in row)["seconds"])
-    head = ["plan", "MiB", *(f"{task}: tokens/s (of bfloat16)" for task in tasks)]
+    first = next(row for row in found.values() if "seconds" in row)
+    names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
+    head = ["plan", "MiB", *(f"{name}: tokens/s (times bfloat16)" for name in names)]
     lines = []
     for plan, row in found.items():
         if "seconds" in row:
             num_bytes = row["gguf_bytes"] if "gguf_bytes" in row else row["bytes"].get("plan", row["bytes"]["bfloat16"])
-            cells = (f"{rate(row, task):.1f} ({faster(row, task):.2f})" for task in tasks)
+            cells = (f"{rate(row, task):.1f} ({faster(row, task):.2f})" for task in row["seconds"])
             lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells])
     return markdown(head, lines)
 
