@@ -9,6 +9,7 @@ from statistics import fmean
 from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl, worst_kl
 
 SLACK = 1.002  # two files are of equal size within this: their names and metadata differ by some bytes
+TICKS = (2.5, 3, 3.5, 4, 4.25, 4.5, 5, 6, 8)  # bits, of figures
 GOAL_RIVAL, GOAL_OTHERS = 0.40, 0.25
 
 
@@ -110,15 +111,20 @@ def _kl(one: File) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Divergence by bits, both axes logarithmic, one line for each quantizer."""
+    """Divergence by bits, both axes logarithmic: every file, and the best ones of each quantizer joined by a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for quantizer, group in grouped(files(rows), lambda one: one.quantizer).items():
-        axes.plot([one.bits for one in group], [one.kl for one in group], "o-", label=quantizer, markersize=4)
+    axes, found = figure.subplots(), files(rows)
+    for quantizer, group in grouped(found, lambda one: one.quantizer).items():
+        best = [one for one in group if not any(other.kl < one.kl for other in group if other.bits <= one.bits)]
+        (line,) = axes.plot([one.bits for one in best], [one.kl for one in best], label=quantizer)
+        axes.plot([one.bits for one in group], [one.kl for one in group], "o", color=line.get_color(), markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="bits of a quantized weight in the file", ylabel="mean KL, nats")
-    axes.set_xticks([2.5, 3, 4, 5, 6, 8], ["2.5", "3", "4", "5", "6", "8"], minor=False)
+    low, high = min(one.bits for one in found), max(one.bits for one in found)
+    ticks = [bits for bits in TICKS if low * 0.95 <= bits <= high * 1.05]
+    axes.set_xticks(ticks, [f"{bits:g}" for bits in ticks], minor=False)
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)

@@ -17,6 +17,7 @@ from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.patterns import Pattern
 from moeq.allocation.plan import parse_choices
 from moeq.disk.atomic import write_json
+from moeq.quant.kinds import TABLES
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
@@ -56,9 +57,11 @@ def steps_of(kind: str, survey: Path, *, learned: bool) -> tuple[list[Callback],
         settings = {**common, "grid": grid}
         plan = BitAllocation(patterns=[Pattern("*.experts.*.down_proj", bits=bits, group_size=32)])
     else:
+        # Latents move between evenly spaced levels.
+        choices = tuple(choice for choice in CHOICES if not (learned and choice in TABLES))
         plan = BitAllocation(
             survey=str(survey), method="allocate", cost="fisher", budget=float(kind), budget_unit="average_bits",
-            choices=CHOICES, runtime="llama.cpp",
+            choices=choices, runtime="llama.cpp",
         )  # fmt: skip
     steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
     if learned:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.studies.gguf import AUTOROUND, IMATRIX, LLAMA, NEED_IMATRIX, Gguf
 from benchmarks.studies.gguf_arms import BUDGETS, GRIDS, OWN, OWN_LEARNED, UNIFORM, steps_of
+from callbacks.bit_allocation import BitAllocation
 
 
 def cases(*args: str) -> Counter[tuple[str, str]]:
@@ -40,4 +41,13 @@ def test_learning_is_one_more_step_after_the_same_ones(kind: str) -> None:
     learned, same = steps_of(kind, Path("survey.json"), learned=True)
     assert settings == same
     assert [type(step).__name__ for step in learned] == [*(type(step).__name__ for step in plain), "LearnedRounding"]
-    assert settings.get("grid", "") == ("q3_k" if kind == "Q3_K" else "")
+    assert settings["grid"] == ("q3_k" if kind == "Q3_K" else "full_range")
+
+
+def test_learned_files_choose_among_evenly_spaced_levels() -> None:
+    offered = []
+    for learned in (False, True):
+        plan = steps_of("4.5", Path("survey.json"), learned=learned)[0][0]
+        assert isinstance(plan, BitAllocation)
+        offered.append(set(plan.spec.choices or ()))
+    assert offered[0] - offered[1] == {"iq4_nl"}
