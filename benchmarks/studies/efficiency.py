@@ -5,8 +5,8 @@
 - `quality`: KL of every plan on the bundled model, from one survey's solved candidates (GPTQ).
 - `packed`: each plan on a model of real shapes (drawn weights, ``efficiency_plans.py``) in moeq's packed path, beside
   bfloat16: decoding 1 and 16 sequences, a prompt of 512 tokens.
-- `files`: the same plan with 8 experts a block, written as moeq's packed folder and as a GGUF file: time and memory of
-  opening both, and the same tasks in llama.cpp beside its bfloat16.
+- `files`: the same plan with fewer experts a block, written as moeq's packed folder and as a GGUF file: time of opening
+  both, and the same tasks in llama.cpp beside its bfloat16.
 
 A row of a time holds both of its sides, which took turns, so parts may be run one after another (``--parts``).
 """
@@ -74,7 +74,11 @@ class Efficiency(Study[Case]):
     """Every part of every plan."""
 
     title = "What mixed precision costs and saves when it runs"
-    legend = "What is measured, and on what: `benchmarks/studies/efficiency.py`; plans: `efficiency_plans.py`."
+    legend = (
+        "KL in nats per token, mean over four domains, of the bundled model; times are of two blocks of the shapes of "
+        "DeepSeek-MoE-16B, processor seconds of one thread, beside bfloat16 in turn. What is measured, and on what: "
+        "`benchmarks/studies/efficiency.py`; plans: `efficiency_plans.py`."
+    )
     seeds = (0,)
     quick: ClassVar = {
         "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
@@ -189,10 +193,11 @@ class Efficiency(Study[Case]):
             folder = Path(temporary) if plan else Path(self.dense_files.name)
             grids = {name: PackedFormat.of(grid) for name, grid in carried(plan, shapes_of(config)).items()}
             found = write_files(config, grids, folder) if plan else {}
-            found["moeq"] = opened_in_moeq(folder / "export", o.prompt)
+            found["experts"] = o.file_experts
+            found["moeq"] = opened_in_moeq(folder / "export")
             if "refused" in found:
                 return found
-            found["llama.cpp"] = opened_in_llama(folder / "gguf", o.prompt)
+            found["llama.cpp"] = opened_in_llama(folder / "gguf")
             found["gguf_bytes"] = (folder / "gguf" / NAME).stat().st_size
             sides = {DENSE: self.dense_in_llama} | ({"plan": LlamaCpp(folder / "gguf" / NAME)} if plan else {})
             found["prompt"] = o.prompt

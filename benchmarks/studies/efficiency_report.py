@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.lab.tables import Row, markdown, mean_kl
 
+LINE = 1.24  # of heights of labels, on a logarithmic axis
 SAME = 1e-4  # nats: the model itself, which a logarithmic axis has no place for
 ENERGY = "Energy: no counter (`/sys/class/powercap`) on this machine."
 
@@ -14,11 +15,13 @@ ENERGY = "Energy: no counter (`/sys/class/powercap`) on this machine."
 def report(rows: Sequence[Row]) -> str:
     """Markdown of the parts that were measured."""
     parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in ("quality", "packed", "files")}
-    tables = [_quality_table(parts["quality"])]
+    tables = ["## Size and quality", "", _quality_table(parts["quality"])]
     if parts["packed"]:
         tables += ["## In moeq's packed path", "", _speed_table(parts["packed"]), _energy(parts["packed"])]
     if parts["files"]:
-        tables += ["", "## In llama.cpp", "", _speed_table(parts["files"]), _refused(parts["files"])]
+        experts = next(iter(parts["files"].values()))["experts"]
+        tables += ["", "## In llama.cpp", "", f"Files have {experts} experts a block.", ""]
+        tables += [_speed_table(parts["files"]), _refused(parts["files"])]
         tables += ["", "## Opening the files", "", _opening_table(parts["files"])]
     return "\n".join(tables)
 
@@ -51,12 +54,13 @@ def rate(row: Row, task: str) -> float:
 def _speed_table(found: Mapping[str, Row]) -> str:
     first = next(row for row in found.values() if "seconds" in row)
     names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
-    head = ["plan", "MiB", *(f"{name}: tokens/s (times bfloat16)" for name in names)]
+    head = ["plan", "MiB", *(cell for name in names for cell in (f"{name}: tokens/s", "times bfloat16"))]
     lines = []
     for plan, row in found.items():
         if "seconds" in row:
             num_bytes = row["gguf_bytes"] if "gguf_bytes" in row else row["bytes"].get("plan", row["bytes"]["bfloat16"])
-            cells = (f"{rate(row, task):.1f} ({faster(row, task):.2f})" for task in row["seconds"])
+            pairs = ((f"{rate(row, task):.1f}", f"{faster(row, task):.2f}") for task in row["seconds"])
+            cells = [cell for pair in pairs for cell in pair]
             lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells])
     return markdown(head, lines)
 
@@ -75,16 +79,11 @@ def _energy(found: Mapping[str, Row]) -> str:
 
 
 def _opening_table(found: Mapping[str, Row]) -> str:
-    head = ["plan", *(f"{who}: {what}" for who in ("moeq", "llama.cpp") for what in ("s", "resident MiB", "peak MiB"))]
+    head = ["plan", "moeq: s", "llama.cpp: s"]
     lines = []
     for plan, row in found.items():
-        cells: list[str] = [plan]
-        for who in ("moeq", "llama.cpp"):
-            one = row.get(who)
-            cells += (
-                ["-"] * 3 if one is None else [f"{one['seconds']:.1f}", f"{one['resident']:.0f}", f"{one['peak']:.0f}"]
-            )
-        lines.append(cells)
+        theirs = row.get("llama.cpp")
+        lines.append([plan, f"{row['moeq']['seconds']:.1f}", "-" if theirs is None else f"{theirs['seconds']:.1f}"])
     return markdown(head, lines)
 
 
@@ -113,22 +112,35 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for who, found in (("moeq", packed), ("llama.cpp", llama))
     }
     for (name, points), marker in zip(series.items(), "os", strict=True):
-        _scatter(left, points, name, marker)
+        _scatter(left, points, name, marker, 0.02)
+    if times := [x for points in series.values() for x, _ in points.values()]:
+        left.set_xlim(min(times) - 0.05, max(times) + 0.3)
     sizes = {row["plan"]: (row["bits"], mean_kl(row)) for row in rows if row["part"] == "quality" and row["bits"] < 16}
-    _scatter(right, sizes, "all plans", "o")
+    _scatter(right, sizes, "all plans", "o", 0.25)
+    right.set_xlim(2, 9.2)
     left.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="time of a token, one sequence (bfloat16 = 1)", ylabel="mean KL, nats", yscale="log")
     right.set(xlabel="bits per weight, scales included", ylabel="mean KL, nats", yscale="log")
     figure.savefig(path, dpi=100)
 
 
-def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, marker: str) -> None:
+def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, marker: str, offset: float) -> None:
     if not points:
         return
     names = front(points)
     (line,) = axes.plot(*zip(*(points[name] for name in names), strict=True), "-", alpha=0.5, label=f"{label}: front")
     axes.scatter(*zip(*points.values(), strict=True), marker=marker, s=28, color=line.get_color(), label=label)
-    for name, point in points.items():
-        axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for name, height in zip(sorted(points, key=lambda name: points[name][1]), _label_heights(points), strict=True):
+        x, y = points[name]
+        style = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0}
+        axes.annotate(name, (x, y), xytext=(x + offset, height), va="center", fontsize=7, arrowprops=style)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _label_heights(points: Mapping[str, tuple[float, float]]) -> list[float]:
+    """Heights of labels, from the lowest point up, so far apart that none covers another."""
+    heights: list[float] = []
+    for _, y in sorted(points.values(), key=lambda point: point[1]):
+        heights.append(y if not heights else max(y, heights[-1] * LINE))
+    return heights
