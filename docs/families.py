@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.checkpoint.model_class import model_class  # noqa: E402
-from moeq.formats import gguf_families, mlx_families  # noqa: E402
+from moeq.formats import gguf_families, gguf_wrappers, gptq, mlx_families  # noqa: E402
 from moeq.models.adapter import Adapter  # noqa: E402
 from moeq.models.families import HAND_ON, OTHER_EXPERTS  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
@@ -46,8 +46,8 @@ text; all else of its files is in both exports as it was, and they open by the c
 weights are published where that is not in 16 bits. `tests/export/test_accounting.py` walks each family and wrapper from
 its files through the ledger to both exports: in bfloat16, in float32, with draft layers, in FP8 where it is published
 so; MXFP4 and int4 on `gpt_oss` and `deepseek_v3`, whose layout Kimi has. "Also written for" are runtimes that gave the
-logits of transformers for files of a tiny model of the family (`tests/formats`); compressed-tensors and GPTQ are not
-bound to families ([serving](serving.md)).
+logits of transformers for files of a tiny model of the family (`tests/formats`); llama.cpp and MLX take the language
+model of a wrapper. compressed-tensors, and GPTQ but for wrappers, are not bound to families ([serving](serving.md)).
 
 What is never quantized: embeddings, head, norms, convolutions, routers and the gates of shared experts. A family's
 biases stay as they are. "Kept" are further matrices in full precision; a run lists them in `fallbacks.json`. "Rotation"
@@ -66,7 +66,7 @@ COLUMNS = (
 )  # fmt: skip
 WRAPPER_COLUMNS = (
     "wrapper", "opened by", "language model", "beside it", "routed experts", "what differs", "shared experts",
-    "attention and other mixers", "dense", "kept", "draft layers", "published as",
+    "attention and other mixers", "dense", "kept", "draft layers", "published as", "also written for",
 )  # fmt: skip
 # Parts of the messages with which a rotation is refused, and what they come to.
 NOT_ROTATED = {
@@ -86,6 +86,7 @@ REASONS = {
 }
 # Runtimes whose files are written for families that were run there.
 RUNTIMES = {"llama.cpp": gguf_families.FAMILIES, "MLX": mlx_families.FAMILIES}
+OF_WRAPPERS = {"llama.cpp": gguf_wrappers.WRAPPERS, "MLX": mlx_families.FAMILIES, "GPTQModel": gptq.WRAPPERS}
 UNTESTED = {
     "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",
     "dbrx": f"no experts interface; {OTHER_EXPERTS['dbrx']}",
@@ -111,7 +112,9 @@ def wrapper_row(family: str) -> tuple[str, dict[str, str]]:
     beside = [name for name, module in model.base_model.named_children() if module is not decoder]
     text = WRAPPERS[family]["text_config"]["model_type"]
     named = f"`{text}`" if text in FAMILIES else "its own"
-    return _line([family, model_class(model.config).__name__, named, _join(beside), *cells, *_published(family)]), kept
+    opened_by = model_class(model.config).__name__
+    runtimes = ", ".join(name for name, known in OF_WRAPPERS.items() if family in known)
+    return _line([family, opened_by, named, _join(beside), *cells, *_published(family), runtimes]), kept
 
 
 def _structure(adapter: Adapter) -> tuple[list[str], dict[str, str]]:

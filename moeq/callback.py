@@ -61,10 +61,12 @@ class SolveStep(Step):
     Attributes:
         needs_hessians: Whether the solver reads ``run.hessians``.
         solves_named: Whether the solver takes two-level and table grids (``moeq.quant.kinds``).
+        takes_factors: Whether the solver reads ``run.factors``.
     """
 
     needs_hessians: ClassVar[bool] = False
     solves_named: ClassVar[bool] = False
+    takes_factors: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self, module: MoEQuantModule) -> Solver:

@@ -75,7 +75,7 @@ class MoEQuantModule(L.LightningModule):
         symmetric: Symmetric grids, without zero points.
         grid: "uniform" groups of the three options above; "full_range" for symmetric ones whose scales have a sign, so
             that no level is spare; or a grid of llama.cpp, from which the three follow: q2_k to q6_k (two levels of
-            scales, rows in multiples of 256), iq4_nl or mxfp4 (levels by a table, groups of 32).
+            scales, rows in multiples of 256) or iq4_nl; or floats of 4 bits, mxfp4 and nvfp4 (levels by a table).
         clip_search: Search the clipping range of each group (2.4-norm).
         damping: GPTQ: fraction of the mean Hessian diagonal added to the diagonal; the papers have 0.01, and 0.1 holds
             better where the calibration data are few or of other domains.

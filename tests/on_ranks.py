@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.kronecker_factors import KroneckerFactors
 from datamodules.calibration import CalibrationDataModule
 from moeq.callback import HookedStep, module_of
 from moeq.fit import share
@@ -34,6 +35,16 @@ class SmallUnits(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share.UNIT_OPERATIONS = 1
+
+
+class GivenSequences(Callback):
+    """Kronecker factors of five sequences that nobody has to write."""
+
+    affects_weights = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ids_NT = torch.randint(1, 257, (5, 16), generator=torch.Generator().manual_seed(4))
+        KroneckerFactors._write = lambda *_: ids_NT  # type: ignore[method-assign]
 
 
 class ReachedExperts(HookedStep):

@@ -18,6 +18,7 @@ from moeq.module import MoEQuantModule
 from moeq.quant.learned import LearnedSpec
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.sampling.ebss_spec import EBSSSpec
+from moeq.survey.kronecker_spec import KroneckerSpec
 from moeq.survey.survey_spec import SurveyOptions, SurveySpec
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -144,7 +145,7 @@ def test_options_told_in_a_dataclass_are_flat_typed_and_complete(capsys: pytest.
     for option, name, spec in [
         ("data", "EBSSDataModule", EBSSSpec), ("trainer.callbacks", "Survey", SurveyOptions),
         ("trainer.callbacks", "BitAllocation", AllocationSpec), ("trainer.callbacks", "Rotation", RotationSpec),
-        ("trainer.callbacks", "LearnedRounding", LearnedSpec),
+        ("trainer.callbacks", "LearnedRounding", LearnedSpec), ("trainer.callbacks", "KroneckerFactors", KroneckerSpec),
     ]:  # fmt: skip
         text = printed(capsys, "fit", f"--{option}.help", name)
         for field in fields(spec):

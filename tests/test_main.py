@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from main import main
 from moeq.report.results import read_results
+from moeq.survey.kronecker_spec import KroneckerSpec
 from moeq.tasks.registry import GROUPS, expand, task_names
 from moeq.tuning.tuning_spec import TuningSpec
 from tests.evaluation_data import write_evaluation_data
@@ -86,7 +87,10 @@ def small_groups(config: Path) -> list[str]:
 
 def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None:
     """Run fit."""
-    with patch.object(TuningSpec, "__post_init__", small_tuning):
+    with (
+        patch.object(TuningSpec, "__post_init__", few_tokens),
+        patch.object(KroneckerSpec, "__post_init__", few_tokens),
+    ):
         main(
             [
                 "fit", "--config", str(config), f"--model.name={model}", *small_groups(config),
@@ -95,8 +99,8 @@ def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None
         )  # fmt: skip
 
 
-def small_tuning(spec: TuningSpec) -> None:
-    """Few tokens for end-to-end tuning, whatever a configuration asks for."""
+def few_tokens(spec: TuningSpec | KroneckerSpec) -> None:
+    """Few tokens for what the original writes beside its calibration data, whatever a configuration asks for."""
     for name, value in {"num_sequences": 8, "length": 16, "batch_size": 2}.items():
         object.__setattr__(spec, name, value)
 

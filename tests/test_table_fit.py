@@ -46,7 +46,7 @@ def test_what_cannot_be_done_on_a_table_is_refused_before_any_work(tmp_path: Pat
     steps = [BitAllocation(), HessianCalibration(), GPTQ(), LearnedRounding(num_steps=1)]
     with pytest.raises(ValueError, match="LearnedRounding moves evenly spaced levels"):
         fit(steps, model, tmp_path / "run", grid="iq4_nl")
-    with pytest.raises(ValueError, match="grids with a name are gguf's alone"):
+    with pytest.raises(ValueError, match="a grid of compressed-tensors and gguf"):
         fit(
             [BitAllocation(), HessianCalibration(), GPTQ(), Export(formats=["mlx"])],
             model,

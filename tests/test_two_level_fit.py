@@ -84,7 +84,7 @@ def test_a_streamed_fit_has_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
          r"give these .*\{pattern: '.*down_proj', bits: 4, group_size: 32\}"),
         ([BitAllocation(patterns=[NARROW]), HQQ()], {}, "HQQ solves uniform groups alone"),
         ([BitAllocation(patterns=[NARROW]), HessianCalibration(), AWQ()], {}, "AWQ solves uniform groups alone"),
-        ([BitAllocation(patterns=[NARROW]), RTN(), Export(formats=["mlx"])], {}, "grids with a name are gguf's alone"),
+        ([BitAllocation(patterns=[NARROW]), RTN(), Export(formats=["mlx"])], {}, "a grid of gguf"),
         ([RTN()], {"bits": 2}, r"bits \(2\) follows from grid \(q3_k\)"),
     ],
 )  # fmt: skip

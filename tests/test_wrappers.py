@@ -36,16 +36,23 @@ PUBLISHED_KEYS = {"kimi_k25": ("language_model.model.blocks.", "language_model.m
 
 def quantize(source: Path, folder: Path, method: str, placement: Any) -> Path:
     """Run folder of a fit."""
-    module = MoEQuantModule(str(source), bits=3, group_size=16, sequential="block", placement=placement)
+    fitted(source, folder, method, placement, Export())
+    return folder
+
+
+def fitted(
+    source: Path, folder: Path, method: str, placement: Any, export: Export, group_size: int = 16
+) -> MoEQuantModule:
+    module = MoEQuantModule(str(source), bits=3, group_size=group_size, sequential="block", placement=placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*without.*logger.*|.*num_training_batches.*")
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, max_epochs=1,
-            callbacks=[*(each() for each in METHODS[method]), Export()],
+            callbacks=[*(each() for each in METHODS[method]), export],
         )  # fmt: skip
         trainer.fit(module, datamodule=RandomIds())
-    return folder
+    return module
 
 
 @pytest.fixture(
@@ -112,6 +119,16 @@ def test_streamed_from_its_files_it_has_the_same_exports(family: str, tmp_path: 
     for kind in ("export", "dense"):
         path = Path(kind) / "model.safetensors"
         assert (held / path).read_bytes() == (streamed / path).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_runtime_does_not_read_is_a_fallback_of_the_run(tmp_path: Path) -> None:
+    source = save_tiny("qwen3_vl_moe", tmp_path / "model")
+    module = fitted(source, tmp_path / "run", "rtn", "memory", Export(formats=["gguf"]), group_size=32)
+    number = sum(".visual." in key for key in tensors(source))
+    left = [each for each in module.run.fallbacks if each.reason == "tensors left out"]
+    assert [each.weight for each in left] == ["gguf"]
+    assert left[0].detail.startswith(f"{number} beside the language model")
 
 
 # Self-sampled text, survey, bit allocation, router calibration, learned rounding; AWQ.

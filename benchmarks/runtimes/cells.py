@@ -1,7 +1,7 @@
 """What is exported: models, the grids of their weights, and what single families need so that runtimes know them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -44,13 +44,23 @@ def _grid(bits: int, group_size: int | None, *, symmetric: bool = True) -> GridS
     return GridSpec(bits, group_size, symmetric, clip_search=False)
 
 
+def _signed(bits: int, group_size: int | None) -> GridSpec:
+    """Full-range: half of the scales are negative, of the groups whose largest weight is positive."""
+    return GridSpec(bits, group_size, symmetric=True, clip_search=False, kind="full_range")
+
+
 def _uniform(bits: int, group_size: int | None, *, symmetric: bool = True) -> GridOf:
-    return lambda name, block: _grid(bits, group_size, symmetric=symmetric)
+    return _everywhere(_grid(bits, group_size, symmetric=symmetric))
+
+
+def _everywhere(grid: GridSpec) -> GridOf:
+    return lambda name, block: grid
 
 
 def _by_block(low: GridSpec, high: GridSpec) -> GridOf:
     """Experts of even blocks on one grid and of odd blocks on another, the rest on 8 bits."""
-    return lambda name, block: (low, high)[block % 2] if ".experts." in name else _grid(8, low.group_size)
+    rest = replace(high, bits=8)
+    return lambda name, block: (low, high)[block % 2] if ".experts." in name else rest
 
 
 def _by_projection(low: GridSpec, high: GridSpec) -> GridOf:
@@ -79,6 +89,11 @@ REFERENCE_GRIDS: dict[str, GridOf] = {
     "2 and 4 by block": _by_block(_LOW, _HIGH),
     "2 and 4 by projection": _by_projection(_LOW, _HIGH),
     "2 and 4 by expert": _by_expert(_LOW, _HIGH),
+    **{f"{bits}, full range": _everywhere(_signed(bits, 64)) for bits in (2, 3, 4, 8)},
+    **{f"4, full range, groups of {size}": _everywhere(_signed(4, size)) for size in (32, 128)},
+    "2 and 4 by projection, full range": _by_projection(_signed(2, 64), _signed(4, 64)),
+    "4 and 8 by block, full range": _by_block(_signed(4, 64), _signed(8, 64)),
+    **{kind: _everywhere(GridSpec.of_kind(kind, clip_search=False)) for kind in ("iq4_nl", "mxfp4", "nvfp4")},
 }
 TINY_GRIDS: dict[str, GridOf] = {
     "2": _uniform(2, None),
@@ -105,6 +120,7 @@ _YARN = {
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
+    "internvl": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4, "sliding_window": None},
     "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},

@@ -9,8 +9,8 @@ grids, exported in every format, and opened by llama.cpp, mlx-lm, transformers, 
 probabilities of the next token, from token ids, are compared with those of transformers in float32 on the dequantized
 weights.  benchmarks/runtimes/README.md makes the environments of vLLM and GPTQModel; without them they are left out.
 
-Rows of a model and a runtime are kept in --folder as they come: a run that was stopped goes on, and one that comes
-after a change of one format needs only the files of its runtime removed.
+Rows of a model and a runtime are kept in --folder as they come: a run that was stopped goes on, one that has further
+grids measures those, and one that comes after a change of one format needs only the files of its runtime removed.
 """
 
 import argparse
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="reference, or families (default: all)")
     parser.add_argument("--runtimes", nargs="+", metavar="NAME", help="as the report calls them (default: all)")
+    parser.add_argument("--grids", nargs="+", metavar="KEY", help="as the report calls them (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of random models and their ids")
     parser.add_argument("--windows", type=int, default=4, help="of 256 tokens for the bundled model (default 4)")
     parser.add_argument("--quick", action="store_true", help=f"a look: {', '.join(_QUICK)}")
@@ -88,22 +89,23 @@ def models(options: argparse.Namespace) -> list[str]:
 
 def measure(model: str, chosen: Sequence[Runtime], options: argparse.Namespace) -> list[Row]:
     """Rows of a model; those that were kept are not measured again."""
-    kept = {each.name: options.folder / f"{model}_{each.name}_{options.seed}.json" for each in chosen}
-    missing = [each for each in chosen if not kept[each.name].exists() and each.opens(model)]
-    if missing:
-        with TemporaryDirectory(prefix="runtimes_") as folder:
-            path = Path(folder)
-            source = reference_source(options.windows) if model == REFERENCE else tiny_source(
-                model, path / "source", options.seed
-            )  # fmt: skip
-            measured = Measurement(source, path).rows(missing)
-        options.folder.mkdir(parents=True, exist_ok=True)
-        for each in missing:
-            rows = [row for row in measured if row["runtime"] == each.name]
+    paths = {each.name: options.folder / f"{model}_{each.name}_{options.seed}.json" for each in chosen}
+    kept: dict[str, list[Row]] = {
+        name: json.loads(path.read_text(encoding="utf8")) if path.exists() else [] for name, path in paths.items()
+    }
+    known = [row for rows in kept.values() for row in rows]
+    with TemporaryDirectory(prefix="runtimes_") as folder:
+        path = Path(folder)
+        source = reference_source(options.windows) if model == REFERENCE else tiny_source(
+            model, path / "source", options.seed
+        )  # fmt: skip
+        measured = Measurement(source, path, options.grids).rows(chosen, known)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for each in chosen:
+        rows = [row for row in measured if row["runtime"] == each.name]
+        if rows:
             print(model, each.name, [row["verdict"] for row in rows], flush=True)
-            if each.missing() is None:
-                write_json(kept[each.name], rows)
-    else:
-        measured = []
-    found = [row for path in kept.values() if path.exists() for row in json.loads(path.read_text(encoding="utf8"))]
-    return found + [row for row in measured if row["verdict"] == "absent"]
+        if rows and each.missing() is None:
+            kept[each.name] += rows
+            write_json(paths[each.name], kept[each.name])
+    return [row for rows in kept.values() for row in rows] + [row for row in measured if row["verdict"] == "absent"]

@@ -102,9 +102,11 @@ def open_reference(
 def values_in_file(export: PackedExport, name: str, cell: Cell) -> Tensor:
     """A quantized weight [O, I] in float32 as a file means it: offsets that are stored as numbers are rounded."""
     weight = export.quantized(name)
-    grid, columns = GridSpec(weight.bits, weight.group_size, weight.zero_point_OG is None), weight.codes_OI.shape[1]
+    if weight.zero_point_OG is None:
+        return dequantize_weight(weight, torch.float32)
+    grid, columns = GridSpec(weight.bits, weight.group_size), weight.codes_OI.shape[1]
     carrier = choose_carrier(cell.format, grid, columns, cell.carrier)
-    if weight.zero_point_OG is None or carrier.zero_point != "real" or carrier.bits != weight.bits:
+    if carrier.zero_point != "real" or carrier.bits != weight.bits:
         return dequantize_weight(weight, torch.float32)
     scale_OG = weight.scale_OG.float()
     offset_OG = (-weight.zero_point_OG.float() * scale_OG).to(_OFFSETS[cell.format]).float()

@@ -1,6 +1,6 @@
 """One model through every format and runtime: a row for each cell and runtime."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from benchmarks.runtimes.exports import (
     write_packed,
 )
 from benchmarks.runtimes.judge import agreement, bound, judge
-from benchmarks.runtimes.opened import Answer, Job, is_kept_from_transformers
+from benchmarks.runtimes.opened import Answer, Job, why_not_transformers
 from benchmarks.runtimes.rounding import rounding_by_token, rounding_of
 from benchmarks.runtimes.runtime import Runtime
 from moeq.checkpoint.loading import DType
@@ -32,29 +32,33 @@ class Measurement:
     Args:
         source: The model.
         folder: Where exports are written.
+        only: Keys of the grids that are measured; None is all.
     """
 
-    def __init__(self, source: Source, folder: Path) -> None:
-        self._source, self._folder = source, folder
+    def __init__(self, source: Source, folder: Path, only: Collection[str] | None = None) -> None:
+        self._source, self._folder, self._only = source, folder, only
         self._exports: dict[str, PackedExport] = {}
         self._ours: dict[tuple[str, str, frozenset[str]], torch.Tensor] = {}
 
     def cells(self) -> list[Cell]:
         """What is exported; grids with zero points in both modes."""
         name = self._source.name
-        keys = (UNQUANTIZED, *(REFERENCE_GRIDS if name == REFERENCE else TINY_GRIDS))
+        every = (UNQUANTIZED, *(REFERENCE_GRIDS if name == REFERENCE else TINY_GRIDS))
+        keys = [key for key in every if self._only is None or key in self._only]
         cells = [Cell(name, key, each) for each in FORMATS for key in keys]
         return cells + [
             replace(cell, carrier="native") for cell in cells if cell.format != "gptq" and "zero points" in cell.grids
         ]
 
-    def rows(self, runtimes: Sequence[Runtime]) -> list[Row]:
-        """One for each cell and runtime that opens it."""
+    def rows(self, runtimes: Sequence[Runtime], known: Sequence[Row] = ()) -> list[Row]:
+        """One for each cell and runtime that opens it, but for those that are known."""
         opened = [runtime for runtime in runtimes if runtime.opens(self._source.name)]
+        done = {_key(row) for row in known}
         folders: dict[Cell, Path] = {}
         rows: list[Row] = []
         for cell in self.cells():
             readers = [each for each in opened if each.format == cell.format and not _is_source(cell, each)]
+            readers = [each for each in readers if _key(_row(cell, each, "")) not in done]
             path = self._convert(cell) if readers else ""
             if isinstance(path, Path):
                 folders[cell] = path
@@ -63,7 +67,9 @@ class Measurement:
         for runtime in opened:
             own = {cell: self._source.folder for cell in self.cells() if _is_source(cell, runtime)}
             made = {cell: path for cell, path in folders.items() if cell.format == runtime.format}
-            rows += self._open(runtime, own | {cell: path for cell, path in made.items() if cell not in own})
+            given = own | {cell: path for cell, path in made.items() if cell not in own}
+            left = {cell: path for cell, path in given.items() if _key(_row(cell, runtime, "")) not in done}
+            rows += self._open(runtime, left, _own_noise(known, runtime)) if left else []
         return rows
 
     def _convert(self, cell: Cell) -> Path | str:
@@ -75,18 +81,16 @@ class Measurement:
             return str(error).replace(str(self._folder), "FOLDER")
         return folder
 
-    def _open(self, runtime: Runtime, folders: dict[Cell, Path]) -> Iterable[Row]:
+    def _open(self, runtime: Runtime, folders: dict[Cell, Path], own_noise: float) -> Iterable[Row]:
         if (reason := runtime.missing()) is not None:
             return [_row(cell, runtime, "absent", reason=reason) for cell in folders]
         rows, given = [], dict(folders)
         if runtime.name == "transformers":
             for cell, folder in folders.items():
-                if is_kept_from_transformers(folder):
+                if (reason := why_not_transformers(folder)) is not None:
                     del given[cell]
-                    reason = "transformers reads one scheme for all experts of a model; config.json stops it"
                     rows.append(_row(cell, runtime, "refused by moeq", reason=reason))
         jobs = [Job(folder, self._source.ids_NL, self._export(cell, runtime)) for cell, folder in given.items()]
-        own_noise = 0.0
         for cell, answer in zip(given, runtime.run(jobs), strict=True):  # the unquantized one comes first
             row = self._judge(cell, runtime, answer, own_noise)
             own_noise = row["kl"] if cell.grids == UNQUANTIZED and "kl" in row else own_noise
@@ -155,6 +159,16 @@ class Measurement:
 
 def _is_source(cell: Cell, runtime: Runtime) -> bool:
     return runtime.opens_source and runtime.format == cell.format and cell.grids == UNQUANTIZED
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["grids"], row["format"], row["carrier"], row["runtime"]
+
+
+def _own_noise(known: Sequence[Row], runtime: Runtime) -> float:
+    """Divergence of the runtime's run of the unquantized model, where it is known."""
+    found = [row for row in known if row["runtime"] == runtime.name and row["grids"] == UNQUANTIZED]
+    return next((row["kl"] for row in found if "kl" in row), 0.0)
 
 
 def _row(cell: Cell, runtime: Runtime, verdict: str, *, reason: str = "") -> Row:

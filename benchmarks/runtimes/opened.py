@@ -58,9 +58,11 @@ def is_missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
 
-def is_kept_from_transformers(folder: Path) -> bool:
-    """Whether a folder's configuration makes transformers stop, as moeq writes it where it would read wrongly."""
-    return "transformers_weights" in json.loads((folder / "config.json").read_text(encoding="utf8"))
+def why_not_transformers(folder: Path) -> str | None:
+    """What a folder's configuration stops transformers with, where it would read wrongly; else None."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    said = config.get("transformers_weights")
+    return None if said is None else f"config.json stops transformers: {said.removeprefix('none. ')}"
 
 
 def _llama_cpp(job: Job) -> Tensor:

@@ -6,7 +6,7 @@
 AGQ on data that the model wrote itself (EBSS, corpus mode, 64 sequences of 256 tokens), and with learned rounding after
 it.  More arms choose the ranges that AGQ starts from by the Hessian instead of the weights alone, or fit the scales to
 the codes afterwards.  Beside 4 bits in
-groups of 32 stand llama.cpp's tables of levels.
+groups of 32 stand tables of levels, NVFP4 in groups of 16; scales of tables are fitted to the codes in every arm.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from moeq.quant.solution import Solution
 
 GRIDS: dict[str, dict[str, Any]] = {
     "asymmetric": {}, "symmetric": {"symmetric": True}, "full-range": {"grid": "full_range"},
-    "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"},
+    "IQ4_NL": {"grid": "iq4_nl"}, "MXFP4": {"grid": "mxfp4"}, "NVFP4": {"grid": "nvfp4", "group_size": 16},
 }  # fmt: skip
-BY_TABLE = ("IQ4_NL", "MXFP4")  # of 4 bits in groups of 32
+BY_TABLE = {"IQ4_NL": RUNTIMES["llama.cpp"], "MXFP4": RUNTIMES["vllm"], "NVFP4": RUNTIMES["vllm"]}  # whose files count
 METHODS = (
     "RTN", "AGQ", "AGQ, ranges by output error", "AGQ, ranges by input energy", "AGQ, refitted scales", "AGQ, learned",
 )  # fmt: skip
@@ -139,7 +139,7 @@ class Symmetric(Study[Case]):
         ids_NL = calibration_set(self.yardstick, "corpus", 64, case.seed, self.options.sets)
         sizes = {"bits": case.bits, "group_size": case.group_size, **GRIDS[case.grid]}
         module = fit(ids_NL, case.steps(), name=MODEL, affinity_power=1.0, damping=0.1, **sizes)
-        files = RUNTIMES["llama.cpp" if case.grid in BY_TABLE else "research"]
+        files = BY_TABLE.get(case.grid, RUNTIMES["research"])
         size = file_cost(module.run.plan, module.weight_shapes(), files).average_bits
         return {"domains": self.yardstick.row(module.model), "size": size}
 

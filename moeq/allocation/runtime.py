@@ -5,7 +5,7 @@
 ``mlx``        all experts of one projection and block are one layer of one type.
 ``vllm``       one scheme for all experts of a block, whose first one it looks up, and one for linears that it fuses
                (q, k, v; gate, up).
-``sglang``     the same, and types of 4 and 8 bits only.
+``sglang``     the same, and types of 4 and 8 bits only, none of grids with a name.
 ``gptqmodel``  one type per routed expert.
 
 Weights that must share a type form a unit, which an allocator gives one choice.  The types, *carriers*, are those of
@@ -33,12 +33,14 @@ class Runtime:
         format: Of the files that it reads; None is moeq's own, which holds every grid as it is.
         key: Weights of equal key share a type.
         bits: Widths of the types that it computes with; None is all of the format.
+        named: Whether it computes with the grids of the format that have a name.
     """
 
     name: RuntimeName
     format: FormatName | None
     key: Callable[[WeightShape], Hashable]
     bits: frozenset[int] | None = None
+    named: bool = True
 
     def carrier(self, grid: GridSpec, in_features: int, mode: CarrierMode = "exact") -> Carrier:
         """The type of its files that holds a grid; ``format`` must not be None.
@@ -79,6 +81,8 @@ def _carrier(runtime: Runtime, name: FormatName, grid: GridSpec, in_features: in
     if runtime.bits is not None and found.bits not in runtime.bits:
         widths = ", ".join(map(str, sorted(runtime.bits)))
         raise ValueError(f"{name} ({mode}) has it in {found.bits} bits, and {runtime.name} reads {widths}")
+    if grid.is_named and not runtime.named:
+        raise ValueError(f"{runtime.name} was not seen to compute with {found.name} of {name}; choose a uniform grid")
     return found
 
 
@@ -97,12 +101,12 @@ def _by_fused_module(weight: WeightShape) -> Hashable:
     return parent, MERGED_LINEARS.get(leaf, leaf)
 
 
-# vLLM computes 4 and 8 bits by Marlin, 2 by Humming; SGLang has the former only.
+# vLLM computes 4 and 8 bits, NVFP4 and MXFP4 by Marlin, 2 bits by Humming; of SGLang the integers of Marlin are known.
 RUNTIMES: dict[RuntimeName, Runtime] = {
     "research": Runtime("research", None, lambda weight: weight.name),
     "llama.cpp": Runtime("llama.cpp", "gguf", _by_projection),
     "vllm": Runtime("vllm", "compressed-tensors", _by_fused_module, frozenset({2, 4, 8})),
-    "sglang": Runtime("sglang", "compressed-tensors", _by_fused_module, frozenset({4, 8})),
+    "sglang": Runtime("sglang", "compressed-tensors", _by_fused_module, frozenset({4, 8}), named=False),
     "mlx": Runtime("mlx", "mlx", _by_projection),
     "gptqmodel": Runtime("gptqmodel", "gptq", _by_expert),
 }

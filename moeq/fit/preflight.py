@@ -20,7 +20,7 @@ from moeq.fit.share import experts_per_unit
 from moeq.models.adapter import Adapter
 from moeq.models.sizes import ModelBytes, forward_bytes, hidden_bytes
 from moeq.preflight.phases import Moment, Phase
-from moeq.quant.workspace import workspace_bytes
+from moeq.quant.workspace import two_sided_numbers, workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ def _solve_moment(work: FitWork, current: Pass, part: SitePart, codes: Mapping[s
         "workspace": workspace_bytes(num_experts, rows, site.in_features, work.device_type),
         "codes of the stack": num_experts * rows * site.in_features,
     }
+    if work.needs.factors:
+        held["factors to solve"] = 4 * num_experts * two_sided_numbers(rows, site.in_features)
     return Moment(held, {**work.waiting, **codes})
 
 

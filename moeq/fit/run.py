@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeq.allocation.evidence import Evidence, Promise
 from moeq.allocation.outer import Judge
+from moeq.fit.factors import Factors
 from moeq.fit.hessians import Hessians
 from moeq.preflight.meter import Meter
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
@@ -23,6 +24,7 @@ class Needs:
         originals: What the original blocks return on the original hidden states.
         routers: A pass for the router of every block, before its experts.
         offsets: Where the weights of a block lie in the cells of their codes, until its last step.
+        factors: Kronecker factors of the curvature, to solve with.
     """
 
     survey: bool = False
@@ -31,6 +33,7 @@ class Needs:
     originals: bool = False
     routers: bool = False
     offsets: bool = False
+    factors: bool = False
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Run:
         judge: Measures plans of the surveyed model, where batches were kept apart for it; None before and after.
         plan: Grid of every weight that is quantized, by canonical name.
         hessians: Hessians of the current pass.
+        factors: Kronecker factors of the curvature; None where no step gathers them.
         usage: Tokens routed to each expert, int64 [E], by path of the experts module.
         quantized: Quantized weights of the current block, on the CPU, by canonical name; others are in block files.
         kept: Names of weights of the current block that the plan lacks: they stay as they are.
@@ -64,6 +68,7 @@ class Run:
     judge: Judge | None = None
     plan: dict[str, GridSpec] = field(default_factory=dict)
     hessians: Hessians = field(default_factory=Hessians)
+    factors: Factors | None = None
     usage: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from moeq.distributed import rank_and_world
+from moeq.fit.factors import Factors
 from moeq.fit.run import Run
 from moeq.fit.schedule import SitePart, whole
 from moeq.fit.share import SolvedWeight, divide, experts_per_unit, gather_solved, solve_operations
 from moeq.models.adapter import Adapter, Site
 from moeq.models.storage import rounded_to_storage
+from moeq.quant.coverage import CoverageSpec
 from moeq.quant.factor import ATTEMPTS, retry_reason
 from moeq.quant.grid import dequantize_weight
 from moeq.quant.learned import level_offset
 from moeq.quant.solution import Solution
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
 
+ONE_SIDED = "factor not positive definite"
 # Solve a stack: (unit, weight_EOI float32) -> Solution.
 Solver = Callable[["Unit", Tensor], Solution]
 
@@ -115,6 +118,13 @@ def cut(unit: Unit) -> list[Unit]:
     return [replace(unit, experts=unit.experts[start : start + size]) for start in starts]
 
 
+def factors_of(factors: Factors, unit: Unit, coverage: CoverageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """H_O and H_I of a unit, on a device."""
+    rows = torch.cat([torch.arange(rows.start, rows.stop) for rows in unit_rows(unit)])
+    output_EOO, input_EII = factors.of(unit.site, unit.experts, rows, coverage)
+    return output_EOO.to(device), input_EII.to(device)
+
+
 def unit_rows(unit: Unit) -> list[slice]:
     """Rows of the stacked site weight that belong to each leaf of a unit."""
     ends = torch.tensor(unit.site.rows).cumsum(0).tolist()
@@ -146,7 +156,10 @@ def solve_unit(adapter: Adapter, unit: Unit, solver: Solver, offsets: bool = Fal
 
 def _solver_fallbacks(name: str, solution: Solution, position: int) -> tuple[Fallback, ...]:
     retries = len(ATTEMPTS) if bool(solution.failed_E[position]) else int(solution.num_retries_E[position])
-    return (Fallback(name, *retry_reason(retries)),) if retries else ()
+    found = [Fallback(name, *retry_reason(retries))] if retries else []
+    if solution.one_sided_E is not None and bool(solution.one_sided_E[position]):
+        found.append(Fallback(name, ONE_SIDED, "a Kronecker factor has no Cholesky factor; codes of one Hessian"))
+    return tuple(found)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Storage types of a format for all weights of a model, and which of them must be alike."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
@@ -54,15 +54,18 @@ def check_alike(carriers: Mapping[str, Carrier], unit: Sequence[str], reason: st
             )
 
 
-def check_experts_apart(model: PreTrainedModel, carriers: Mapping[str, Carrier], format_name: FormatName) -> None:
+def check_experts_apart(
+    model: PreTrainedModel, carriers: Mapping[str, Carrier], format_name: FormatName, taken_apart: Collection[str] = ()
+) -> None:
     """Raise ValueError where experts are quantized that no runtime reads one by one.
 
     Args:
         model: Dense model.
         carriers: Storage types by name.
         format_name: For the message.
+        taken_apart: Families whose experts the runtime has one by one, though their files have not.
     """
-    experts = expert_modules(model)
+    experts, family = expert_modules(model), model.config.model_type
     first = {
         parts[0]: name for name in reversed(list(carriers)) if (parts := split_expert_name(name, experts)) is not None
     }
@@ -72,10 +75,10 @@ def check_experts_apart(model: PreTrainedModel, carriers: Mapping[str, Carrier],
                 f"{path} has biases, which no runtime reads beside experts in {format_name}; choose gguf, or leave the "
                 "experts as they are"
             )
-        if not _are_apart(model, f"{path}.{parameter_name(experts[path], 'down')}"):
+        if family not in taken_apart and not _are_apart(model, f"{path}.{parameter_name(experts[path], 'down')}"):
             raise ValueError(
                 f"{name} lies with all experts in one tensor of the source's files, and no runtime reads packed "
-                f"experts of {model.config.model_type} in another way; choose gguf or mlx, or leave the experts as "
+                f"experts of {family} in another way; choose gguf or mlx, or leave the experts as "
                 "they are"
             )
 

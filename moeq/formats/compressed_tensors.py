@@ -3,10 +3,11 @@
 Each weight under the key of the source's files as ``weight_packed`` (int32, the codes as one stream of bits),
 ``weight_scale``, ``weight_shape``, and ``weight_zero_point`` where it has zero points.  "exact" writes symmetric
 weights of 4 or 8 bits, which the kernels of vLLM and SGLang take; "native" each weight's own width, for readers that
-take it.
+take it.  NVFP4 and MXFP4 have a layout of their own (``compressed_tensors_float``).
 
 vLLM and SGLang give all routed experts of a block one scheme, and all linears that they merge; transformers gives one
-to the experts of the whole model and reads others wrongly without a word, so that it is told to refuse such a folder.
+to the experts of the whole model and reads others wrongly without a word, and it leaves out the global scales that
+experts in NVFP4 have, so that it is told to refuse such a folder.
 """
 
 import json
@@ -34,6 +35,7 @@ from moeq.formats.carriers import (
     version_of,
 )
 from moeq.formats.compressed_tensors_config import label, quantization_config
+from moeq.formats.compressed_tensors_float import declared_tensors, float_tensors
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import (
     Piece,
@@ -52,11 +54,11 @@ from moeq.quant.spec import QuantizedWeight
 
 _NAME: FormatName = "compressed-tensors"
 _REASON = "vLLM and SGLang read these weights in one way"
-# transformers reads the key before it reads weights, and stops with this text.
-_BARRIER = {
-    "transformers_weights": "none. transformers reads one scheme for all experts of a model and would read these "
-    "wrongly: serve the folder with vLLM or SGLang"
-}
+# transformers reads the key before it reads weights, and stops with its text.
+_BARRIER = "transformers_weights"
+_REMEDY = "serve the folder with vLLM or SGLang"
+_ONE_SCHEME = "reads one scheme for all experts of a model"
+_NO_GLOBALS = "leaves out the global scales of experts in NVFP4"
 
 
 def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> None:
@@ -76,10 +78,11 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
         [*_matrices(kept), *_kept_modules(export)],
         _block_paths(export),
     )
-    refused = _transformers_misreads(export.model, carriers)
-    config |= _BARRIER if refused else {}
-    pieces = kept + [_piece(export, name, carrier) for name, carrier in carriers.items()]
-    fill_folder(export, folder, pieces, config, _card(carriers, refused, bool(dropped)), progress)
+    misread = _misread_by_transformers(export.model, carriers)
+    if misread is not None:
+        config[_BARRIER] = f"none. transformers {misread} and would read these wrongly: {_REMEDY}"
+    pieces = kept + [_piece(export, names, carriers[names[0]]) for names in _read_together(carriers)]
+    fill_folder(export, folder, pieces, config, _card(carriers, misread, bool(dropped)), progress)
 
 
 def verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
@@ -125,20 +128,32 @@ def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     check_experts_apart(model, carriers, _NAME)
     for unit in expert_blocks(model):
         check_alike(carriers, unit, _REASON)
-    merged: dict[tuple[str, str], list[str]] = {}
-    for name in weight_names(model):
-        parent, _, leaf = name.rpartition(".")
-        if leaf in MERGED_LINEARS:
-            merged.setdefault((parent, MERGED_LINEARS[leaf]), []).append(name)
-    for names in merged.values():
+    for names in _merged(weight_names(model)):
         check_alike(carriers, names, _REASON)
     return carriers
 
 
-def _transformers_misreads(model: PreTrainedModel, carriers: Mapping[str, Carrier]) -> bool:
-    """Whether transformers would open the folder and read experts wrongly."""
+def _merged(names: Iterable[str]) -> list[list[str]]:
+    """Weights that vLLM and SGLang make one of; the others alone."""
+    merged: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        merged.setdefault((parent, MERGED_LINEARS.get(leaf, leaf)), []).append(name)
+    return list(merged.values())
+
+
+def _read_together(carriers: Mapping[str, Carrier]) -> list[list[str]]:
+    """Weights with tensors that depend on each other: those that share a global scale."""
+    shared = _merged(name for name, carrier in carriers.items() if carrier.kind == "nvfp4")
+    return [*([name] for name, carrier in carriers.items() if carrier.kind != "nvfp4"), *shared]
+
+
+def _misread_by_transformers(model: PreTrainedModel, carriers: Mapping[str, Carrier]) -> str | None:
+    """Why transformers would open the folder and read experts wrongly; None where it reads them rightly."""
     found = {carriers.get(name) for unit in expert_blocks(model) for name in unit}
-    return len(found) > 1 or None in found
+    if len(found) > 1 or None in found:
+        return _ONE_SCHEME
+    return _NO_GLOBALS if any(carrier is not None and carrier.kind == "nvfp4" for carrier in found) else None
 
 
 def _kept_modules(export: PackedExport) -> list[str]:
@@ -154,8 +169,14 @@ def _matrices(pieces: Iterable[Piece]) -> list[str]:
     return [key.removesuffix(".weight") for key, tensor in declared.items() if len(tensor.shape) > 1]
 
 
-def _piece(export: PackedExport, name: str, carrier: Carrier) -> Piece:
-    key, (rows, columns) = export.key(name), export.shape(name)
+def _piece(export: PackedExport, names: list[str], carrier: Carrier) -> Piece:
+    name, shapes = names[0], {export.key(name): export.shape(name) for name in names}
+    if carrier.kind != "uniform":
+        declared: dict[str, Declared] = {}
+        for key, shape in shapes.items():
+            declared |= declared_tensors(key, shape, carrier)
+        return Piece(declared, lambda: float_tensors({export.key(name): export.quantized(name) for name in names}))
+    ((key, (rows, columns)),) = shapes.items()
     groups = 1 if carrier.group_size is None else columns // carrier.group_size
     declared = {
         f"{key}.weight_packed": Declared(torch.int32, (rows, num_words(columns, carrier.bits))),
@@ -174,7 +195,7 @@ def _tensors(weight: QuantizedWeight, key: str, carrier: Carrier) -> dict[str, T
 
 
 def _parts(stored: Mapping[str, Any], key: str) -> dict[str, Tensor]:
-    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
     return {f"{key}.{leaf}": stored[f"{key}.{leaf}"].read() for leaf in leaves if f"{key}.{leaf}" in stored}
 
 
@@ -192,9 +213,9 @@ def _size(export: PackedExport, carriers: Mapping[str, Carrier]) -> tuple[int, i
     return bits, sum(rows * columns for rows, columns in shapes.values())
 
 
-def _card(carriers: Mapping[str, Carrier], refused: bool, dropped: bool) -> Card:
+def _card(carriers: Mapping[str, Carrier], misread: str | None, dropped: bool) -> Card:
     opening = f"```sh\nvllm serve {_NAME}\npython -m sglang.launch_server --model-path {_NAME}\n```"
-    limits = ("transformers, which refuses it: it reads one scheme for the experts of all blocks.",) if refused else ()
+    limits = () if misread is None else (f"transformers, which refuses it: it {misread}.",)
     return Card(
         format=_NAME,
         library="transformers",

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from moeq.formats.compressed_tensors_float import LAYOUTS, arguments
 from moeq.formats.patterns import patterns
 from moeq.quant.carrier import Carrier
 
@@ -50,15 +51,16 @@ def quantization_config(
             "weights": weights_of(types[scheme]),
             "input_activations": None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": layout(types[scheme]),
         }
         for index, (scheme, names) in enumerate(schemes.items())
     }
     roots = {"model", "language_model", *(part for prefix in prefixes for part in prefix.split(".")[:-1])}
+    layouts = {layout(carrier) for carrier in types.values()}
     outside = sorted({_component(name, roots) for name in kept if not _in_blocks(name, prefixes)})
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -69,6 +71,8 @@ def quantization_config(
 
 def weights_of(carrier: Carrier) -> dict[str, Any]:
     """What compressed-tensors calls the arguments of a weight."""
+    if carrier.kind != "uniform":
+        return arguments(carrier)
     return {
         "num_bits": carrier.bits,
         "type": "int",
@@ -76,6 +80,11 @@ def weights_of(carrier: Carrier) -> dict[str, Any]:
         "strategy": "channel" if carrier.group_size is None else "group",
         "group_size": carrier.group_size,
     }
+
+
+def layout(carrier: Carrier) -> str:
+    """How compressed-tensors lays a weight out."""
+    return LAYOUTS.get(carrier.kind, "pack-quantized")
 
 
 def label(carrier: Carrier) -> str:

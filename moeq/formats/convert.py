@@ -75,4 +75,5 @@ def renamed(report: FormatReport, before: Path, after: Path) -> FormatReport:
 def proof(report: FormatReport) -> str:
     """What was verified, in words."""
     same = "bit for bit" if report.largest_error == 0 else f"within {report.largest_error:.2g} of a scale"
-    return f"{report.num_quantized} quantized weights read back by {report.reader}, equal {same}"
+    left = f"; {report.num_left_out} tensors beside the language model left out" if report.num_left_out else ""
+    return f"{report.num_quantized} quantized weights read back by {report.reader}, equal {same}{left}"

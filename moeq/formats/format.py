@@ -27,6 +27,8 @@ class FormatReport:
         bits_per_weight: Of the quantized weights in the file: codes, scales and zero points.
         types: How many weights have which type of the format.
         largest_error: Largest difference of a weight from moeq's own, in scales of its group; 0.0 is bit for bit.
+        num_left_out: Tensors of the packed export that the files do not hold, as their runtime does not read them:
+            draft layers, and what stands beside a wrapper's language model.
     """
 
     format: str
@@ -38,6 +40,7 @@ class FormatReport:
     bits_per_weight: float
     types: dict[str, int]
     largest_error: float
+    num_left_out: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""

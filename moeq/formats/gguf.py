@@ -20,9 +20,11 @@ from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, read_file, write_file
 from moeq.formats.gguf_metadata import common
+from moeq.formats.gguf_nvfp4 import scale_name
 from moeq.formats.gguf_plan import Planned, find_family, plan_file
 from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
+from moeq.formats.language_model import left_out
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.kinds import NAMED
@@ -32,7 +34,7 @@ NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
 _FILE_KINDS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
-    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "MXFP4": 38,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "MXFP4": 38, "NVFP4": 39,
 }  # fmt: skip
 
 _OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp and what is built on it:
@@ -41,6 +43,10 @@ _OPENING = f"""One file with codes, configuration and tokenizer, for llama.cpp a
 llama-server -m gguf/{NAME}
 ```"""
 _LIMITS = ("Exact agreement with what was measured: llama.cpp rounds activations to 8 bits where weights have codes.",)
+_TEXT_ALONE = (
+    "Images and sound: the file holds the language model alone. What turns these into its embeddings is a second file "
+    "(`mmproj`), which llama.cpp's converter makes of the source."
+)
 _LEFT_OUT = "tensors of the source that its model does not compute with, draft layers among them"
 
 
@@ -70,7 +76,8 @@ def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
     for _ in shown:  # it ends by itself
         pass
     types = dict(Counter(planned.stored.kind for planned in plan for _ in planned.weights).most_common())
-    write_card(export, folder, Card("gguf", "gguf", _OPENING, types, _LIMITS, _LEFT_OUT))
+    limits = (_TEXT_ALONE, *_LIMITS) if find_family(export.model).language_model else _LIMITS
+    write_card(export, folder, Card("gguf", "gguf", _OPENING, types, limits, _LEFT_OUT))
     manifest = export.folder / MANIFEST  # a folder that transformers saved has none
     made_of = json.loads(manifest.read_text(encoding="utf8")) if manifest.is_file() else {}
     write_manifest(folder, {**{key: value for key, value in made_of.items() if key != "files"}, "kind": "gguf"})
@@ -102,32 +109,45 @@ def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Pro
         found = stored[planned.name]
         if (found.kind, found.shape) != (planned.stored.kind, planned.stored.shape):
             raise ExportMismatchError(f"{path} has {planned.name} as {found.kind} {found.shape}; export again")
-        error = max(error, _compare(path, export, planned, found))
+        scales = stored.get(scale_name(planned.name)) if planned.has_blocks else None
+        error = max(error, _compare(path, export, planned, found, None if scales is None else scales.values()))
         found.forget()
         quantized = [name for name in planned.weights if name in export.grids]
         types.update([found.kind] * len(planned.weights))
         if quantized:
-            num_bytes += planned.stored.num_bytes
+            num_bytes += planned.stored.num_bytes + (0 if scales is None else 4 * len(planned.weights))
             numel += torch.Size(planned.stored.shape).numel()
     return FormatReport(
         format="gguf",
         path=str(path),
         reader=_reader({each.stored.kind for each in plan}),
         num_quantized=len(export.grids),
-        num_other=sum(1 for each in plan if not each.weights),
+        num_other=sum(1 for each in plan if not each.weights and not each.scales_of),
         num_bytes=path.stat().st_size,
         bits_per_weight=8 * num_bytes / numel if numel else 0.0,
         types=dict(types.most_common()),
         largest_error=error,
+        num_left_out=len(left_out(export)),
     )
 
 
-def _compare(path: Path, export: PackedExport, planned: Planned, found: StoredTensor) -> float:
-    """Largest error of a tensor that was read back, in scales; raises ExportMismatchError where it is wrong."""
+def _compare(
+    path: Path, export: PackedExport, planned: Planned, found: StoredTensor, scales: Tensor | None
+) -> float:  # fmt: skip
+    """Largest error of a tensor that was read back, in scales; raises ExportMismatchError where it is wrong.
+
+    Args:
+        path: Of the file.
+        export: What it was made of.
+        planned: The tensor.
+        found: What was read.
+        scales: Global scales of its weights that were read beside it, if it has some.
+    """
     largest = 0.0
     for index, ours in enumerate(planned.values(export)):
         theirs = found.values(index if len(planned.weights) > 1 else None).reshape(ours.shape)
-        name = planned.weights[index] if planned.weights else planned.tensor
+        theirs = theirs if scales is None else theirs * scales[index]
+        name = planned.weights[index] if planned.weights else planned.tensor or "the global scales of its weights"
         if torch.equal(theirs.to(ours.dtype), ours):
             continue
         if not planned.has_blocks or found.kind.lower() in NAMED:
@@ -151,8 +171,9 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
 
 def _describe(model: PreTrainedModel) -> Metadata:
     try:
-        keys = common(model.config) | find_family(model).describe(model.config)
-        windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        family, config = find_family(model), model.config.get_text_config()
+        keys = common(config) | family.describe(config) | family.beside(model.config)
+        windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         if windows and "attention.sliding_window" not in keys:
             raise ValueError("llama.cpp computes this family without windows, and its layer_types has some")
     except ValueError as error:

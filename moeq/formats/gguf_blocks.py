@@ -7,7 +7,7 @@ A block is some consecutive in-features of one row: a float16 scale d, for some 
 
     IQ4_NL  32 of d level[q], 16 levels      MXFP4  32 of 2^(e - 128) level[q], an exponent e of 8 bits, e2m1 twofold
 
-Types of two-level grids (Q2_K to Q6_K) are in ``gguf_kquants``.
+Types of two-level grids (Q2_K to Q6_K) are in ``gguf_kquants``, NVFP4 in ``gguf_nvfp4``.
 
 moeq's symmetric grids have the levels -2^(b-1) .. 2^(b-1) - 1, as Q4_0, Q5_0 and Q8_0 have.  Q2_0 has -1 .. 2: with
 d = -scale, q = 1 - level gives the same values.  d may be of either sign in all of them.
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.formats.e2m1 import exponents, sign_magnitudes
 from moeq.formats.gguf_kquants import k_blocks
+from moeq.formats.gguf_nvfp4 import nvfp4_blocks
 from moeq.quant.carrier import CarrierMode, choose_carrier, recentre, regroup
 from moeq.quant.spec import QuantizedWeight
 
@@ -49,9 +51,9 @@ FILE_TYPES: dict[str, FileType] = {
     "Q4_0": FileType(2, 32, 18), "Q4_1": FileType(3, 32, 20), "Q5_0": FileType(6, 32, 22), "Q5_1": FileType(7, 32, 24),
     "Q8_0": FileType(8, 32, 34), "Q2_K": FileType(10, 256, 84), "Q3_K": FileType(11, 256, 110),
     "Q4_K": FileType(12, 256, 144), "Q5_K": FileType(13, 256, 176), "Q6_K": FileType(14, 256, 210),
-    "IQ4_NL": FileType(20, 32, 18), "MXFP4": FileType(39, 32, 17),
+    "IQ4_NL": FileType(20, 32, 18), "MXFP4": FileType(39, 32, 17), "NVFP4": FileType(40, 64, 36),
 }  # fmt: skip
-_TABLE_TYPES = ("IQ4_NL", "MXFP4")
+_TABLE_TYPES = ("IQ4_NL", "MXFP4", "NVFP4")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a float16: the largest relative rounding, and the largest absolute one of a number below its normal ones.
 RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
@@ -87,6 +89,9 @@ def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "e
         return blocks
     if (weight.table or "uniform") != (kind.lower() if kind in _TABLE_TYPES else "uniform"):
         raise ValueError(f"{kind} does not hold a weight on {weight.kind}; quantize it on grid {kind.lower()}")
+    if kind == "NVFP4":
+        made: Bytes = nvfp4_blocks(weight).numpy()
+        return made
     return _BLOCKS[kind](regroup(weight, FILE_TYPES[kind].block), mode)
 
 
@@ -131,13 +136,8 @@ def _by_table(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
 
 def _microscaled(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
     """Blocks of MXFP4: the exponent of a scale, and signs with places among the magnitudes."""
-    mantissa_OB, exponent_OB = torch.frexp(weight.scale_OG.float())
-    if not bool(((mantissa_OB == 0.5) | (mantissa_OB == 0.0)).all()):
-        raise ValueError("a scale is no power of two, as MXFP4 has them")
-    place_OBS = _blocks(weight.codes_OI, weight).short() - 7  # the 8th of 15 levels is 0
-    nibble_OBS = torch.where(place_OBS < 0, 8 - place_OBS, place_OBS).to(torch.uint8)
-    octet_OB = (exponent_OB - 1 + 127).clamp_min(0).masked_fill(mantissa_OB == 0, 0).to(torch.uint8)
-    joined: Bytes = torch.cat([octet_OB.unsqueeze(2), _halves(nibble_OBS)], 2).flatten(1).numpy()
+    halves_OBS = _halves(_blocks(sign_magnitudes(weight), weight))
+    joined: Bytes = torch.cat([exponents(weight).unsqueeze(2), halves_OBS], 2).flatten(1).numpy()
     return joined
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeq.formats import gguf_gemma as gemma
 from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
@@ -42,6 +43,9 @@ class Family:
         own_head: llama.cpp does not take the embedding for a head that is missing.
         names: Architecture whose names of tensors it has, where the package does not know it; "" is its own.
         refuses: What else a configuration may have that llama.cpp computes otherwise; None where it has nothing.
+        language_model: Of a wrapper, of which llama.cpp reads the language model alone: the family that this has to
+            be. What is described, fixed and refused is of its configuration. "" where there is no wrapper.
+        beside: Keys of what stands beside the language model, made of the wrapper's configuration.
     """
 
     architecture: str
@@ -51,6 +55,8 @@ class Family:
     own_head: bool = False
     names: str = ""
     refuses: Callable[[Any], str | None] = lambda config: None
+    language_model: str = ""
+    beside: Describe = lambda config: {}
 
 
 def _grouped_heads(config: Any) -> str | None:
@@ -97,10 +103,10 @@ def _one_full_in(number: int) -> Callable[[Any], str | None]:
     return problem
 
 
-_SILU: Fixed = ("hidden_act", "silu")
-_NO_BIAS: Fixed = ("attention_bias", False)
+SILU: Fixed = ("hidden_act", "silu")
+NO_BIAS: Fixed = ("attention_bias", False)
 _NO_WINDOW: Fixed = ("sliding_window", None)
-_ALL_SPARSE: tuple[Fixed, ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
+ALL_SPARSE: tuple[Fixed, ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 _NEIGHBOURS: Mapping[str, Pieces] = {
     "self_attn.q_proj": turned_queries("attn_q.weight"),
     "self_attn.k_proj": turned_keys("attn_k.weight"),
@@ -116,32 +122,32 @@ _EXPERTS = keys.experts("num_experts", "moe_intermediate_size")
 _LOCAL = keys.experts("num_local_experts", "intermediate_size")
 
 FAMILIES: dict[str, Family] = {
-    "mixtral": Family("llama", _LOCAL, (_SILU, _NO_BIAS, _NO_WINDOW), _NEIGHBOURS),
+    "mixtral": Family("llama", _LOCAL, (SILU, NO_BIAS, _NO_WINDOW), _NEIGHBOURS),
     "qwen2_moe": Family(
-        "qwen2moe", keys.qwen2_moe, (_SILU, ("norm_topk_prob", False), _NO_WINDOW, *_ALL_SPARSE),
+        "qwen2moe", keys.qwen2_moe, (SILU, ("norm_topk_prob", False), _NO_WINDOW, *ALL_SPARSE),
         {"mlp.shared_expert_gate": vector("ffn_gate_inp_shexp.weight")}, own_head=True,
     ),
     "qwen3_moe": Family(
-        "qwen3moe", _EXPERTS, (_SILU, _NO_BIAS, ("norm_topk_prob", True), _NO_WINDOW, *_ALL_SPARSE)
+        "qwen3moe", _EXPERTS, (SILU, NO_BIAS, ("norm_topk_prob", True), _NO_WINDOW, *ALL_SPARSE)
     ),
     "olmoe": Family(
         "olmoe", keys.experts("num_experts", "intermediate_size"),
-        (_SILU, _NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True, refuses=_grouped_heads,
+        (SILU, NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True, refuses=_grouped_heads,
     ),
     "deepseek_v2": Family(
-        "deepseek2", keys.deepseek, (_SILU, _NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
+        "deepseek2", keys.deepseek, (SILU, NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
         refuses=_grouped_experts,
     ),
     "deepseek_v3": Family(
-        "deepseek2", keys.deepseek_v3, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
     ),
     "glm4_moe_lite": Family(
-        "deepseek2", keys.deepseek_v3, (_SILU, _NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
     ),
-    "granitemoe": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
-    "granitemoeshared": Family("granitemoe", keys.granite, (_SILU, _NO_BIAS), _GRANITE),
+    "granitemoe": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
+    "granitemoeshared": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
     "gpt_oss": Family(
-        "gpt-oss", windowed.gpt_oss, (_SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+        "gpt-oss", windowed.gpt_oss, (SILU, ("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
         {
             "mlp.experts.gate_up_proj_bias": expert_biases,
             "mlp.experts.down_proj_bias": renamed("ffn_down_exps.bias"),
@@ -149,15 +155,15 @@ FAMILIES: dict[str, Family] = {
         },
         refuses=_one_full_in(2),
     ),
-    "glm4_moe": Family("glm4moe", keys.sigmoid_routing, (_SILU,)),
-    "solar_open": Family("glm4moe", keys.sigmoid_routing, (_SILU, _NO_BIAS)),
-    "dots1": Family("dots1", keys.sigmoid_routing, (_SILU, _NO_BIAS), refuses=_grouped_heads),
+    "glm4_moe": Family("glm4moe", keys.sigmoid_routing, (SILU,)),
+    "solar_open": Family("glm4moe", keys.sigmoid_routing, (SILU, NO_BIAS)),
+    "dots1": Family("dots1", keys.sigmoid_routing, (SILU, NO_BIAS), refuses=_grouped_heads),
     "ernie4_5_moe": Family(
-        "ernie4_5-moe", keys.ernie, (_SILU, ("use_bias", False), ("moe_layer_interval", 1)),
+        "ernie4_5-moe", keys.ernie, (SILU, ("use_bias", False), ("moe_layer_interval", 1)),
         {"mlp.gate.moe_statics.e_score_correction_bias": vector("exp_probs_b.bias")}, refuses=_sparse_to_the_end,
     ),
-    "hunyuan_v1_moe": Family("hunyuan-moe", keys.hunyuan, (_SILU, _NO_BIAS)),
-    "minimax_m2": Family("minimax-m2", keys.minimax_m2, (_SILU,)),
+    "hunyuan_v1_moe": Family("hunyuan-moe", keys.hunyuan, (SILU, NO_BIAS)),
+    "minimax_m2": Family("minimax-m2", keys.minimax_m2, (SILU,)),
     "lfm2_moe": Family(
         "lfm2moe", keys.lfm2,
         (("conv_bias", False), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0), ("use_expert_bias", True),
@@ -168,45 +174,50 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "afmoe": Family(
-        "afmoe", windowed.afmoe, (_SILU, _NO_BIAS, ("mup_enabled", True)),
+        "afmoe", windowed.afmoe, (SILU, NO_BIAS, ("mup_enabled", True)),
         {"mlp.expert_bias": renamed("exp_probs_b.bias")}, refuses=_one_full_in(4),
     ),
-    "exaone_moe": Family("exaone-moe", windowed.exaone, (_SILU, _NO_BIAS)),
+    "exaone_moe": Family("exaone-moe", windowed.exaone, (SILU, NO_BIAS)),
     "qwen3_next": Family(
-        "qwen3next", recurrent.qwen3_next, (_SILU, _NO_BIAS, ("norm_topk_prob", True), *_ALL_SPARSE),
+        "qwen3next", recurrent.qwen3_next, (SILU, NO_BIAS, ("norm_topk_prob", True), *ALL_SPARSE),
         recurrent.QWEN3_NEXT, refuses=recurrent.one_full_in_some,
     ),
     "qwen3_5_moe_text": Family(
-        "qwen35moe", recurrent.qwen3_5, (_SILU, _NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
+        "qwen35moe", recurrent.qwen3_5, (SILU, NO_BIAS), recurrent.QWEN3_5, refuses=recurrent.one_full_in_some
     ),
-    "jamba": Family("jamba", mamba.jamba, (_SILU, ("mamba_proj_bias", False)), mamba.JAMBA),
+    "jamba": Family("jamba", mamba.jamba, (SILU, ("mamba_proj_bias", False)), mamba.JAMBA),
     "granitemoehybrid": Family(
         "granitehybrid", lambda config: keys.granite(config) | mamba.granite_hybrid(config),
-        (_SILU, _NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **mamba.MAMBA_2},
+        (SILU, NO_BIAS, ("mamba_proj_bias", False)), {**_GRANITE, **mamba.MAMBA_2},
     ),
     "hy_v3": Family(
-        "hy_v3", keys.hy_v3, (_SILU, _NO_BIAS, ("mlp_bias", False)),
+        "hy_v3", keys.hy_v3, (SILU, NO_BIAS, ("mlp_bias", False)),
         {"mlp.e_score_correction_bias": renamed("exp_probs_b")}, names="dots1",
     ),
     "mellum": Family(
-        "mellum", windowed.mellum, (_SILU, _NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
+        "mellum", windowed.mellum, (SILU, NO_BIAS, ("norm_topk_prob", True)), own_head=True, refuses=_two_bases,
         names="qwen3moe",
     ),
     "mimo_v2_flash": Family(
-        "mimo2", windowed.mimo, (_SILU, _NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
+        "mimo2", windowed.mimo, (SILU, NO_BIAS, ("norm_topk_prob", True), ("routed_scaling_factor", 1.0)),
         {"self_attn.sinks": renamed("attn_sinks.weight")}, own_head=True,
     ),
     "cohere2_moe": Family(
-        "cohere2moe", windowed.cohere2, (_SILU, _NO_BIAS, ("shared_expert_combination_strategy", "average")),
+        "cohere2moe", windowed.cohere2, (SILU, NO_BIAS, ("shared_expert_combination_strategy", "average")),
         refuses=_turned_at_first, names="dots1",
     ),
     "kimi_linear": Family(
         "kimi-linear", recurrent.kimi,
-        (_SILU, _NO_BIAS, ("q_lora_rank", None), ("moe_renormalize", True), ("num_expert_group", 1)), recurrent.KIMI,
+        (SILU, NO_BIAS, ("q_lora_rank", None), ("moe_renormalize", True), ("num_expert_group", 1)), recurrent.KIMI,
         own_head=True,
     ),
+    "gemma4_text": Family(
+        "gemma4", gemma.gemma4,
+        (("hidden_activation", "gelu_pytorch_tanh"), NO_BIAS, ("num_kv_shared_layers", 0)), gemma.GEMMA4,
+        refuses=gemma.problem,
+    ),
     "nemotron_h": Family(
-        "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), _NO_BIAS, ("mlp_bias", False)),
+        "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),
         mamba.NEMOTRON,
     ),
 }  # fmt: skip

@@ -18,7 +18,8 @@ def common(config: Any) -> Metadata:
     Args:
         config: Of transformers.
     """
-    head = head_dim(config)
+    block = config.per_layer_config[0]  # a family whose heads differ between blocks says so itself
+    head = head_dim(block)
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -26,11 +27,11 @@ def common(config: Any) -> Metadata:
         "feed_forward_length": config.intermediate_size,
         "vocab_size": config.vocab_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": block.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": None if (epsilon := _epsilon(config)) is None else float(epsilon),
-        "expert_used_count": config.num_experts_per_tok,
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
     }
 
 

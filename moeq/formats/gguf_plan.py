@@ -14,9 +14,11 @@ from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
 from moeq.formats.gguf_families import FAMILIES, Family
 from moeq.formats.gguf_file import FileTensor
+from moeq.formats.gguf_nvfp4 import check_scaled, global_scale, scale_name
 from moeq.formats.gguf_pieces import Piece
+from moeq.formats.gguf_wrappers import WRAPPERS
+from moeq.formats.language_model import is_beside, language_root
 from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
-from moeq.models.adapter import find_blocks
 from moeq.quant.carrier import CarrierMode
 
 # Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
@@ -34,6 +36,7 @@ class Planned:
         weights: Canonical names of the weights that it holds, one or those of all experts; none for other tensors.
         tensor: Name in the model of a tensor that is no weight, otherwise "".
         piece: What it is of each of them.
+        scales_of: Canonical names of the weights whose global scales it holds, and nothing else.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Planned:
     weights: tuple[str, ...]
     tensor: str
     piece: Piece
+    scales_of: tuple[str, ...] = ()
 
     @property
     def has_blocks(self) -> bool:
@@ -49,6 +53,8 @@ class Planned:
 
     def values(self, export: PackedExport) -> Iterator[Tensor]:
         """Its values as they are evaluated, one weight after another, in their dtype."""
+        if self.scales_of:
+            yield torch.tensor([global_scale(self.piece.of_codes(export.quantized(name))) for name in self.scales_of])
         for weight_OI in export.weights(self.weights):
             yield self.piece.of_values(weight_OI)
         if self.tensor:
@@ -57,14 +63,12 @@ class Planned:
 
 def find_family(model: PreTrainedModel) -> Family:
     """How a model is told to llama.cpp; raises ValueError where it cannot be, or would be computed otherwise."""
-    config = model.config
-    name = config.model_type
-    if name not in FAMILIES:
+    name, config = model.config.model_type, model.config.get_text_config()
+    if (family := (FAMILIES | WRAPPERS).get(name)) is None or family.language_model not in ("", config.model_type):
         raise ValueError(
-            f"gguf: {name} is no family whose files were run in llama.cpp; docs/serving.md lists those that were, "
-            "export moeq or dense"
+            f"gguf: {_full_name(model.config)} is no family whose files were run in llama.cpp; docs/serving.md lists "
+            "those that were, export moeq or dense"
         )
-    family = FAMILIES[name]
     for option, value in family.fixed:
         given = getattr(config, option, value)
         if given != value and (given or value):
@@ -89,26 +93,44 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         ValueError: A tensor has no name in llama.cpp or a weight no type, or weights that are one tensor of the file
             need different types.
     """
-    family, config, state = find_family(model), model.config, model.state_dict()
-    blocks = f"{find_blocks(model)[0]}."
+    family, config, state = find_family(model), model.config.get_text_config(), model.state_dict()
+    root = language_root(model)
     planned = []
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for stack, names in model_stacks(model).items():
-        if tied and stack == "lm_head":
+        if (tied and stack == "lm_head") or is_beside(model, stack):
             continue
         shape = weight_shape(model, names[0])
-        for piece in _pieces(config, family, blocks, stack, ".weight", shape):
+        for piece in _pieces(config, family, root, stack, ".weight", shape):
             kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
+            planned += _scales(planned[-1], config.model_type)
     for name in other_names(model):
+        if is_beside(model, name):
+            continue
         shape, dtype = tuple(state[name].shape), state[name].dtype
-        for piece in _pieces(config, family, blocks, name, "", shape):
+        for piece in _pieces(config, family, root, name, "", shape):
             planned.append(_planned(piece, _kept_type(piece, dtype), (), name, shape))
     if tied and family.own_head:
         embedding = next(each for each in planned if each.name == _EMBEDDING)
         head = Piece(_HEAD)
         planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
     return planned
+
+
+def _scales(planned: Planned, family: str) -> list[Planned]:
+    """The tensor of global scales that stands beside a tensor in NVFP4."""
+    if planned.stored.kind != "NVFP4":
+        return []
+    check_scaled(family, planned.name)
+    stored = FileTensor("F32", (len(planned.weights),))
+    return [Planned(scale_name(planned.name), stored, (), "", planned.piece, scales_of=planned.weights)]
+
+
+def _full_name(config: Any) -> str:
+    """A wrapper with its language model."""
+    name, inside = str(config.model_type), str(config.get_text_config().model_type)
+    return name if inside == name else f"{name} ({inside})"
 
 
 def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, shape: tuple[int, ...]) -> Planned:
@@ -120,10 +142,11 @@ def _planned(piece: Piece, kind: str, weights: tuple[str, ...], tensor: str, sha
     return Planned(piece.name, FileTensor(kind, made), weights, tensor, piece)
 
 
-def _pieces(
-    config: Any, family: Family, blocks: str, name: str, ending: str, shape: tuple[int, ...]
-) -> Iterator[Piece]:
+def _pieces(config: Any, family: Family, root: str, name: str, ending: str, shape: tuple[int, ...]) -> Iterator[Piece]:
     """What the file has of a tensor of the model, with names in the file."""
+    if family.language_model and name.startswith(root):
+        name, root = f"model.{name.removeprefix(root)}", "model."
+    blocks = f"{root}layers."
     number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
         for piece in make(config, shape):

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeq.formats.gguf_mamba import channels, column, decay
 from moeq.formats.gguf_metadata import SIGMOID, num_dense, qwen2_moe
 from moeq.formats.gguf_pieces import Piece, Pieces, latent_parts, made, renamed, vector
-from moeq.formats.gguf_rope import Metadata
+from moeq.formats.gguf_rope import Metadata, sections_in_turn
 
 
 def plus_one(weight: Tensor) -> Tensor:
@@ -107,10 +107,9 @@ def qwen3_next(config: Any) -> Metadata:
 
 
 def qwen3_5(config: Any) -> Metadata:
-    """Qwen3.5: the same with rotary positions in three sections, which are equal for texts: each third dimension."""
+    """Qwen3.5: the same with rotary positions in three sections."""
     keys = qwen3_next(config)
-    half = keys["rope.dimension_count"] // 2
-    return keys | {"rope.dimension_sections": [(half + 2) // 3, (half + 1) // 3, half // 3, 0]}
+    return keys | sections_in_turn(keys)
 
 
 def one_full_in_some(config: Any) -> str | None:

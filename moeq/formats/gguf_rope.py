@@ -39,6 +39,22 @@ def rope_of_kinds(config: Any, head: int) -> Metadata:
     return keys | {"rope.freq_base_swa": float(window["rope_theta"])}
 
 
+def sections(config: Any) -> Metadata:
+    """How many pairs of dimensions turn by time, height and width, one section behind the other."""
+    sizes = (config.rope_parameters or {}).get("mrope_section")
+    return {} if sizes is None else {"rope.dimension_sections": [*sizes, *[0] * (4 - len(sizes))]}
+
+
+def sections_in_turn(keys: Metadata) -> Metadata:
+    """The same where pairs turn by time, height and width in turn, of a family's other keys.
+
+    llama.cpp lets pairs stand still that are beyond three times their section, in texts too (61 and 62 of Qwen3-VL's
+    64); transformers turns them by time.  With sections that leave none beyond, all pairs of a text turn.
+    """
+    half = keys["rope.dimension_count"] // 2
+    return {"rope.dimension_sections": [(half + 2) // 3, (half + 1) // 3, half // 3, 0]}
+
+
 def latent_rope(config: Any, head: int) -> Metadata:
     """Rotary embedding of DeepSeek, whose yarn scales the scores of attention by ``mscale_all_dim``."""
     values = dict(config.rope_parameters or {})

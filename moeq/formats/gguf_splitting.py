@@ -70,6 +70,13 @@ def splitting(tokenizer: dict[str, Any]) -> str:
     return SPLITTINGS[key]
 
 
+def steps_of(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    """A step of a tokenizer, or those of a sequence, which has them under a name; none for None."""
+    if step is None:
+        return []
+    return list(step[inside]) if step["type"] == "Sequence" else [step]
+
+
 def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     if pre_tokenizer is None:
         return []

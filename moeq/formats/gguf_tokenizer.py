@@ -1,8 +1,8 @@
 """The tokenizer of a folder as keys of a GGUF file: tokens and their kinds, merges or scores, special tokens, template.
 
-Two kinds of tokenizers are written: byte-level BPE (``gpt2`` in llama.cpp), and BPE over characters with bytes for what
-is missing, as SentencePiece makes them (``llama``).  The latter merges by scores; those of the merges are their ranks,
-negated, which is what SentencePiece's own are.
+Three kinds of tokenizers are written: byte-level BPE (``gpt2`` in llama.cpp), BPE over characters with bytes for what
+is missing, as SentencePiece makes them (``llama``), and its unigram model without bytes (``t5``).  The second merges by
+scores; those of the merges are their ranks, negated, which is what SentencePiece's own are.
 """
 
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moeq.formats.gguf_rope import Metadata
-from moeq.formats.gguf_splitting import splitting
+from moeq.formats.gguf_splitting import splitting, steps_of
+from moeq.formats.gguf_unigram import unigram
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -30,10 +31,14 @@ def tokenizer_metadata(folder: Path, config: Any) -> Metadata:
     tokenizer = _open(folder)
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
-    if model["type"] != "BPE":
-        raise ValueError(f"gguf: a tokenizer of kind {model['type']} is not written, BPE is; export moeq or dense")
+    if model["type"] not in ("BPE", "Unigram"):
+        raise ValueError(
+            f"gguf: a tokenizer of kind {model['type']} is not written, BPE and Unigram are; export moeq or dense"
+        )
     tokens, kinds = _tokens(content, config.get_text_config().vocab_size)
     keys: Metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    if model["type"] == "Unigram":
+        return keys | unigram(content, len(tokens)) | _special(tokenizer, config)
     merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     keys |= _characters(content, tokens, merges) if model.get("byte_fallback") else _bytes(content, merges)
     return keys | _special(tokenizer, config)
@@ -55,8 +60,14 @@ def _open(folder: Path) -> Any:
 def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Tokens by id, padded to the model's vocabulary, and their kinds."""
     model = content["model"]
-    texts: dict[int, str] = {number: text for text, number in model["vocab"].items()}
+    texts: dict[int, str] = (
+        {number: text for number, (text, _) in enumerate(model["vocab"])}
+        if model["type"] == "Unigram"
+        else {number: text for text, number in model["vocab"].items()}
+    )
     kinds = dict.fromkeys(texts, NORMAL)
+    if isinstance(unknown := model.get("unk_id"), int):
+        kinds[unknown] = UNKNOWN
     if model.get("byte_fallback"):
         kinds |= {number: BYTE for number, text in texts.items() if _is_byte(text)}
         kinds |= {number: UNKNOWN for number, text in texts.items() if text == model.get("unk_token")}
@@ -76,7 +87,7 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 def _bytes(content: dict[str, Any], merges: list[list[str]]) -> Metadata:
     """Byte-level BPE."""
     # llama.cpp does not normalize; NFC changes nothing of a text that is in its usual form.
-    other = [step["type"] for step in _steps(content.get("normalizer"), "normalizers") if step["type"] != "NFC"]
+    other = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers") if step["type"] != "NFC"]
     if other:
         raise ValueError(f"gguf: llama.cpp has no normalizer of kind {other[0]} for byte-level tokenizers")
     return {
@@ -103,8 +114,8 @@ def _characters(content: dict[str, Any], tokens: list[str], merges: list[list[st
 def _prefixed(content: dict[str, Any]) -> bool:
     """Whether texts get a blank before their first word; raises ValueError where blanks are treated otherwise."""
     steps = [
-        *_steps(content.get("normalizer"), "normalizers"),
-        *_steps(content.get("pre_tokenizer"), "pretokenizers"),
+        *steps_of(content.get("normalizer"), "normalizers"),
+        *steps_of(content.get("pre_tokenizer"), "pretokenizers"),
     ]
     prefixed = replaced = False
     for step in steps:
@@ -114,6 +125,8 @@ def _prefixed(content: dict[str, Any]) -> bool:
             replaced = True
         elif step["type"] == "Metaspace" and step["replacement"] == _BLANK and not step.get("split", True):
             prefixed, replaced = step["prepend_scheme"] != "never", True
+        elif step["type"] == "Split" and step["pattern"] == {"String": " "} and replaced:
+            continue  # no blank is left (Gemma)
         else:
             raise ValueError(f"gguf: llama.cpp has no step of kind {step['type']} for such a tokenizer")
     if not replaced:
@@ -121,20 +134,14 @@ def _prefixed(content: dict[str, Any]) -> bool:
     return prefixed
 
 
-def _steps(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    """A step, or those of a sequence."""
-    if step is None:
-        return []
-    return list(step[inside]) if step["type"] == "Sequence" else [step]
-
-
 def _special(tokenizer: Any, config: Any) -> Metadata:
     """Ids of special tokens, whether texts begin with one, and the template of chats."""
     keys: Metadata = {}
     for ours, theirs in _SPECIAL.items():
         number = getattr(tokenizer, f"{ours}_token_id", None)
-        if number is None and isinstance(of_model := getattr(config, f"{ours}_token_id", None), int):
-            number = of_model
+        for part in (config.get_text_config(), config):  # a wrapper's language model has its own
+            if number is None and isinstance(of_model := getattr(part, f"{ours}_token_id", None), int):
+                number = of_model
         if number is not None and number >= 0:
             keys[f"tokenizer.ggml.{theirs}_token_id"] = int(number)
     ids = tokenizer("a").input_ids

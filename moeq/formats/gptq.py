@@ -54,6 +54,9 @@ _BARRIER = {
 }
 # Families whose quantized folders GPTQModel 7.7 opens and computes as something else (``benchmarks/runtimes``).
 _MISREAD = ("lfm2_moe",)
+# Wrappers that it opens rightly, of which it has this one's experts one by one.
+WRAPPERS = ("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe")
+_TAKEN_APART = ("qwen3_vl_moe",)
 # In- and out-features of a weight are multiples: words of 32 bits then hold whole codes of every width.
 _MULTIPLE = 32
 
@@ -63,6 +66,11 @@ def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: Carri
     if (family := model.config.model_type) in _MISREAD:
         raise ValueError(
             f"GPTQModel opens {family} and computes something else; choose compressed-tensors, gguf or mlx"
+        )
+    if model.config.get_text_config() is not model.config and family not in WRAPPERS:
+        raise ValueError(
+            f"GPTQModel was not seen to read {family} rightly; of wrappers it does {', '.join(WRAPPERS)}: choose "
+            "gguf, mlx or compressed-tensors"
         )
     _carriers(model, grids, mode)
 
@@ -112,7 +120,7 @@ def serve(folder: Path) -> str:
 
 def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> dict[str, Carrier]:
     carriers = choose_carriers("gptq", model, grids, mode)
-    check_experts_apart(model, carriers, "gptq")
+    check_experts_apart(model, carriers, "gptq", _TAKEN_APART)
     experts = expert_modules(model)
     for name in carriers:
         rows, columns = dense_weight(model, name, experts).shape

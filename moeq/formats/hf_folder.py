@@ -186,6 +186,7 @@ def report(
     num_bits: int,
     num_weights: int,
     largest_error: float,
+    num_left_out: int = 0,
 ) -> FormatReport:
     """What was found in a folder.
 
@@ -198,6 +199,7 @@ def report(
         num_bits: Of all quantized weights in the files.
         num_weights: Their elements.
         largest_error: In scales.
+        num_left_out: Tensors of the packed export that the folder does not hold.
     """
     return FormatReport(
         format=name,
@@ -209,6 +211,7 @@ def report(
         bits_per_weight=num_bits / num_weights,
         types=dict(types),
         largest_error=largest_error,
+        num_left_out=num_left_out,
     )
 
 

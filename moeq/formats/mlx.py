@@ -26,8 +26,10 @@ from moeq.export.finished import Progress
 from moeq.formats.card import Card
 from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks
 from moeq.formats.format import Format, FormatReport
-from moeq.formats.hf_folder import Piece, carried_keys, check_pieces, fill_folder, kept_pieces, renamed, report
-from moeq.formats.mlx_families import MlxFamily, completed, find_family
+from moeq.formats.hf_folder import Piece, check_pieces, fill_folder, kept_pieces, renamed, report
+from moeq.formats.language_model import is_beside, left_out
+from moeq.formats.mlx_config import completed
+from moeq.formats.mlx_families import MlxFamily, check_norms, find_family
 from moeq.formats.mlx_reader import check_stacks
 from moeq.formats.source import PackedExport, stacks
 from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup
@@ -36,6 +38,8 @@ from moeq.quant.spec import QuantizedWeight
 
 _REASON = "MLX holds all experts of a projection of a block in one tensor"
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
+_TEXT_ALONE = "Images and sound: the folder holds the language model alone, which is what mlx-lm reads."
+_NORMS = "Exact agreement with what was measured: norms are 1 + weight, and rounded to the dtype of the files."
 _APART = "dequantized (mlx-lm takes it apart)"
 
 
@@ -52,11 +56,12 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
     for path, names in paths.items():
         if names[0] in carriers:
             pieces.append(_stack(export, path, names, carriers[names[0]]))
-    config = completed(json.loads(json.dumps(export.config)), export.model.config, family)
+    model, own_head = export.model, _has_head(export.model)
+    if not family.has_tied_head and not own_head:
+        pieces.append(_untied_head(export, "language_model.lm_head" if family.language_model else "lm_head"))
+    has_head = own_head or not family.has_tied_head
+    config = completed(json.loads(json.dumps(export.config)), model.config, family, has_head=has_head)
     announce_no_draft(config)
-    if not family.has_tied_head and config["tie_word_embeddings"]:
-        config["tie_word_embeddings"] = False
-        pieces.append(_untied_head(export))
     quantization = _quantization(paths, carriers)
     config |= {"quantization": quantization, "quantization_config": quantization}
     fill_folder(export, folder, pieces, config, _card(export, carriers), progress)
@@ -78,6 +83,7 @@ def verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
         folder, "mlx", found.reader,
         types=count_types(_label(carriers.get(name)) for name in export.grids), num_other=num_other,
         num_bits=num_bits, num_weights=num_weights, largest_error=found.largest_error,
+        num_left_out=len(left_out(export)),
     )  # fmt: skip
 
 
@@ -89,6 +95,7 @@ def serve(folder: Path) -> str:
 def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: CarrierMode) -> dict[str, Carrier]:
     """Storage types of the weights that stay quantized."""
     family = find_family(model)
+    check_norms(model, family, mode)
     carriers = choose_carriers("mlx", model, grids, mode)
     for unit in expert_blocks(model):
         for leaf in dict.fromkeys(name.rpartition(".")[2] for name in unit):
@@ -100,6 +107,8 @@ def _paths(export: PackedExport, family: MlxFamily) -> dict[str, Sequence[str]]:
     """Canonical names of what is one module of mlx-lm, by its path there."""
     found = {}
     for names in stacks(export).values():
+        if is_beside(export.model, names[0]):
+            continue
         key, leaf = export.key(names[0]), names[0].rpartition(".")[2]
         path = _EXPERT.sub(f".{family.experts}.{family.leaves.get(leaf, leaf)}", key)
         found[_renamed(path, family)] = names
@@ -123,8 +132,21 @@ def _kept(
             continue
         experts += names
         made.append(_dense_stack(export, f"{path}.weight", names))
-    others = kept_pieces(export, without=[*carried_keys(export), *export.keys_of(experts)])
-    return made + [renamed(piece, lambda key: _renamed(key, family)) for piece in others]
+    others = kept_pieces(export, without=[*left_out(export), *export.keys_of(experts)])
+    return made + [_changed(renamed(piece, lambda key: _renamed(key, family)), family) for piece in others]
+
+
+def _changed(piece: Piece, family: MlxFamily) -> Piece:
+    """A piece with what its class holds otherwise."""
+    changes = {key: change for key in piece.declared if (change := family.change(key)) is not None}
+    if not changes:
+        return piece
+    declared = dict(piece.declared)
+    for key, change in changes.items():
+        declared[key] = Declared(declared[key].dtype, tuple(change(torch.empty(declared[key].shape)).shape))
+    return Piece(
+        declared, lambda: {k: changes[k](tensor) if k in changes else tensor for k, tensor in piece.make().items()}
+    )
 
 
 def _dense_stack(export: PackedExport, key: str, names: Sequence[str]) -> Piece:
@@ -175,12 +197,18 @@ def _affine(weight: QuantizedWeight, carrier: Carrier) -> tuple[Tensor, Tensor, 
     return pack(weight.codes_OI, carrier.bits), weight.scale_OG, bias_OG
 
 
-def _untied_head(export: PackedExport) -> Piece:
+def _has_head(model: PreTrainedModel) -> bool:
+    """Whether its head is not the embedding."""
+    return model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+def _untied_head(export: PackedExport, path: str) -> Piece:
     """The embedding once more, as the head of a class that has no tied one."""
     names = {id(tensor): name for name, tensor in export.model.named_parameters()}
     embedding = names[id(export.model.get_input_embeddings().weight)]
     stored = export.contents.stored[export.key(embedding)]
-    return Piece({"lm_head.weight": Declared(stored.dtype, stored.shape)}, lambda: {"lm_head.weight": stored.read()})
+    key = f"{path}.weight"
+    return Piece({key: Declared(stored.dtype, stored.shape)}, lambda: {key: stored.read()})
 
 
 def _quantization(paths: Mapping[str, Sequence[str]], carriers: Mapping[str, Carrier]) -> dict[str, Any]:
@@ -200,14 +228,21 @@ def _label(carrier: Carrier | None) -> str:
 
 
 def _card(export: PackedExport, carriers: Mapping[str, Carrier]) -> Card:
-    left = carried_keys(export)
+    left = left_out(export)
     return Card(
         format="mlx",
         library="mlx",
         opening='```sh\nmlx_lm.generate --model mlx --prompt "Hello"\nmlx_lm.server --model mlx\n```',
         types=count_types(_label(carriers.get(name)) for name in export.grids),
+        limits=_limits(export),
         left_out=f"{len(left)} tensors that mlx-lm does not read, draft layers among them" if left else None,
     )
+
+
+def _limits(export: PackedExport) -> tuple[str, ...]:
+    family = find_family(export.model)
+    limits = (_TEXT_ALONE,) if family.language_model else ()
+    return (*limits, _NORMS) if family.one_added and export.model.dtype != torch.float32 else limits
 
 
 FORMAT = Format("mlx", check, write, verify, serve)

@@ -2,8 +2,8 @@
 
 A family is here once its tiny random model, opened by mlx-lm, has given the logits of transformers.  A setting that
 its class does not read is held to the value that the class computes with.  Left out, as read wrongly or rounded on the
-way (mlx-lm 0.32): ernie4_5_moe and jamba (other logits than transformers), qwen3_next and qwen3_5_moe (one is added to
-norms in the dtype of the files), gpt_oss (expects MXFP4).
+way (mlx-lm 0.32): ernie4_5_moe and jamba (other logits than transformers), qwen3_next (one is added to norms in the
+dtype of the files, which "native" allows for qwen3_5_moe), gpt_oss (expects MXFP4).
 
 Source: mlx_lm/models/*.py of mlx-lm 0.32.2.
 """
@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from moeq.quant.carrier import CarrierMode
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class MlxFamily:
         rope_types: Rotary embeddings that it computes.
         taken_apart: Last parts of names of linears that it takes apart, which rounds them where they are quantized:
             they are written dequantized.
+        language_model: Of a wrapper, of which mlx-lm reads the language model alone: the family that this has to be.
+            Names and settings are of it. "" where there is no wrapper.
+        made_beside: As ``made``, of the wrapper's own configuration.
+        changed: Made of tensors that it holds otherwise, by endings of their names.
+        one_added: Endings of names of norms to which it wants 1 added: exact in float32 alone.
+        refuses: What else a configuration may have that it computes otherwise; None where it has nothing.
     """
 
     experts: str = "switch_mlp"
@@ -41,6 +51,17 @@ class MlxFamily:
     has_tied_head: bool = True
     rope_types: tuple[str, ...] = ("default",)
     taken_apart: tuple[str, ...] = ()
+    language_model: str = ""
+    made_beside: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    changed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    one_added: tuple[str, ...] = ()
+    refuses: Callable[[Any], str | None] = lambda config: None
+
+    def change(self, key: str) -> Callable[[Tensor], Tensor] | None:
+        """What is made of a tensor of a name; None where it goes as it is."""
+        if key.endswith(self.one_added or ("nothing",)):
+            return lambda weight: (weight.float() + 1.0).to(weight.dtype)
+        return next((make for ending, make in self.changed.items() if key.endswith(ending)), None)
 
 
 _SILU = {"hidden_act": ("silu",)}
@@ -48,6 +69,42 @@ _ALL_FULL = {"sliding_window": (None,)}
 _LATENT = MlxFamily(
     computed={**_SILU, "rope_interleave": (True,)}, has_tied_head=False, taken_apart=("kv_b_proj",)
 )  # fmt: skip
+
+
+# Where wrappers have their language model, in files and in mlx-lm.
+_INSIDE = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
+
+
+def _of_full_attention(key: str) -> Callable[[Any], Any]:
+    """What blocks without a window have."""
+    return lambda config: getattr(config.per_layer_config[config.layer_types.index("full_attention")], key)
+
+
+_GEMMA = MlxFamily(
+    experts="experts.switch_glu",
+    keys=("layer_types", "rope_parameters", "sliding_window", "num_kv_shared_layers", "final_logit_softcapping"),
+    made={
+        "global_head_dim": _of_full_attention("head_dim"),
+        "num_global_key_value_heads": _of_full_attention("num_key_value_heads"),
+    },
+    computed={
+        "hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,),
+        "use_bidirectional_attention": (None, "vision", False), "num_kv_shared_layers": (0,),
+    },
+    rope_types=("default", "proportional"),
+)  # fmt: skip
+
+
+def _interval(config: Any) -> int:
+    """Of how many blocks the last has full attention."""
+    kinds = list(config.layer_types)
+    return kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+
+
+def _irregular(config: Any) -> str | None:
+    number = _interval(config)
+    regular = all((kind == "full_attention") == (i % number == number - 1) for i, kind in enumerate(config.layer_types))
+    return None if regular else "full attention in every so-manieth block (layer_types)"
 
 
 def _rotary_dim(config: Any) -> int:
@@ -91,10 +148,43 @@ FAMILIES: dict[str, MlxFamily] = {
         computed=_SILU,
     ),
     "afmoe": MlxFamily(experts="experts", computed=_SILU),
+    "qwen3_vl_moe": MlxFamily(
+        renamed=_INSIDE, keys=("num_experts", "mlp_only_layers", "decoder_sparse_step", "head_dim"),
+        made={"norm_topk_prob": lambda config: True},
+        computed={**_SILU, "attention_bias": (False,)}, has_tied_head=False, language_model="qwen3_vl_moe_text",
+    ),
+    "qwen3_5_moe": MlxFamily(
+        renamed=_INSIDE, made={"full_attention_interval": _interval},
+        computed={**_SILU, "attention_bias": (False,)}, language_model="qwen3_5_moe_text",
+        changed={".conv1d.weight": lambda conv: conv.movedim(2, 1).contiguous()}, refuses=_irregular,
+        one_added=(".input_layernorm.weight", ".post_attention_layernorm.weight", "model.norm.weight",
+                   ".q_norm.weight", ".k_norm.weight"),
+    ),
+    "kimi_k25": replace(_LATENT, rope_types=("default", "yarn"), language_model="deepseek_v3"),
+    "gemma4_text": _GEMMA,
+    "gemma4": replace(
+        _GEMMA, renamed=_INSIDE, language_model="gemma4_text",
+        made_beside={"vocab_size": lambda config: config.get_text_config().vocab_size},
+    ),
     "laguna": MlxFamily(computed=_SILU),
     "mellum": MlxFamily(keys=("num_experts",), computed=_SILU),
     "nemotron_h": MlxFamily(leaves={"up_proj": "fc1", "down_proj": "fc2"}, computed={"mlp_hidden_act": ("relu2",)}),
 }  # fmt: skip
+
+
+def check_norms(model: PreTrainedModel, family: MlxFamily, mode: CarrierMode) -> None:
+    """Raise ValueError where norms of a file are rounded, and nothing may be.
+
+    Args:
+        model: Dense model.
+        family: Its.
+        mode: "native" allows it.
+    """
+    if family.one_added and mode == "exact" and model.dtype != torch.float32:
+        raise ValueError(
+            f"mlx-lm holds norms of {model.config.model_type} with 1 added, which {str(model.dtype)[6:]} rounds (by up "
+            "to 1 / 256); choose carrier: native, as mlx-lm's own converter does, or gguf"
+        )
 
 
 def find_family(model: PreTrainedModel) -> MlxFamily:
@@ -103,10 +193,12 @@ def find_family(model: PreTrainedModel) -> MlxFamily:
     Raises:
         ValueError: mlx-lm does not know it, or would compute something else than the model; the setting is named.
     """
-    config = model.config
-    if (family := FAMILIES.get(config.model_type)) is None:
+    name, config = model.config.model_type, model.config.get_text_config()
+    family = FAMILIES.get(name)
+    if family is None or family.language_model not in ("", config.model_type):
+        of = f" of {config.model_type}" if family else ""
         raise ValueError(
-            f"mlx-lm is not known to read {config.model_type} rightly; it does {', '.join(FAMILIES)}: choose gguf or "
+            f"mlx-lm is not known to read {name}{of} rightly; it does {', '.join(FAMILIES)}: choose gguf or "
             "compressed-tensors"
         )
     for key, values in family.computed.items():
@@ -115,6 +207,8 @@ def find_family(model: PreTrainedModel) -> MlxFamily:
                 f"{key}: {value} of {config.model_type} is not what mlx-lm computes ({values[0]}), and it would not "
                 "say so; choose gguf or compressed-tensors"
             )
+    if problem := family.refuses(config):
+        raise ValueError(f"mlx-lm computes {name} with {problem}; choose gguf or compressed-tensors")
     for kind in _rope_types(config):
         if kind not in family.rope_types:
             raise ValueError(
@@ -134,23 +228,3 @@ def _rope_types(config: Any) -> set[str]:
     rope = rope_of(config)
     each = [values for values in rope.values() if isinstance(values, dict) and "rope_type" in values] or [rope]
     return {values.get("rope_type", "default") for values in each}
-
-
-def completed(values: Mapping[str, Any], config: Any, family: MlxFamily) -> dict[str, Any]:
-    """A source's configuration with what mlx-lm's class reads and other libraries look for elsewhere.
-
-    Args:
-        values: Of ``config.json``.
-        config: The same as transformers reads it.
-        family: Of the model.
-    """
-    rope = rope_of(config)
-    added: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
-    if rope.get("rope_type", "default") != "default":
-        added["rope_scaling"] = {**rope, "type": rope["rope_type"]}
-    if "rope_theta" in rope:
-        added["rope_theta"] = rope["rope_theta"]
-    for key in family.keys:
-        added[key] = rope[key] if key in rope else getattr(config, key, None)
-    added |= {key: make(config) for key, make in family.made.items()}
-    return {**values, **{key: value for key, value in added.items() if key not in values}}

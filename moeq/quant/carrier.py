@@ -6,7 +6,8 @@ and asymmetric 4 bits one of 5, with the same values.  A *carrier* is such a typ
 every value; "native" takes the type of the grid's own width where the format has one whose offset is real-valued, at
 the price of its rounding.
 
-Sources: ggml-common.h of llama.cpp (block layouts), compressed-tensors 0.20, mlx 0.32 (affine), GPTQModel 7.7.
+Sources: ggml-common.h of llama.cpp (block layouts), compressed-tensors 0.20 (integers, NVFP4, MXFP4), mlx 0.32
+(affine), GPTQModel 7.7.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from moeq.quant.kinds import TABLES, StoredKind
+from moeq.quant.kinds import TABLES, TWO_LEVEL, StoredKind
 from moeq.quant.packing import num_words
 from moeq.quant.spec import GridSpec, QuantizedWeight
 
@@ -57,9 +58,9 @@ class Carrier:
         Integer zero points are packed along the out-features.
         """
         if self.kind != "uniform":
-            scale_bits = TABLES[self.kind].scale_bits if self.kind in TABLES else 0  # two-level grids have their own
-            overhead = GridSpec.of_kind(self.kind).overhead_bits(in_features, scale_bits)
-            return out_features * (in_features * self.bits + overhead)
+            table = TABLES.get(self.kind)  # two-level grids have scales of their own
+            overhead = GridSpec.of_kind(self.kind).overhead_bits(in_features, 0 if table is None else table.scale_bits)
+            return out_features * (in_features * self.bits + overhead) + (0 if table is None else table.global_bits)
         groups = 1 if self.group_size is None else in_features // self.group_size
         zeros = {"middle": 0, "integer": 32 * num_words(out_features, self.bits), "real": 16 * out_features}
         codes = 32 * num_words(in_features, self.bits) * out_features
@@ -87,10 +88,13 @@ def choose_carrier(format_name: FormatName, grid: GridSpec, in_features: int, mo
 
 
 def _own_type(format_name: FormatName, grid: GridSpec, in_features: int) -> Carrier:
-    """The type of a two-level or table grid, which is one of GGUF; it holds every value, whatever the mode."""
-    if format_name != "gguf":
-        raise ValueError(f"{format_name} has no type that holds {grid.label}: grids with a name are gguf's alone")
+    """The type that is a two-level or table grid; it holds every value, whatever the mode."""
+    if grid.kind not in _NAMED[format_name]:
+        others = " and ".join(name for name in FORMATS if grid.kind in _NAMED[name])
+        raise ValueError(f"{format_name} has no type that holds {grid.label}, a grid of {others}")
     grid.num_groups(in_features)  # raises where rows are no whole blocks
+    if format_name == "gguf" and grid.kind == "nvfp4" and in_features % _NVFP4_BLOCK:
+        raise ValueError(f"gguf has NVFP4 in rows of whole {_NVFP4_BLOCK}, not {in_features}")
     offset: Literal["middle", "real"] = "middle" if grid.symmetric else "real"
     return Carrier(grid.kind.upper(), grid.bits, grid.group_size, offset, grid.stored_kind)
 
@@ -187,6 +191,13 @@ _CHOOSERS: dict[FormatName, Callable[[GridSpec, int, CarrierMode], Carrier | Non
     "gguf": _gguf,
     "mlx": _mlx,
     "gptq": _gptq,
+}
+_NVFP4_BLOCK = 64  # of GGUF
+_NAMED: dict[FormatName, frozenset[str]] = {
+    "compressed-tensors": frozenset({"mxfp4", "nvfp4"}),
+    "gguf": frozenset({*TWO_LEVEL, *TABLES}),
+    "mlx": frozenset(),
+    "gptq": frozenset(),
 }
 _HELD: dict[FormatName, str] = {
     "compressed-tensors": "groups of 32, 64, 128 or per channel; exactly up to 8 bits symmetric, 7 asymmetric",

@@ -92,7 +92,12 @@ def choose_qparams(
     chunks = rows_NS.split(max(1, budget // rows_NS.shape[1]))
     shape = (num_experts, out_features, groups)
     if grid.table is not None:
-        scales = [table_scales(chunk_NS.float(), grid, scale_dtype) for chunk_NS in chunks]
+        whole_N = weight_EOI.abs().amax((1, 2)).float().repeat_interleave(out_features * groups)
+        wholes = whole_N.split(len(chunks[0]))
+        scales = [
+            table_scales(chunk_NS.float(), grid, scale_dtype, part_N)
+            for chunk_NS, part_N in zip(chunks, wholes, strict=True)
+        ]
         return QParams(torch.cat(scales).to(scale_dtype).view(shape), None)
     results = [scales_of_groups(chunk_NS.float(), grid, scale_dtype) for chunk_NS in chunks]
     scale_EOG = torch.cat([scale_N for scale_N, _ in results]).to(scale_dtype).view(shape)

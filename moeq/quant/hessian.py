@@ -73,9 +73,10 @@ def accumulate(
         power: p.
         pool: Sums over all experts (E = 1), which get the same; one product serves both.
     """
+    alike = affinity_T is None or power == 0
     affinity_T = torch.ones(len(x_TI), device=x_TI.device) if affinity_T is None else affinity_T.to(x_TI.device)
     weight_T = affinity_T.float().pow(power)
-    rows_TI = x_TI.float() * weight_T.sqrt().unsqueeze(1)
+    rows_TI = x_TI.float() if alike else x_TI.float() * weight_T.sqrt().unsqueeze(1)
     counts = [torch.tensor(float(len(x_TI)), dtype=torch.float64, device=x_TI.device)]
     for value_T in (affinity_T.double(), weight_T.double()):
         counts += [value_T.sum(), value_T.square().sum()]

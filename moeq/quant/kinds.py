@@ -11,19 +11,22 @@ not symmetric, and in them groups of 16 or 32 weights with an integer scale s an
 Both products are exact in float32, and so is the first one times a code: the value is rounded once, whatever the order
 in which a runtime computes it.  Source: the block layouts in ggml-common.h of llama.cpp.
 
-A *table* grid has groups of 32 weights with one scale, and codes that are places in a table of levels:
+A *table* grid has groups of 16 or 32 weights with one scale, and codes that are places in a table of levels:
 
     real = scale * level[code]
 
-IQ4_NL of llama.cpp has levels that are denser around 0, and float16 scales; MXFP4 (OCP Microscaling, version 1.0) the
-values of a float of 4 bits (e2m1), and powers of two for scales.
+IQ4_NL of llama.cpp has levels that are denser around 0, and float16 scales.  MXFP4 (OCP Microscaling, version 1.0) and
+NVFP4 (NVIDIA) have the values of a float of 4 bits (e2m1).  Scales of MXFP4 are powers of two; those of NVFP4 floats of
+8 bits (e4m3) times a global scale of the weight, for which moeq takes a power of two: both together are exact in
+bfloat16, and no order of products rounds.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-StoredKind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4"]
-Kind = Literal["uniform", "full_range", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4"]
+StoredKind = Literal["uniform", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4", "nvfp4"]
+Kind = Literal["uniform", "full_range", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4", "nvfp4"]
+ScaleForm = Literal["float16", "power of two", "e4m3"]
 SUPER_BLOCK = 256
 
 
@@ -80,20 +83,24 @@ class TableKind:
     Attributes:
         levels: In increasing order; a code is the place in it.
         scale_bits: Bits of a scale in the files of its runtime.
-        power_of_two: Scales are powers of two.
+        scale_form: What a scale can be; "e4m3" is with a power of two for the whole weight.
+        global_bits: Bits that the whole weight takes beside codes and scales there.
     """
 
     levels: tuple[float, ...]
     scale_bits: int
-    power_of_two: bool = False
+    scale_form: ScaleForm = "float16"
+    global_bits: int = 0
     bits: int = 4
     group_size: int = 32
     symmetric: bool = True  # no zero points
 
 
+_E2M1 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
 TABLES: dict[str, TableKind] = {
     "iq4_nl": TableKind((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), scale_bits=16),
-    "mxfp4": TableKind((-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6), scale_bits=8, power_of_two=True),
+    "mxfp4": TableKind(_E2M1, scale_bits=8, scale_form="power of two"),
+    "nvfp4": TableKind(_E2M1, scale_bits=8, scale_form="e4m3", global_bits=32, group_size=16),
 }
 # Kinds whose name says bits, groups and symmetry.
 NAMED: dict[str, TwoLevelKind | TableKind] = {**TWO_LEVEL, **TABLES}

@@ -42,6 +42,7 @@ def refit_scales(
     size = levels_EOI.shape[2] // scale_EOG.shape[2]
     delta_EOI = weight_EOI - real_values(codes_EOI, qparams, grid)
     slope_EOI = delta_EOI @ hessian_EII
+    whole_E1 = weight_EOI.abs().amax((1, 2)).unsqueeze(1)
     for _ in range(ROUNDS):
         for group in range(scale_EOG.shape[2]):
             part = slice(group * size, (group + 1) * size)
@@ -49,7 +50,7 @@ def refit_scales(
             square_EO = ((level_EOS @ hessian_EII[:, part, part]) * level_EOS).sum(2)
             slope_EO = (slope_EOI[..., part] * level_EOS).sum(2)
             wanted_EO = old_EO + slope_EO / square_EO.clamp_min(torch.finfo(torch.float32).tiny)
-            new_EO = old_EO.sign() * _stored((wanted_EO * old_EO.sign()).clamp_min(0.0), grid, dtype)
+            new_EO = old_EO.sign() * _stored((wanted_EO * old_EO.sign()).clamp_min(0.0), grid, dtype, whole_E1)
             change_EO = new_EO - old_EO
             better_EO = change_EO.square() * square_EO < 2 * change_EO * slope_EO
             change_EO = torch.where(better_EO & (new_EO != 0), change_EO, 0.0)
@@ -61,9 +62,9 @@ def refit_scales(
     return replace(qparams, scale_EOG=scale_EOG.to(dtype)), error_E
 
 
-def _stored(scale_EO: Tensor, grid: GridSpec, dtype: torch.dtype) -> Tensor:
+def _stored(scale_EO: Tensor, grid: GridSpec, dtype: torch.dtype, whole_E1: Tensor) -> Tensor:
     """Positive scales as they are stored, float32; 0 where they would vanish."""
     if grid.table is not None:
-        return stored_scales(scale_EO, grid.table, dtype)
+        return stored_scales(scale_EO, grid.table, dtype, whole_E1)
     limits = torch.finfo(dtype)
     return torch.where(scale_EO < limits.tiny, 0.0, scale_EO.clamp(max=limits.max).to(dtype).float())

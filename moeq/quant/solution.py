@@ -32,6 +32,8 @@ class Solution:
         num_retries_E: int64; factorisations of the Hessian that failed before one succeeded.
         failed_E: bool; no factorisation succeeded and the expert was rounded to nearest.
         super_scales: Of a two-level grid, on which scales and zero points are integers; else None.
+        one_sided_E: bool; a Kronecker factor could not be factorised, so that the codes are those of one Hessian.  None
+            where no factor was asked for.
     """
 
     codes_EOI: Tensor
@@ -41,6 +43,7 @@ class Solution:
     num_retries_E: Tensor
     failed_E: Tensor
     super_scales: SuperScales | None = None
+    one_sided_E: Tensor | None = None
 
     def on_cpu(self) -> "Solution":
         """The same on the CPU: one copy of each tensor, whatever the number of experts."""

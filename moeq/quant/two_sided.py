@@ -10,21 +10,23 @@ Rounding.  H = L^T diag(d) L with L unit lower triangular for both sides, so
 
     loss = 1/2 sum_rc d_r d'_c (A D B^T)_rc^2,     (A D B^T)_rc = D_rc + feedback of the (r' <= r, c' <= c) before it
 
-and each weight is rounded from its target minus the feedback.  All (r, c) with the same r + c depend only on earlier
-ones and go together: O + I - 1 steps.
+and each weight is rounded from its target minus the feedback.  What (r, c) needs has a smaller r + c, so weights are
+rounded in square tiles, all tiles on a diagonal together: feedback from outside a tile is two matrix products, and in
+it all weights on a diagonal go together.
 
-Descent.  A weight moves to the level that minimises the loss with all others fixed, column by column, in a column row
-by row; rows that stay where they are cost nothing, since all of a column are looked at together until one moves.
+``moeq.quant.descent`` goes on from there.
 
-No callback uses these yet; what a trial of them found is in benchmarks/LOG.md.
-
-Shapes: E experts, O out features, I in features, N weights of a step.  Scales and zero points are those of each weight.
+Shapes: E experts, O out features, I in features, N tiles, S their side; S is given twice, rows and columns.  Scales and
+zero points are those of each weight.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+SIDE = 16  # of a tile: its 31 steps are small tensors, what lies between tiles large products
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Levels:
     """The grid of every weight: real = (code - zero_point) * scale, codes 0 to top.
 
     Attributes:
-        scale_EOI: float32, positive.
+        scale_EOI: float32, not zero.
         zero_point_EOI: float32.
         top: The largest code.
     """
@@ -93,9 +95,7 @@ def two_sided_round(weight_EOI: Tensor, output_EOO: Tensor, input_EII: Tensor, l
     )
     left_EOO = unit_lower(_visited(output_EOO, row_EO, row_EO))
     right_EII = unit_lower(_visited(input_EII, column_EI, column_EI))
-    code_EOI = _wavefront(
-        _visited(weight_EOI, row_EO, column_EI), left_EOO, right_EII, levels.visited(row_EO, column_EI)
-    )
+    code_EOI = _round(_visited(weight_EOI, row_EO, column_EI), left_EOO, right_EII, levels.visited(row_EO, column_EI))
     return _visited(code_EOI, row_EO.argsort(-1), column_EI.argsort(-1))
 
 
@@ -105,78 +105,80 @@ def unit_lower(hessian_EII: Tensor) -> Tensor:
     return (upper_EII / upper_EII.diagonal(dim1=1, dim2=2).unsqueeze(1)).mT.contiguous()
 
 
-def _wavefront(weight_EOI: Tensor, left_EOO: Tensor, right_EII: Tensor, levels: Levels) -> Tensor:
-    _, num_rows, num_columns = weight_EOI.shape
-    code_EOI, mixed_EOI = torch.empty_like(weight_EOI), torch.zeros_like(weight_EOI)  # mixed = A D
-    delta_EIO = torch.zeros_like(weight_EOI.mT).contiguous()
-    for step in range(num_rows + num_columns - 1):
-        row_N = torch.arange(max(0, step - num_columns + 1), min(num_rows, step + 1), device=weight_EOI.device)
-        column_N = step - row_N
-        here = (slice(None), row_N, column_N)
-        # What is not rounded yet is zero in mixed and delta, so whole rows may be multiplied.
-        above_EN = (left_EOO[:, row_N] * delta_EIO[:, column_N]).sum(-1)
-        before_EN = (mixed_EOI[:, row_N] * right_EII[:, column_N]).sum(-1)
-        target_EN = weight_EOI[here] - above_EN - before_EN
-        of_step = Levels(levels.scale_EOI[here], levels.zero_point_EOI[here], levels.top)
-        code_EOI[here] = code_EN = of_step.nearest(target_EN)
-        delta_EN = of_step.real(code_EN) - weight_EOI[here]
-        delta_EIO[:, column_N, row_N] = delta_EN
-        mixed_EOI[here] = delta_EN + above_EN
-    return code_EOI
+def _round(weight_EOI: Tensor, left_EOO: Tensor, right_EII: Tensor, levels: Levels) -> Tensor:
+    """Codes of weights in the order in which they are visited; diagonals of tiles, one after another."""
+    num_experts, num_rows, num_columns = weight_EOI.shape
+    weight, scale, zero = (
+        _tiles(value, fill)
+        for value, fill in ((weight_EOI, 0.0), (levels.scale_EOI, 1.0), (levels.zero_point_EOI, 0.0))
+    )
+    left, right = (_padded_unit(factor).unflatten(1, (-1, SIDE)) for factor in (left_EOO, right_EII))
+    left_ss, right_ss = _within_tiles(left), _within_tiles(right)
+    code = torch.empty_like(weight)
+    # Zero where nothing is rounded yet, so that whole rows of factors may be multiplied: A D, and D.
+    mixed = weight.new_zeros(num_experts, left.shape[1], SIDE, right.shape[3])
+    delta = weight.new_zeros(num_experts, right.shape[1], left.shape[3], SIDE)
+    for step in range(left.shape[1] + right.shape[1] - 1):
+        i = torch.arange(max(0, step - right.shape[1] + 1), min(left.shape[1], step + 1), device=weight.device)
+        j = step - i
+        before, above = mixed[:, i] @ right[:, j].mT, left[:, i] @ delta[:, j]
+        state = weight[:, i, j], scale[:, i, j], zero[:, i, j], before, above, left_ss[:, i], right_ss[:, j]
+        made = _round_tiles(levels.top, *(value.flatten(0, 1) for value in state))
+        code[:, i, j], delta_tiles, mixed_tiles = (value.unflatten(0, (num_experts, -1)) for value in made)
+        delta.unflatten(2, (-1, SIDE))[:, j, i] = delta_tiles
+        mixed.unflatten(3, (-1, SIDE)).transpose(2, 3)[:, i, j] = mixed_tiles
+    return code.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :num_rows, :num_columns].contiguous()
 
 
-@torch.no_grad()
-def descend(
-    code_EOI: Tensor, weight_EOI: Tensor, output_EOO: Tensor, input_EII: Tensor, levels: Levels, num_sweeps: int
-) -> Tensor:
-    """Codes after sweeps of coordinate descent: the loss never rises; a sweep without a move is the last.
+def _round_tiles(
+    top: int, weight_NSS: Tensor, scale_NSS: Tensor, zero_NSS: Tensor, before_NSS: Tensor, above_NSS: Tensor,
+    left_NSS: Tensor, right_NSS: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes, D and A D of tiles, given what comes from the columns before them and from the rows above.
 
-    Args:
-        code_EOI: Where to start, float32; any solver's.
-        weight_EOI: The original weights, float32.
-        output_EOO: H_O with a positive diagonal.
-        input_EII: H_I with a positive diagonal.
-        levels: The grid.
-        num_sweeps: At most.
+    What is on a diagonal from the lower left to the upper right is independent; with columns in reverse it is on one
+    that ``diagonal`` gives as a view.
     """
-    code_EOI = code_EOI.clone()
-    for _ in range(num_sweeps):
-        # Once per sweep from nothing, so that rounding errors of the updates do not add up.
-        slope_EOI = output_EOO @ (levels.real(code_EOI) - weight_EOI) @ input_EII
-        moves = [
-            _descend_column(column, code_EOI, slope_EOI, output_EOO, input_EII, levels)
-            for column in range(code_EOI.shape[2])
-        ]
-        if not any(moves):
-            break
-    return code_EOI
+    weight_NSS, scale_NSS, zero_NSS = (value.flip(2) for value in (weight_NSS, scale_NSS, zero_NSS))
+    above_NSS, target_NSS = above_NSS.flip(2), weight_NSS - before_NSS.flip(2)
+    right_NSS = right_NSS.mT.flip(1, 2)  # from a column, to a column
+    code_NSS, delta_NSS, mixed_NSS = (torch.empty_like(weight_NSS) for _ in range(3))
+    for step in range(2 * SIDE - 1):
+        rows = slice(max(0, step - SIDE + 1), min(SIDE, step + 1))
+        columns = slice(SIDE - 1 - step + rows.start, SIDE - 1 - step + rows.stop)
+
+        def here(value_NSS: Tensor, rows: slice = rows, columns: slice = columns) -> Tensor:
+            return value_NSS[:, rows, columns].diagonal(dim1=1, dim2=2)
+
+        above_NR, scale_NR, zero_NR = here(above_NSS), here(scale_NSS), here(zero_NSS)
+        code_NR = ((here(target_NSS) - above_NR) / scale_NR).add_(zero_NR).round_().clamp_(0, top)
+        delta_NR = (code_NR - zero_NR).mul_(scale_NR).sub_(here(weight_NSS))
+        mixed_NR = delta_NR + above_NR
+        for kept_NSS, value_NR in ((code_NSS, code_NR), (delta_NSS, delta_NR), (mixed_NSS, mixed_NR)):
+            here(kept_NSS).copy_(value_NR)
+        above_NSS[:, :, columns].addcmul_(left_NSS[:, :, rows], delta_NR.unsqueeze(1))
+        target_NSS[:, rows].addcmul_(right_NSS[:, columns], mixed_NR.unsqueeze(2), value=-1.0)
+    return code_NSS.flip(2), delta_NSS.flip(2), mixed_NSS.flip(2)
 
 
-def _descend_column(
-    column: int, code_EOI: Tensor, slope_EOI: Tensor, output_EOO: Tensor, input_EII: Tensor, levels: Levels
-) -> bool:
-    """One column, in place; whether anything moved."""
-    code_EO, scale_EO = code_EOI[:, :, column], levels.scale_EOI[:, :, column]
-    slope_EO, curvature_E1 = slope_EOI[:, :, column].clone(), input_EII[:, column, column, None]
-    diagonal_EO = output_EOO.diagonal(dim1=1, dim2=2) * curvature_E1 * scale_EO
-    row_O, expert_E = (torch.arange(size, device=code_EO.device) for size in (code_EO.shape[1], len(code_EO)))
-    delta_EO, next_E1 = torch.zeros_like(slope_EO), torch.zeros(len(code_EO), 1, device=row_O.device)
-    while True:
-        best_EO = (code_EO - slope_EO / diagonal_EO).round_().clamp_(0, levels.top)
-        wants_EO = (best_EO != code_EO) & (row_O >= next_E1)
-        if not wants_EO.any():
-            break
-        first_E = wants_EO.int().argmax(-1)  # the first row that moves; 0 where none does
-        moves_E = wants_EO[expert_E, first_E]
-        at = (expert_E[moves_E], first_E[moves_E])
-        moved_M = (best_EO[at] - code_EO[at]) * scale_EO[at]
-        code_EO[at], delta_EO[at] = best_EO[at], moved_M
-        slope_EO[at[0]] += output_EOO[at[0], at[1]] * (moved_M.unsqueeze(-1) * curvature_E1[at[0]])
-        next_E1[at[0], 0] = (at[1] + 1).to(next_E1.dtype)
-        next_E1[~moves_E] = code_EO.shape[1]
-    if moved := bool(delta_EO.any()):
-        slope_EOI += (output_EOO @ delta_EO.unsqueeze(-1)) * input_EII[:, column, None]
-    return moved
+def _tiles(value_EOI: Tensor, fill: float) -> Tensor:
+    """A matrix in tiles [E, rows of tiles, columns of tiles, S, S]."""
+    _, num_rows, num_columns = value_EOI.shape
+    padded = pad(value_EOI, (0, -num_columns % SIDE, 0, -num_rows % SIDE), value=fill)
+    return padded.unflatten(1, (-1, SIDE)).unflatten(3, (-1, SIDE)).transpose(2, 3).contiguous()
+
+
+def _padded_unit(factor_EII: Tensor) -> Tensor:
+    """A unit triangular factor of more features, which neither give nor take feedback."""
+    size = factor_EII.shape[1]
+    padded = pad(factor_EII, (0, -size % SIDE, 0, -size % SIDE))
+    padded.diagonal(dim1=1, dim2=2)[:, size:] = 1.0
+    return padded
+
+
+def _within_tiles(factor: Tensor) -> Tensor:
+    """Tiles on the diagonal of a factor [E, tiles, S, I]."""
+    return factor.unflatten(3, (-1, SIDE)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
 
 
 def _visited(value_EOI: Tensor, row_EO: Tensor, column_EI: Tensor) -> Tensor:

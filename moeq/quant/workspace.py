@@ -28,3 +28,12 @@ def workspace_bytes(num_experts: int, out_features: int, in_features: int, devic
     """Bytes that the solve of a stack takes beside its weights and Hessians."""
     together = min(num_experts, num_together(out_features, in_features, device_type))
     return together * workspace_of_one(out_features, in_features)
+
+
+def two_sided_numbers(out_features: int, in_features: int) -> int:
+    """Float32 numbers that rounding one expert under two Hessians holds, the Hessians included.
+
+    Five copies of each Hessian: the mean, damped, in visiting order, and two while it is factorised; fourteen numbers
+    per weight: scale and zero point twice, both and the weight in tiles, A D, D, codes and what the descent keeps.
+    """
+    return 5 * (out_features**2 + in_features**2) + 14 * out_features * in_features

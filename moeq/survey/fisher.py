@@ -87,11 +87,17 @@ def score_gradient(logits_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Te
 
 # Called with a site, the expert, the rows of the site's stacked weight and the gradients [N, rows] of its tokens.
 OnGradient = Callable[[Site, int, slice, Tensor], None]
+# Called with a site, the expert and the inputs [N, I] of its tokens.
+OnInput = Callable[[Site, int, Tensor], None]
 
 
 @contextmanager
 def observe_gradients(
-    adapter: Adapter, sites: Sequence[Site], on_gradient: OnGradient, keep_N: Tensor | None
+    adapter: Adapter,
+    sites: Sequence[Site],
+    on_gradient: OnGradient,
+    keep_N: Tensor | None,
+    on_input: OnInput | None = None,
 ) -> Iterator[None]:
     """Hand over the gradients at the outputs of the sites in every backward pass inside.
 
@@ -100,6 +106,7 @@ def observe_gradients(
         sites: Sites of any blocks.
         on_gradient: What to do with them.
         keep_N: Which tokens of the batch are no padding; None is all.
+        on_input: What to do with the inputs of the same tokens, in every forward pass; None is nothing.
     """
     by_experts: dict[str, list[Site]] = {}
     with ExitStack() as stack:
@@ -107,9 +114,10 @@ def observe_gradients(
             if site.kind == "routed":
                 by_experts.setdefault(site.modules[0], []).append(site)
             else:
-                _hook_linears(stack, adapter, site, on_gradient, keep_N)
+                _hook_linears(stack, adapter, site, on_gradient, keep_N, on_input)
         for path, pair in by_experts.items():
-            stack.enter_context(_differentiable_experts(adapter.model.get_submodule(path), pair, on_gradient, keep_N))
+            module = adapter.model.get_submodule(path)
+            stack.enter_context(_differentiable_experts(module, pair, on_gradient, keep_N, on_input))
         yield
 
 
@@ -126,18 +134,24 @@ def add_squares(states: dict[str, GradientState]) -> OnGradient:
 
 
 def _hook_linears(
-    stack: ExitStack, adapter: Adapter, site: Site, on_gradient: OnGradient, keep_N: Tensor | None
-) -> None:
+    stack: ExitStack, adapter: Adapter, site: Site, on_gradient: OnGradient, keep_N: Tensor | None,
+    on_input: OnInput | None,
+) -> None:  # fmt: skip
     start = 0
     for path, num_rows in zip(site.modules, site.rows, strict=True):
         rows = slice(start, start + num_rows)
         start += num_rows
 
-        def on_output(_: nn.Module, __: Any, output: Tensor, rows: slice = rows) -> None:
-            def on_backward(gradient: Tensor) -> None:
-                flat_NO = gradient.reshape(-1, gradient.shape[-1])
-                on_gradient(site, 0, rows, flat_NO if keep_N is None else flat_NO[keep_N])
+        def kept(value: Tensor) -> Tensor:
+            flat = value.detach().reshape(-1, value.shape[-1])
+            return flat if keep_N is None else flat[keep_N]
 
+        def on_output(_: nn.Module, args: Any, output: Tensor, rows: slice = rows) -> None:
+            def on_backward(gradient: Tensor) -> None:
+                on_gradient(site, 0, rows, kept(gradient))
+
+            if on_input is not None and rows.start == 0:
+                on_input(site, 0, kept(args[0]))
             if output.requires_grad:
                 output.register_hook(on_backward)
 
@@ -146,10 +160,10 @@ def _hook_linears(
 
 @contextmanager
 def _differentiable_experts(
-    module: Any, sites: Sequence[Site], on_gradient: OnGradient, keep_N: Tensor | None
+    module: Any, sites: Sequence[Site], on_gradient: OnGradient, keep_N: Tensor | None, on_input: OnInput | None
 ) -> Iterator[None]:
     with experts_run_by("moeq_gradients", module):
-        module.moeq_gradients = ({site.stage: site for site in sites}, on_gradient, keep_N)
+        module.moeq_gradients = ({site.stage: site for site in sites}, on_gradient, keep_N, on_input)
         try:
             yield
         finally:
@@ -157,21 +171,24 @@ def _differentiable_experts(
 
 
 def _gradient_forward(module: Any, hidden_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    sites, on_gradient, keep_N = module.moeq_gradients
+    sites, on_gradient, keep_N, on_input = module.moeq_gradients
     out_ND = torch.zeros_like(hidden_ND)
     for expert, tokens, slots in routed_tokens(ids_NK, module.num_experts, None):
         counted = slice(None) if keep_N is None else keep_N[tokens]
 
-        def watch(output: Tensor, stage: str, expert: int = expert, counted: Any = counted) -> Tensor:
+        def watch(x: Tensor, output: Tensor, stage: str, expert: int = expert, counted: Any = counted) -> Tensor:
             def on_backward(gradient: Tensor) -> None:
                 on_gradient(sites[stage], expert, slice(0, gradient.shape[1]), gradient[counted])
 
+            if on_input is not None and stage in sites:
+                on_input(sites[stage], expert, x.detach()[counted])
             if output.requires_grad and stage in sites:
                 output.register_hook(on_backward)
             return output
 
-        into = watch(project_in(module, expert, hidden_ND[tokens]), "mlp_in")
-        y = watch(project_down(module, expert, activate(module, into)), "mlp_down")
+        x_ND = hidden_ND[tokens]
+        inner = activate(module, watch(x_ND, project_in(module, expert, x_ND), "mlp_in"))
+        y = watch(inner, project_down(module, expert, inner), "mlp_down")
         out_ND = out_ND.index_add(0, tokens, (y * weights_NK[tokens, slots, None]).to(out_ND.dtype))
     return out_ND
 

@@ -124,7 +124,7 @@ class GradientProbe:
         if block:
             read = states.read(original(batch, block), self._device)
             states.drop(original(batch, block))
-        leaves = _leaf(read[0] if read else call.hidden), _leaf(read[1] if read else None)
+        leaves = as_leaf(read[0] if read else call.hidden), as_leaf(read[1] if read else None)
         listening, add = True, add_squares(sums)
 
         def on_gradient(site: Site, expert: int, rows: slice, gradient_NO: Tensor) -> None:
@@ -177,6 +177,6 @@ def batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed},{batch}".encode()).digest()[:8], "big") % 2**63
 
 
-def _leaf(value: Any) -> Any:
+def as_leaf(value: Any) -> Any:
     """A tensor whose gradient can be asked for, where it is no index."""
     return value.detach().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value

@@ -14,7 +14,7 @@ from moeq.allocation.patterns import Pattern, match_patterns
 from moeq.allocation.plan import Choice, parse_choices, plan_cost, plan_from_json, plan_to_json, uniform_plan
 from moeq.allocation.price import file_cost
 from moeq.allocation.problem import build_problem
-from moeq.allocation.runtime import RUNTIMES
+from moeq.allocation.runtime import RUNTIMES, check_runtime
 from moeq.quant.carrier import FORMATS, choose_carrier
 from moeq.quant.spec import GridSpec
 from tests.allocation.toy import toy_costs, toy_weights
@@ -84,6 +84,12 @@ def test_tables_are_choices_for_rows_of_whole_groups_at_the_bits_of_their_blocks
     for kind, bits in (("iq4_nl", 4.5), ("mxfp4", 4.25)):
         every = uniform_plan(WEIGHTS, GridSpec.of_kind(kind))  # type: ignore[arg-type]
         assert file_cost(every, WEIGHTS, RUNTIMES["llama.cpp"]).average_bits == bits
+    numel, bits = sum(weight.numel for weight in WEIGHTS), 4.5
+    for runtime, kind, extra in (("vllm", "mxfp4", -0.25), ("vllm", "nvfp4", 32 * len(WEIGHTS) / numel)):
+        every = uniform_plan(WEIGHTS, GridSpec.of_kind(kind))  # type: ignore[arg-type]
+        assert file_cost(every, WEIGHTS, RUNTIMES[runtime]).average_bits == pytest.approx(bits + extra)  # type: ignore[index]
+        with pytest.raises(ValueError, match=f"sglang was not seen to compute with {kind.upper()}"):
+            check_runtime(every, WEIGHTS, RUNTIMES["sglang"])
     odd = [replace(weight, in_features=80) for weight in WEIGHTS[:1]]
     with pytest.raises(ValueError, match=r"grid \(mxfp4\) needs in_features in multiples of 32, .*80 of .*keep: true"):
         uniform_plan(odd, GridSpec.of_kind("mxfp4"))
@@ -96,7 +102,7 @@ def test_gguf_alone_has_types_for_them() -> None:
             with pytest.raises(ValueError, match="multiples of 256, not 320"):
                 choose_carrier(name, Q4, 320)
         else:
-            with pytest.raises(ValueError, match=f"{name} has no type that holds Q4_K.*gguf's alone"):
+            with pytest.raises(ValueError, match=f"{name} has no type that holds Q4_K.*a grid of gguf"):
                 choose_carrier(name, Q4, 512)
 
 

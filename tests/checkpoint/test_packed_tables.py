@@ -25,9 +25,9 @@ def weight_on(kind: Kind) -> QuantizedWeight:
 
 
 def reference_values(weight: QuantizedWeight) -> torch.Tensor:
-    levels = TABLES[weight.kind].levels
+    levels, size = TABLES[weight.kind].levels, TABLES[weight.kind].group_size
     rows = [
-        [levels[code] * float(weight.scale_OG[o, i // 32]) for i, code in enumerate(codes)]
+        [levels[code] * float(weight.scale_OG[o, i // size]) for i, code in enumerate(codes)]
         for o, codes in enumerate(weight.codes_OI.tolist())
     ]
     return torch.tensor(rows).to(BF16)
@@ -64,7 +64,7 @@ def test_a_block_file_gives_back_what_was_saved(kind: Kind, tmp_path: Path) -> N
     weight = weight_on(kind)
     save_block(tmp_path, 0, Run(quantized={"a": weight}), ["a"], [], {"configuration": "c"})
     file = read_block(tmp_path, 0)
-    assert file.grids == {"a": (4, 32, kind)}
+    assert file.grids == {"a": (4, TABLES[kind].group_size, kind)}
     assert_equal(file["a"], weight)
     shape = WeightShape("a", "dense", 12, 96, 0, "a")
     assert sum(tensor.nbytes for tensor in file.tensors.values()) == packed_bytes(shape, GridSpec.of_kind(kind), 2)

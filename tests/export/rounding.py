@@ -4,6 +4,7 @@ Symmetric scales have the sign that gives the largest weight of a group the lowe
 """
 
 import itertools
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from moeq.quant.spec import QuantizedWeight
 
 # Bits, group size, symmetric: every width that files use, groups and whole rows, with and without zero points.
 GRIDS = ((3, 8, False), (4, None, True), (2, 16, False), (8, None, False), (3, 32, True))
-ROUTERS = ("lm_head", "gate", "router", "shared_expert_gate")
+E2M1 = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
+ROUTERS = ("lm_head", "gate", "router", "shared_expert_gate", "proj", "per_layer_input_gate", "per_layer_projection")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -38,6 +40,19 @@ def round_weight(weight_OI: Tensor, bits: int, group_size: int | None, symmetric
     )
 
 
+def round_float(weight_OI: Tensor, kind: Literal["mxfp4", "nvfp4"]) -> QuantizedWeight:
+    """To the nearest float of 4 bits in units of a power of two, or of a float of 8 bits times 2^-7 (NVFP4).
+
+    Scales of NVFP4 are odd multiples of their last place where they can be, so that files hold all their bits.
+    """
+    size = 16 if kind == "nvfp4" else 32
+    groups_OGg = weight_OI.float().unflatten(1, (-1, size))
+    scale_OG = groups_OGg.abs().amax(-1) / 6
+    scale_OG = (scale_OG * 128).to(torch.float8_e4m3fn).float() / 128 if size == 16 else scale_OG.log2().round().exp2()
+    codes = (groups_OGg.unsqueeze(-1) / scale_OG[..., None, None] - torch.tensor(E2M1)).abs().argmin(-1)
+    return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale_OG.to(weight_OI.dtype), None, 4, size, table=kind)
+
+
 def real_weight(weight: QuantizedWeight) -> Tensor:
     """One group at a time."""
     real = torch.empty(weight.codes_OI.shape)
@@ -45,7 +60,9 @@ def real_weight(weight: QuantizedWeight) -> Tensor:
         torch.arange(weight.codes_OI.shape[1]).split(weight.group_size or weight.codes_OI.shape[1])
     ):
         zero = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG[:, group, None].float()
-        real[:, columns] = (weight.codes_OI[:, columns].float() - zero) * weight.scale_OG[:, group, None].float()
+        codes = weight.codes_OI[:, columns]
+        levels = codes.float() - zero if weight.table is None else torch.tensor(E2M1)[codes.long()]
+        real[:, columns] = levels * weight.scale_OG[:, group, None].float()
     return real.to(weight.scale_OG.dtype)
 
 

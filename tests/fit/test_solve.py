@@ -134,7 +134,7 @@ def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapt
     def failing(unit: Unit, weight_EOI: Tensor) -> Solution:
         solution = rtn(unit, weight_EOI)
         experts = torch.arange(len(unit.experts))
-        return replace(solution, failed_E=experts == 3, num_retries_E=experts * (experts < 3))
+        return replace(solution, failed_E=experts == 3, num_retries_E=experts * (experts < 3), one_sided_E=experts == 4)
 
     sites = tuple(site for site in adapter.sites(0) if site.kind == "routed" and site.stage == "mlp_down")
     run = Run(plan=uniform(sites))
@@ -143,9 +143,11 @@ def test_failed_and_retried_factorisations_are_reported_by_weight(adapter: Adapt
         ("1", "factorisation retried in float64"),
         ("2", "factorisation retried with stronger damping"),
         ("3", "factorisation failed"),
+        ("4", "factor not positive definite"),
     ]
     assert [f.detail for f in run.fallbacks] == [
-        "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest"
+        "float64 succeeded", "damping times 10, after float64 failed", "rounded to nearest",
+        "a Kronecker factor has no Cholesky factor; codes of one Hessian",
     ]  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from moeq.checkpoint.loading import load_model
 from moeq.checkpoint.names import dense_weight, weight_names
@@ -17,10 +18,10 @@ from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.source import PackedExport
 from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
-from tests.export.rounding import ROUTERS, real_weight, round_weight
+from tests.export.rounding import ROUTERS, real_weight, round_float, round_weight
 from tests.tiny import save_tiny, tiny_tokenizer
 
-Grid = tuple[int, int | None, bool]  # bits, group size, symmetric
+Grid = tuple[int, int | None, bool] | Literal["mxfp4", "nvfp4"]  # bits, group size, symmetric
 IDS = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(3))
 
 
@@ -35,8 +36,19 @@ def write_dense(family: str, folder: Path, **overrides: Any) -> tuple[Path, Path
     return source, folder / "gguf" / NAME
 
 
-def transformers_logits(source: Path, ids: Tensor = IDS) -> Tensor:
+class GeluByTable(nn.Module):
+    """What llama.cpp computes on a CPU: of arguments in float16, in float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x.abs() < 10, found, x.relu())
+
+
+def transformers_logits(source: Path, ids: Tensor = IDS, *, by_table: bool = False) -> Tensor:
     model = load_model(str(source), "float32")
+    for module in model.modules() if by_table else ():
+        if hasattr(module, "act_fn"):
+            module.act_fn = GeluByTable()
     with torch.no_grad():
         return model(ids[None]).logits[0].float()
 
@@ -64,7 +76,7 @@ def write_packed(
             if name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
                 continue
             weight_OI = dense_weight(model, name, experts)
-            quantized[name] = round_weight(weight_OI, *grid)
+            quantized[name] = round_float(weight_OI, grid) if isinstance(grid, str) else round_weight(weight_OI, *grid)
             change(name, quantized[name])
             weight_OI.copy_(real_weight(quantized[name]))
     write_checkpoint(model, tiny_tokenizer(), quantized, folder / "export", metadata={})

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,12 +14,14 @@ from transformers import AutoConfig, PreTrainedModel
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.export.moeq_format import write_checkpoint
+from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules
 from moeq.quant.spec import QuantizedWeight
-from tests.export.rounding import ROUTERS, real_weight, round_weight
+from tests.export.rounding import ROUTERS, real_weight, round_float, round_weight
 from tests.tiny import save_tiny, tiny_tokenizer
 
-Grid = tuple[int, int | None, bool]  # bits, group size, symmetric
+FloatKind = Literal["mxfp4", "nvfp4"]
+Grid = tuple[int, int | None, bool] | FloatKind  # bits, group size, symmetric
 GridOf = Callable[[str], Grid | None]
 
 
@@ -67,15 +69,15 @@ def write_tiny_packed(
     source = save_tiny(family, folder / "source", dtype=dtype, **overrides)
     prepare(source)
     model = open_model(source, dtype)
-    experts, quantized = expert_modules(model), {}
+    experts, quantized, blocks = expert_modules(model), {}, f"{find_blocks(model)[0]}."
     with torch.no_grad():
         for name in weight_names(model):
-            if name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
+            if not name.startswith(blocks) or name.rpartition(".")[2] in ROUTERS or (grid := grid_of(name)) is None:
                 continue
             view = dense_weight(model, name, experts)
             if any(side % multiple for side in view.shape):
                 continue
-            quantized[name] = round_weight(view, *grid)
+            quantized[name] = round_float(view, grid) if isinstance(grid, str) else round_weight(view, *grid)
             view.copy_(real_weight(quantized[name]))
     write_checkpoint(model, tiny_tokenizer(), quantized, folder / "packed", metadata={"seed": 1})
     return Tiny(folder / "packed", model, quantized)

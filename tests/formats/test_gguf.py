@@ -16,7 +16,7 @@ from moeq.export.compare import ExportMismatchError
 from moeq.export.contents import read_contents
 from moeq.export.finished import silent
 from moeq.formats import gguf as module
-from moeq.formats.convert import convert
+from moeq.formats.convert import convert, proof
 from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.gguf_blocks import to_bytes
 from moeq.formats.gguf_file import FileTensor, read_file, write_file
@@ -24,6 +24,7 @@ from moeq.formats.source import PackedExport
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight
 from tests.formats.gguf_models import Grid, write_packed
+from tests.formats.packed import tensors_of, write_tiny_packed
 
 
 def grid_of(name: str) -> Grid | None:
@@ -167,3 +168,12 @@ def test_a_file_whose_tensor_has_too_few_bytes_is_not_finished(tmp_path: Path) -
     with pytest.raises(ValueError, match="a has 16 bytes where 32 were declared"):
         write_file(tmp_path / NAME, "llama", {}, {"a": (tensor, lambda: [np.zeros(16, np.uint8)])})
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_wrapper_the_language_model_is_written_and_the_rest_counted(tmp_path: Path) -> None:
+    made = write_tiny_packed("qwen3_vl_moe", tmp_path, lambda name: (4, 32, True))
+    report = convert(made.folder, "gguf", tmp_path / "gguf")
+    beside = [key for key in tensors_of(made.folder) if ".visual." in key]
+    assert report.num_left_out == len(beside) > 0
+    assert proof(report).endswith(f"equal bit for bit; {len(beside)} tensors beside the language model left out")
+    assert "the file holds the language model alone" in (tmp_path / "gguf" / "README.md").read_text()

@@ -50,7 +50,7 @@ def test_a_block_has_the_bytes_that_gguf_knows_and_the_bits_that_are_paid() -> N
         assert choose_carrier("gguf", GridSpec.of_kind(kind), 256).num_bits(3, 256) == 3 * 8 * num_bytes
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", ["iq4_nl", "mxfp4"])
 def test_the_reader_of_gguf_finds_the_values_of_a_table(kind: Kind) -> None:
     grid, weight_EOI = GridSpec.of_kind(kind), torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(2))
     weight_EOI[0, 0, :32], weight_EOI[0, 1] = 0, weight_EOI[0, 1] * 1e-4

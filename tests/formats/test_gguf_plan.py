@@ -14,10 +14,13 @@ from moeq.formats.gguf_families import FAMILIES
 from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_plan import plan_file
 from moeq.formats.gguf_rope import rope
+from moeq.formats.gguf_wrappers import WRAPPERS
 from tests.families import FAMILIES as ALL
+from tests.families import WRAPPERS as ALL_WRAPPERS
 from tests.formats.test_gguf_runs import OPTIONS
 from tests.tiny import tiny_config
 
+_DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 Q4, Q3, Q8 = PackedFormat(4, 32, True), PackedFormat(3, 32, False), PackedFormat(8, 32, True)
 
 
@@ -37,24 +40,36 @@ def grids(model: Any, of: dict[str, PackedFormat | None]) -> dict[str, PackedFor
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 def test_no_tensor_is_left_out_and_none_written_twice(family: str) -> None:
+    """Of a wrapper those of the language model and its head."""
     model = empty(family)
     plan = plan_file(model, {}, "exact")
     names = [each.name for each in plan]
     assert len(names) == len(set(names))
-    written = sum(torch.Size(each.stored.shape).numel() for each in plan)
-    assert written == sum(tensor.numel() for tensor in model.state_dict().values()) - _tied(model)
+    # What divides the frequencies of Gemma 4's rotary embedding is no tensor of the model.
+    written = sum(torch.Size(each.stored.shape).numel() for each in plan if each.name != "rope_freqs.weight")
+    parts = model.get_decoder().state_dict(), model.get_output_embeddings().state_dict()
+    assert written == sum(tensor.numel() for part in parts for tensor in part.values()) - _tied(model)
 
 
 def _tied(model: Any) -> int:
     return model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
 
 
-@pytest.mark.parametrize("family", sorted(set(ALL) - set(FAMILIES)))
+@pytest.mark.parametrize("family", sorted({*ALL, *ALL_WRAPPERS} - {*FAMILIES, *WRAPPERS}))
 def test_a_family_that_was_not_run_is_refused(family: str) -> None:
-    with pytest.raises(ValueError, match=rf"gguf: {family} is no family whose files were run .* docs/serving.md"):
+    with pytest.raises(ValueError, match=rf"gguf: {family}( \(\w+\))? is no family whose files were run "):
         FORMAT.check(empty(family), {}, "exact")
+
+
+def test_a_wrapper_of_another_language_model_is_refused() -> None:
+    config = tiny_config("internvl")
+    config.text_config = tiny_config("mixtral")
+    with torch.device("meta"):
+        model = model_class(config).from_config(config, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"gguf: internvl \(mixtral\) is no family whose files were run"):
+        FORMAT.check(model, {}, "exact")
 
 
 def test_types_are_those_of_the_grids_and_of_what_is_kept() -> None:
@@ -112,6 +127,13 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         ("kimi_linear", {"moe_renormalize": False}, "moe_renormalize: True"),
         ("mimo_v2_flash", {"norm_topk_prob": False}, "norm_topk_prob: True"),
         ("mellum", {"rope_parameters": None}, "one rotary base"),
+        ("gemma4", {"vocab_size_per_layer_input": 128}, "vocab_size_per_layer_input"),
+        ("gemma4", {"layer_types": ["full_attention"] * 2}, "a window in some blocks"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "attention to what came before"),
+        (
+            "gemma4_text", {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _DEFAULT)},
+            "proportional rotary positions",
+        ),
         ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"]}, "every so-manieth block"),
         (

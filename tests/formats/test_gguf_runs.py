@@ -8,6 +8,7 @@ import torch
 
 from moeq.formats.convert import convert
 from moeq.formats.gguf_families import FAMILIES
+from moeq.formats.gguf_wrappers import WRAPPERS
 from tests.formats.gguf_models import IDS, Grid, divergence, transformers_logits, write_dense, write_packed
 from tests.formats.llama_cpp import LlamaCpp, needs_llama_cpp
 
@@ -28,6 +29,7 @@ def _of_kinds(full: float, sliding: float, turned: float = 1.0) -> Values:
 # What differs from ``tests.families``: options that llama.cpp computes with.
 OPTIONS: dict[str, Values] = {
     "qwen3_moe": {"norm_topk_prob": True},
+    "internvl": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4},
     # llama.cpp normalizes queries and keys of the delta rule with the epsilon of the norms, transformers with 1e-6.
@@ -65,15 +67,22 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                      "layer_types": ["linear_attention", "full_attention", "linear_attention"],
                      "mlp_layer_types": ["dense", "sparse", "sparse"]}),
     ("qwen3_5_moe_text", {"linear_num_value_heads": 8, "tie_word_embeddings": True}),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0, "sliding_window": 8}),
+    ("gemma4", {"hidden_size_per_layer_input": 0, "global_head_dim": 32, "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True, "final_logit_softcapping": 30.0, "num_hidden_layers": 4,
+                "layer_types": _WINDOWS, "sliding_window": 8}),
+    ("glm4v_moe", {"routed_scaling_factor": 2.0, "norm_topk_prob": False}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
                     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
 )  # fmt: skip
-_QUICK = ("mixtral", "deepseek_v3")
+_QUICK = ("mixtral", "deepseek_v3", "qwen3_vl_moe")
+# llama.cpp reads this function of two families off a table in float16, whose steps others make elsewhere.
+_BY_TABLE = ("gemma4", "gemma4_text")
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in _QUICK else pytest.mark.slow) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[] if name in _QUICK else pytest.mark.slow) for name in (*FAMILIES, *WRAPPERS)]
 )
 def test_every_family_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     _compare(family, OPTIONS.get(family, {}), tmp_path)
@@ -87,11 +96,13 @@ def test_options_that_a_file_can_say_are_computed(family: str, options: Values, 
 
 def _compare(family: str, options: Values, folder: Path) -> None:
     source, path = write_dense(family, folder, **options)
-    theirs = transformers_logits(source)
+    theirs = transformers_logits(source, by_table=family in _BY_TABLE)
     file = LlamaCpp(path)
-    # Float rounding: logits of these models reach 5, and a wrong order of rows or a key left out moves them by 1.
-    torch.testing.assert_close(file.logits(IDS), theirs, atol=1e-4, rtol=0)
+    found = file.logits(IDS)
     file.close()
+    # Float rounding: logits of these models reach 5, and a wrong order of rows or a key left out moves them by 1.
+    torch.testing.assert_close(found[0], theirs[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, theirs, atol=2e-3 if family in _BY_TABLE else 1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +129,4 @@ def test_quantized_files_are_read_as_the_codes_that_were_solved(
     file.close()
     # llama.cpp rounds activations to 8 bits, and the embedding and head stay in bfloat16.
     assert divergence(same, found) < 0.01
-    assert divergence(original, same) > 3 * divergence(same, found) or grid[0] == 8
+    assert divergence(original, same) > 3 * divergence(same, found) or kind == "Q8_0"

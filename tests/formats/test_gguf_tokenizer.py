@@ -1,6 +1,8 @@
 """Tokenizers of files give the ids that transformers gives, or are refused."""
 
 import json
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moeq.formats.gguf_file import write_file
 from moeq.formats.gguf_splitting import CASED, DIGITS, GPT2, SPLITTINGS, splitting
 from moeq.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_metadata
+from moeq.formats.gguf_unigram import unigram as unigram_keys
 from tests.formats.llama_cpp import LlamaCpp, needs_llama_cpp
 from tests.tiny import tiny_tokenizer
 
@@ -28,6 +31,9 @@ INSIDE = " <s>[INST] Who'S there? [/INST]<|endoftext|> yes"
 # llama.cpp's own expressions for these two leave combining marks out of words.
 WITHOUT_MARKS = ("gpt-4o", "tekken")
 CORPUS = [*TEXTS, "the cat sat on the mat " * 20, "1234 5678 2024 " * 20, "Grüße aus Köln, 世界 你好 " * 20] * 3
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 
 
 def byte_level(steps: tuple[str, ...], *, ignore_merges: bool = False) -> Tokenizer:
@@ -71,6 +77,44 @@ def characters(*, prefix: bool, metaspace: bool) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
+def gemma() -> Tokenizer:
+    """As ``characters``, with a step that would cut at blanks, of which none is left."""
+    content = json.loads(characters(prefix=False, metaspace=False).to_str())
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    return Tokenizer.from_str(json.dumps({**content, "pre_tokenizer": split}))
+
+
+def unigram(*, normalized: bool, prefix: bool) -> Tokenizer:
+    """A unigram tokenizer, trained on ``CORPUS``, which normalizes as SentencePiece does or not at all."""
+    tokenizer = Tokenizer(models.Unigram())
+    if normalized:
+        merge = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap()), *merge])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@cache
+def charsmap() -> bytes:
+    """SentencePiece's table of characters for NFKC."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="SentencePiece is not installed")
+    from sentencepiece import sentencepiece_model_pb2
+
+    written = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=written, vocab_size=200, hard_vocab_limit=False, minloglevel=2
+    )
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(written.getvalue())
+    table: bytes = proto.normalizer_spec.precompiled_charsmap
+    assert len(table) > 100_000
+    return table
+
+
 def save(tokenizer: Tokenizer, folder: Path, **options: Any) -> PreTrainedTokenizerFast:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -110,6 +154,22 @@ def test_a_tokenizer_over_characters_has_the_ids_of_transformers(prefix: bool, m
     save(characters(prefix=prefix, metaspace=metaspace), tmp_path, bos_token="<s>", eos_token="</s>")
     # A Metaspace with a prefix writes none before a blank and after a special token, llama.cpp does (docs/serving.md).
     same_ids(tmp_path, (*TEXTS, MARKS, *(() if prefix and metaspace else (INSIDE,))))
+
+
+@needs_llama_cpp
+def test_gemma_s_tokenizer_has_the_ids_of_transformers(tmp_path: Path) -> None:
+    save(gemma(), tmp_path, bos_token="<s>", eos_token="</s>")
+    same_ids(tmp_path, (*TEXTS, MARKS, INSIDE))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("normalized", "prefix"), [(True, True), (False, True), (False, False)])
+def test_a_unigram_tokenizer_has_the_ids_of_transformers(normalized: bool, prefix: bool, tmp_path: Path) -> None:
+    save(unigram(normalized=normalized, prefix=prefix), tmp_path, bos_token="<s>", eos_token="</s>")
+    wide, unknown = "\ufb01ne \u2460 \uff46\uff55\uff4c\uff4c \xbd x\xb2", "\u0e2a unknown \u0e2a\u0e2b"
+    # Where blanks are not merged, it is with one in front of a text that begins with one as above.
+    blanks = (INSIDE, "  two  blanks ") if normalized or not prefix else ("two  blanks ",)
+    same_ids(tmp_path, (*TEXTS, MARKS, wide, unknown, *blanks))
 
 
 @needs_llama_cpp
@@ -163,12 +223,32 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(change: dict[str, Any], m
         tokenizer_metadata(tmp_path, config())
 
 
-def test_a_unigram_or_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"transformers opens no tokenizer in .*; add its files"):
         tokenizer_metadata(tmp_path, config())
-    save(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)), tmp_path)
-    with pytest.raises(ValueError, match="kind Unigram is not written"):
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    save(Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")), tmp_path)
+    with pytest.raises(ValueError, match="kind WordLevel is not written, BPE and Unigram are"):
         tokenizer_metadata(tmp_path, config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"byte_fallback": True}}, "falls back to them"),
+        ({"model": {"unk_id": None}}, "without an unknown token"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "and this one has Whitespace"),
+        ({"normalizer": {"type": "Lowercase"}}, "and this one does by Lowercase"),
+    ],
+)
+def test_a_unigram_model_that_llama_cpp_reads_otherwise_is_refused(change: dict[str, Any], message: str) -> None:
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+    content = {"normalizer": None, "pre_tokenizer": METASPACE} | change
+    content["model"] = model | change.get("model", {})
+    with pytest.raises(ValueError, match=message):
+        unigram_keys(content, 2)
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -121,6 +121,12 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
         ("olmoe", torch.bfloat16, (4, 8, True), "gptq has no type that holds 4 bits, groups of 8"),
         ("gpt_oss", torch.bfloat16, (4, 32, True), "has biases"),
         ("lfm2_moe", torch.bfloat16, (4, 32, True), "GPTQModel opens lfm2_moe and computes something else"),
+        (
+            "internvl",
+            torch.bfloat16,
+            (4, 32, True),
+            "not seen to read internvl rightly",
+        ),
     ],
 )
 def test_what_the_layout_does_not_hold_is_refused_by_name(

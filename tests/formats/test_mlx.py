@@ -1,5 +1,6 @@
 """Folders for mlx-lm: the logits of transformers, exact values, and refusals of what it computes otherwise."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +31,7 @@ from tests.formats.packed import (
 )
 
 # In each check; the others are slow.
-FEW = ("qwen2_moe", "mixtral", "deepseek_v3")
+FEW = ("qwen2_moe", "mixtral", "deepseek_v3", "qwen3_vl_moe")
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
     "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
@@ -38,7 +40,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"sliding_window": None},
     "deepseek_v2": {"rope_parameters": YARN, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {"rope_parameters": YARN},
-}
+    # As its 26B-A4B, in small.
+    "gemma4": {
+        "hidden_size_per_layer_input": 0, "global_head_dim": 32, "num_global_key_value_heads": 1, "sliding_window": 8,
+        "attention_k_eq_v": True, "final_logit_softcapping": 30.0, "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
 
 
 def mlx_logits(folder: Path, num_tokens: int = 24) -> Tensor:
@@ -65,6 +73,8 @@ def test_mlx_lm_gives_the_logits_of_the_dequantized_model(family: str, tmp_path:
     assert report.num_quantized == len(made.quantized)
     assert report.largest_error < 1e-4
     assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
+    beside = [key for key in tensors_of(made.folder) if any(part in key for part in ("visual", "vision", "projector"))]
+    assert report.num_left_out == len(beside)
 
 
 @pytest.mark.parametrize("reader", ["mlx", "numpy"])
@@ -115,6 +125,36 @@ def test_a_tied_head_is_written_where_its_class_has_none(tmp_path: Path) -> None
     tensors = tensors_of(tmp_path / "mlx")
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
+
+
+def test_norms_with_one_added_are_rounded_only_where_that_is_allowed(tmp_path: Path) -> None:
+    made = write_tiny_packed("qwen3_5_moe", tmp_path, lambda name: (4, 32, True), num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"holds norms of qwen3_5_moe with 1 added, which bfloat16 rounds .* native"):
+        convert(made.folder, "mlx", tmp_path / "mlx")
+    convert(made.folder, "mlx", tmp_path / "mlx", carrier="native")
+    assert "norms are 1 + weight, and rounded" in (tmp_path / "mlx" / "README.md").read_text()
+    name = "model.language_model.layers.0.input_layernorm.weight"
+    ours = tensors_of(tmp_path / "mlx")["language_model.model.layers.0.input_layernorm.weight"]
+    assert torch.equal(ours, (made.model.get_parameter(name).float() + 1).bfloat16())
+
+
+def test_a_wrapper_whose_head_is_the_embedding_gets_one(tmp_path: Path) -> None:
+    made = write_tiny_packed(
+        "qwen3_vl_moe", tmp_path, lambda name: (4, 32, True), dtype=torch.float32, num_hidden_layers=1,
+        prepare=_tie,
+    )  # fmt: skip
+    convert(made.folder, "mlx", tmp_path / "mlx")
+    assert config_of(tmp_path / "mlx")["text_config"]["tie_word_embeddings"] is False
+    assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
+
+
+def _tie(source: Path) -> None:
+    """Make a wrapper's head its embedding."""
+    config = config_of(source)
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = {key: tensor for key, tensor in tensors_of(source).items() if key != "lm_head.weight"}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_draft_layers_are_left_out_and_not_announced(tmp_path: Path) -> None:
@@ -173,6 +213,7 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
     [
         ("qwen2_moe", {"norm_topk_prob": True}, False, "norm_topk_prob: True of qwen2_moe is not what mlx-lm computes"),
         ("mixtral", {"sliding_window": 64}, False, "sliding_window: 64 of mixtral"),
+        ("qwen3_5_moe", {"layer_types": ["full_attention", "linear_attention"]}, False, "every so-manieth block"),
         ("ernie4_5_moe", {}, False, "mlx-lm is not known to read ernie4_5_moe rightly"),
         (
             "qwen3_moe",

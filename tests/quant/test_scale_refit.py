@@ -11,7 +11,7 @@ from tests.quant.obq import output_error, problem
 
 GRIDS = [
     GridSpec(3, 16, symmetric=True, kind="full_range"), GridSpec(2, 32), GridSpec(4, None, symmetric=True),
-    GridSpec.of_kind("iq4_nl"),
+    GridSpec.of_kind("iq4_nl"), GridSpec.of_kind("nvfp4"),
 ]  # fmt: skip
 
 

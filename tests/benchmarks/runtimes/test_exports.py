@@ -53,6 +53,14 @@ def test_mixes_of_experts(key: str, is_fine: Callable[[int, int, str], bool]) ->
         assert (found[".".join(parts)].bits == 4) == is_fine(int(parts[2]), int(parts[5]), parts[6])
 
 
+def test_full_range_mixes_have_scales_of_either_sign_everywhere() -> None:
+    keys = [key for key in REFERENCE_GRIDS if "full range" in key]
+    assert len(keys) == 8
+    model = tiny_model("qwen2_moe")
+    for key in keys:
+        assert {grid.kind for grid in grids_of(model, key, REFERENCE_GRIDS).values()} == {"full_range"}
+
+
 def test_the_unquantized_model_has_one_linear_on_8_bits() -> None:
     found = grids_of(tiny_model("qwen3_moe"), UNQUANTIZED, TINY_GRIDS)
     assert found == {"model.layers.0.self_attn.o_proj": GridSpec(8, 32, True, clip_search=False)}

@@ -51,6 +51,12 @@ def test_answers_are_judged_and_refusals_named(measured: Measurement, tmp_path: 
     assert rows["4"]["kl"] > 100 * rows["4"]["bound"]
     assert rows["channels of an odd kind"]["verdict"] == "refused by moeq"
     assert "groups of 16" in rows["channels of an odd kind"]["reason"]
+    # What is known is not measured again, and its noise counts.
+    known = rows["unquantized"] | {"kl": 100.0}
+    again = {row["grids"]: row for row in measured.rows([runtime(run)], [known])}
+    assert again.keys() == {"4", "channels of an odd kind"}
+    assert (again["4"]["own_noise"], again["4"]["verdict"]) == (100.0, "right")
+    assert measured.rows([runtime(run)], [*rows.values()]) == []
 
 
 def test_what_a_runtime_raises_and_what_is_not_installed_have_their_reason(

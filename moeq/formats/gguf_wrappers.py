@@ -1,0 +1,44 @@
+"""Wrappers of images, sound and text whose language models llama.cpp reads; what stands beside these is another file.
+
+llama.cpp takes the language model from one file and the tower from a second one ("mmproj"), which its own converter
+makes of the source.  Positions of a text are equal in time, height and width, so that the sections of a rotary
+embedding matter for images alone.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family
+from moeq.formats.gguf_metadata import experts, sigmoid_routing
+from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
+
+
+def _of(language_model: str) -> Family:
+    return replace(FAMILIES[language_model], language_model=language_model)
+
+
+def _qwen3_vl(config: Any) -> Metadata:
+    keys = experts("num_experts", "moe_intermediate_size")(config)
+    return keys | sections_in_turn(keys)
+
+
+def _deepstack(config: Any) -> Metadata:
+    """How many of the first blocks take features of images of their own."""
+    return {"n_deepstack_layers": len(config.vision_config.deepstack_visual_indexes)}
+
+
+_QWEN3_VL = Family(
+    "qwen3vlmoe", _qwen3_vl, (SILU, NO_BIAS, *ALL_SPARSE), language_model="qwen3_vl_moe_text", beside=_deepstack
+)
+
+WRAPPERS: dict[str, Family] = {
+    "qwen3_5_moe": _of("qwen3_5_moe_text"),
+    "gemma4": _of("gemma4_text"),
+    "internvl": _of("qwen3_moe"),
+    "kimi_k25": _of("deepseek_v3"),
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_omni_moe_thinker": replace(_QWEN3_VL, language_model="qwen3_omni_moe_text"),
+    "glm4v_moe": Family(
+        "glm4moe", lambda config: sigmoid_routing(config) | sections(config), (SILU,), language_model="glm4v_moe_text"
+    ),
+}
