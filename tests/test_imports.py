@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each room, a folder of plain torch, and the rooms below it that it may import.  Two wings (fit, survey, sampling,
-# allocation, tuning, export, formats; evaluation, scoring, tasks, programs, report) stand on one cellar and do not see
-# each other, except that a survey measures what a width does to the predictions of the model (survey -> scoring).
+# allocation, tuning, export, formats, timing; evaluation, scoring, tasks, programs, report) stand on one cellar and do
+# not see each other, except that a survey measures what a width does to a model's predictions (survey -> scoring).
 MAY_IMPORT: dict[str, set[str]] = {
     "disk": set(),
     "kernels": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": {"fit", "models", "quant", "disk", "preflight"},
     "export": {"checkpoint", "models", "quant", "disk", "preflight"},
     "formats": {"export", "checkpoint", "models", "quant", "disk"},
+    "timing": {"allocation", "checkpoint", "models", "quant", "disk"},
     "tasks": {"disk"},
     "report": {"tasks", "disk"},
     "scoring": {"tasks", "decoding", "models", "kernels", "disk"},

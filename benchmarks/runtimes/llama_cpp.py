@@ -124,6 +124,14 @@ class LlamaCpp:
 
     def step_seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:
         """Processor seconds of each of some tokens after a prompt, of several sequences at once, on one thread."""
+        return self._seconds(sequences, prompt, num_tokens)[1:]
+
+    def prompt_seconds(self, length: int) -> float:
+        """Processor seconds of reading one prompt, on one thread."""
+        return self._seconds(1, length, 0)[0]
+
+    def _seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:
+        """Processor seconds of a prompt of several sequences, and of each token after it."""
         library = self._library
         parameters = library.llama_context_default_params()
         parameters.tokens = max(256, sequences * 2 * (prompt + num_tokens))
@@ -149,7 +157,7 @@ class LlamaCpp:
             steps.append(process_time() - begin)
         library.llama_batch_free(batch)
         library.llama_free(context)
-        return steps[1:]
+        return steps
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text, with what the file says that texts begin and end with where ``special``."""

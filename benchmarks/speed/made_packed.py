@@ -19,6 +19,7 @@ from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
+from moeq.checkpoint.prepare import choose_forms
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.export.moeq_format import write_checkpoint
 from moeq.formats.convert import convert
@@ -99,11 +100,7 @@ def packed_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrainedMo
         config: Of the model.
         grids: Of weights by canonical name; others stay in bfloat16.
     """
-    model = _on_meta(config)
-    quantization = MoEQConfig.from_grids(
-        dict(grids), weight_names(model), weight_dtype=torch.bfloat16, expert_leaves={}, metadata={}
-    )
-    install_packed_modules(model, quantization)
+    model = _packed_on_meta(config, grids)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             fill(module)
@@ -111,8 +108,52 @@ def packed_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrainedMo
 
 
 @torch.no_grad()
+def prepared_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrainedModel:
+    """A prepared packed model in bfloat16: each weight is a copy of the form of one drawn weight of its shape and grid.
+
+    Args:
+        config: Of the model.
+        grids: Of weights by canonical name; others stay in bfloat16.
+
+    Raises:
+        ValueError: A weight has no form here.
+    """
+    model, made = _packed_on_meta(config, grids), dict[Any, Form]()
+    # A choice of forms asks where weights are, which are nowhere yet.
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.weight_shape = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    for name, maker in choose_forms(model).items():
+        if isinstance(maker, str):
+            raise ValueError(f"{name} has no form here: {maker}")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        key = layer.out_features, layer.in_features, layer.grid
+        if (*key, maker) not in made:
+            made[(*key, maker)] = maker(drawn_weight(*key))
+        layer.hold(copy.deepcopy(made[(*key, maker)]), maker)
+    _filled(model).set_experts_implementation(IMPLEMENTATION)
+    return model
+
+
+def _packed_on_meta(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrainedModel:
+    model = _on_meta(config)
+    quantization = MoEQConfig.from_grids(
+        dict(grids), weight_names(model), weight_dtype=torch.bfloat16, expert_leaves={}, metadata={}
+    )
+    install_packed_modules(model, quantization)
+    return model
+
+
 def gguf_of(packed: PreTrainedModel, folder: Path) -> Path:
     """The file for llama.cpp of a packed model, with a tokenizer of few tokens."""
+    convert(export_of(packed, folder), "gguf", folder / "gguf")
+    return folder / "gguf/model.gguf"
+
+
+@torch.no_grad()
+def export_of(packed: PreTrainedModel, folder: Path) -> Path:
+    """The packed folder of a packed model, with a tokenizer of few tokens."""
     dense, quantized = _on_meta(packed.config), {}
     parts = dict(packed.named_parameters())
     _filled(dense)
@@ -126,9 +167,7 @@ def gguf_of(packed: PreTrainedModel, folder: Path) -> Path:
         if name in parts:
             parameter.copy_(parts[name])
     write_checkpoint(dense, tiny_tokenizer(), quantized, folder / "export", metadata={})
-    del dense, quantized
-    convert(folder / "export", "gguf", folder / "gguf")
-    return folder / "gguf/model.gguf"
+    return folder / "export"
 
 
 @torch.no_grad()
@@ -149,7 +188,9 @@ def _filled(model: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(0, DEVIATION)
+                # Biases of one would make all tokens alike, and choose the same experts for them.
+                constant = 0.0 if name.endswith("bias") else 1.0
+                value = value.fill_(constant) if parameter.ndim == 1 else value.normal_(0, DEVIATION)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             made = type(module)(config=model.config)  # rotary frequencies are computed by the module itself

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moeq.allocation.plan import Choice
+from moeq.allocation.time_table import TimeTable
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import GridSpec
 
-BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes"]
+BudgetUnit = Literal["code_bits", "average_bits", "bytes", "active_bytes", "milliseconds"]
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Budget:
 
     Attributes:
         value: The limit.
-        unit: "code_bits": bits per weight, codes only.  The others are those of the runtime's files, scales and zero
-            points included: "average_bits" per weight; "bytes" of all weights; "active_bytes" of the weights that one
-            token uses.
+        unit: "code_bits": bits per weight, codes only.  Those of the runtime's files, scales and zero points included:
+            "average_bits" per weight; "bytes" of all weights; "active_bytes" of the weights that one token uses.
+            "milliseconds" of the products of one token, by a table of times.
     """
 
     value: float
@@ -48,6 +49,8 @@ class Constraints:
         fixed: Grids of weights that are not to be chosen, by name.
         group_sizes: The only group size of some weights, by name; None is one scale per channel.
         carrier: Which types hold the grids, see ``moeq.quant.carrier``.
+        times: Of products, where a limit is one of time.
+        milliseconds: Limit of time beside a budget of another unit.
     """
 
     choices: Sequence[Choice]
@@ -59,3 +62,5 @@ class Constraints:
     fixed: Mapping[str, GridSpec] = field(default_factory=dict)
     group_sizes: Mapping[str, int | None] = field(default_factory=dict)
     carrier: CarrierMode = "exact"
+    times: TimeTable | None = None
+    milliseconds: float | None = None

@@ -30,6 +30,7 @@ from moeq.allocation.plan import (
 from moeq.allocation.price import check_budget, symmetry_note
 from moeq.allocation.rules import Rule, RuleEffect, apply_rules, make_rule
 from moeq.allocation.runtime import RuntimeName, check_kept, check_runtime, find_runtime
+from moeq.allocation.time_table import COMMAND, TimeTable, read_times
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -56,8 +57,8 @@ class AllocationSpec:
         method: "rules", or "allocate": the least predicted damage within a budget.
         cost: Cost table of the survey that the allocator minimises, for example fisher.
         budget: Limit of the allocator; of rules or a given plan, checked.
-        budget_unit: "code_bits" per weight, or what the runtime's files hold: "average_bits" per weight, "bytes", or
-            "active_bytes" (of one token's weights).
+        budget_unit: "code_bits" per weight; what the runtime's files hold: "average_bits" per weight, "bytes", or
+            "active_bytes" (of one token's weights); or "milliseconds" of one token's products, by ``times``.
         choices: What the allocator may give: bits (in groups of ``--model.group_size``), or labels such as "4g128",
             "4g0" (no groups) and "q3_k" (a two-level grid of llama.cpp).
         runtime: What must read the result, and whose files the budget is about: "research" (moeq's own), "llama.cpp",
@@ -65,6 +66,9 @@ class AllocationSpec:
         carrier: Types of those files: "exact" (every value is held, some by types wider than the grids) or "native" (of
             the grids' own widths where there are such, at the price of their rounding).
         floors: Experts of every block that must stay wide, as {bits: 4, num_experts: 1}.
+        times: Path of a table that ``python -m moeq.timing`` measured: the milliseconds of moeq's own packed products.
+        milliseconds: Limit of them beside a budget of bits or bytes.
+        served_elsewhere: That the table may be of another machine, on which the result is served.
         search: Rounds of a search around the allocator's plan, on the assembled quantized model, as {num_rounds: 4}.
     """
 
@@ -83,6 +87,9 @@ class AllocationSpec:
     runtime: RuntimeName = "research"
     carrier: CarrierMode = "exact"
     floors: tuple[Floor, ...] = ()
+    times: str | None = None
+    milliseconds: float | None = None
+    served_elsewhere: bool = False
     search: SearchSpec | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +116,20 @@ class AllocationSpec:
             raise ValueError(f"cost ({self.cost}) and floors belong to the allocator; set method: allocate")
         if self.floors and self.routed is not None:
             raise ValueError(f"floors and routed ({self.routed}) both decide experts; leave out one")
+        self._check_times()
+
+    def _check_times(self) -> None:
+        timed = self.budget_unit == "milliseconds" and self.budget is not None
+        if timed and self.milliseconds is not None:
+            raise ValueError(
+                f"milliseconds ({self.milliseconds}) stand beside a budget of bits or bytes; leave one out"
+            )
+        if (timed or self.milliseconds is not None) and self.times is None:
+            raise ValueError(f"a limit of milliseconds needs times, measured by {COMMAND} (--help says how)")
+        if self.times is not None and self.runtime != "research":
+            raise ValueError(
+                f"times ({self.times}) are of moeq's own products, not of {self.runtime}; leave out times, or runtime"
+            )
 
     @cached_property
     def bits_by_kind(self) -> dict[str, int]:
@@ -120,6 +141,13 @@ class AllocationSpec:
     def parsed_rules(self) -> tuple[Rule, ...]:
         """The rules, checked; raises ValueError for one that does not exist or lacks an option."""
         return tuple(make_rule(rule) for rule in self.rules)
+
+    @cached_property
+    def time_table(self) -> TimeTable | None:
+        """The table of ``times``; raises ValueError where it cannot be read, or is of another machine."""
+        if self.times is None:
+            return None
+        return read_times(Path(self.times), served_elsewhere=self.served_elsewhere)
 
     @property
     def limit(self) -> Budget | None:
@@ -146,6 +174,7 @@ class Decision:
         runtime: What must read the result.
         carrier: Types of its files.
         note: What would make these smaller, or nothing.
+        times: Of products, where the run has a table.
     """
 
     plan: dict[str, GridSpec]
@@ -157,6 +186,7 @@ class Decision:
     runtime: RuntimeName = "research"
     carrier: CarrierMode = "exact"
     note: str = ""
+    times: TimeTable | None = None
 
 
 def decide(
@@ -188,10 +218,13 @@ def decide(
         kept = kept_names(wishes, weights)
     runtime = find_runtime(spec.runtime)
     check_runtime(plan, weights, runtime, spec.carrier)
-    if spec.limit is not None:
-        check_budget(plan, weights, spec.limit, runtime, spec.carrier)
+    limits = [spec.limit, None if spec.milliseconds is None else Budget(spec.milliseconds, "milliseconds")]
+    for limit in filter(None, limits):
+        check_budget(plan, weights, limit, runtime, spec.carrier, spec.time_table)
     note = symmetry_note(((w, plan[w.name]) for w in planned(plan, weights)), runtime, spec.carrier)
-    return Decision(plan, kept, tuple(effects), runtime=spec.runtime, carrier=spec.carrier, note=note)
+    return Decision(
+        plan, kept, tuple(effects), runtime=spec.runtime, carrier=spec.carrier, note=note, times=spec.time_table
+    )
 
 
 def base_plan(
@@ -232,6 +265,8 @@ def make_constraints(
         fixed={w.name: base[w.name] for w in planned(base, weights) if w.kind in spec.bits_by_kind or w.name in told},
         group_sizes={name: wish.group_size or None for name, wish in wishes.items() if wish.group_size is not None},
         carrier=spec.carrier,
+        times=spec.time_table,
+        milliseconds=spec.milliseconds,
     )
 
 
@@ -267,8 +302,10 @@ def _allocate(
         kept_names(wishes, weights),
         allocation=found,
         searched=searched,
-        prices=tuple(runtime_prices(quantized, costs, constraints)),
+        # Times are of moeq's own products: what others would cost in them means nothing.
+        prices=() if spec.times is not None else tuple(runtime_prices(quantized, costs, constraints)),
         runtime=spec.runtime,
         carrier=spec.carrier,
         note=symmetry_note(grids, runtime, spec.carrier),
+        times=spec.time_table,
     )

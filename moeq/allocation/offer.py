@@ -5,12 +5,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moeq.allocation.constraints import Constraints
+from moeq.allocation.constraints import BudgetUnit, Constraints
 from moeq.allocation.plan import Choice, storage_bits
 from moeq.allocation.price import symmetry_note
 from moeq.allocation.runtime import Runtime, check_runtime, find_runtime
 from moeq.quant.carrier import Carrier
 from moeq.quant.spec import GridSpec, WeightShape
+
+# Parts of a millisecond: times are counted in nanoseconds.
+PER_MILLISECOND = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class Offer:
         same = self.types.get(self.runtime.key(weight))
         return same is None or self.runtime.carrier(grid, weight.in_features, asked.carrier) == same
 
-    def size(self, weight: WeightShape, grid: GridSpec, denominator: int) -> int:
-        """What a weight takes, in parts of the budget's unit."""
-        unit = self.constraints.budget.unit
+    def size(self, weight: WeightShape, grid: GridSpec, unit: BudgetUnit, denominator: int) -> int:
+        """What a weight takes, in parts of a budget's unit."""
+        if unit == "milliseconds":
+            assert self.constraints.times is not None
+            return round(PER_MILLISECOND * 1e3 * weight.active_share * self.constraints.times.of(weight, grid))
         if unit == "code_bits":
             return storage_bits(weight, grid)[0]
         bits = self.runtime.file_bits(weight, grid, self.constraints.carrier)

@@ -14,6 +14,7 @@ from moeq.allocation.plan import Choice, PlanCost, plan_cost, plan_to_json, plan
 from moeq.allocation.price import file_cost, file_types
 from moeq.allocation.rules import RuleEffect
 from moeq.allocation.runtime import find_runtime
+from moeq.allocation.time_table import plan_milliseconds
 from moeq.quant.spec import WeightShape
 
 
@@ -25,6 +26,9 @@ def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> di
         takes = asdict(file_cost(decision.plan, weights, runtime, decision.carrier))
         types = file_types(decision.plan, weights, runtime, decision.carrier)
         data["file"] = {"runtime": runtime.name, "carrier": decision.carrier, **takes, "types": types}
+    if decision.times is not None:
+        milliseconds = plan_milliseconds(decision.plan, weights, decision.times)
+        data["time"] = {"milliseconds": milliseconds, "machine": asdict(decision.times.machine)}
     if decision.effects:
         data["rules"] = [
             {"rule": effect.rule, "selected": list(effect.selected), "raised": list(effect.raised)}
@@ -42,6 +46,8 @@ def allocation_to_json(decision: Decision, weights: Sequence[WeightShape]) -> di
 def allocation_report(decision: Decision, weights: Sequence[WeightShape]) -> str:
     """Markdown: cost of the plan, what rules and allocator did, price of runtimes, widths by structure and block."""
     lines = ["# Bit allocation", "", *_cost_table(plan_cost(decision.plan, weights)), *_file_lines(decision, weights)]
+    if decision.times is not None:
+        lines += ["", f"Time: {_time(decision, weights)}; measured on {decision.times.machine}."]
     shapes = {weight.name: weight for weight in weights}
     if decision.kept:
         kept = f"{len(decision.kept)} of {len(shapes)} weights are kept as they are, and are part of no average"
@@ -71,6 +77,8 @@ def cost_summary(decision: Decision, weights: Sequence[WeightShape]) -> str:
             f"; in files for {runtime.name} ({decision.carrier}) {takes.average_bits:.3f} "
             f"({takes.active_average_bits:.3f}), {takes.bytes / 1e6:.2f} MB"
         )
+    if decision.times is not None:
+        text += f"; {_time(decision, weights)}"
     if decision.kept:
         text += f"; {len(decision.kept)} weights kept as they are"
     return text + (f"\n{decision.note}" if decision.note else "")
@@ -95,6 +103,12 @@ def describe(weights: Iterable[WeightShape]) -> str:
         ]
         lines.append(f"block {block}: {'; '.join(parts)}")
     return ". ".join(lines) or "nothing"
+
+
+def _time(decision: Decision, weights: Sequence[WeightShape]) -> str:
+    assert decision.times is not None
+    milliseconds = plan_milliseconds(decision.plan, weights, decision.times)
+    return f"{milliseconds:.4g} milliseconds of products with quantized weights for a token"
 
 
 def _cost_table(cost: PlanCost) -> list[str]:
@@ -141,6 +155,10 @@ def _allocator_lines(decision: Decision) -> list[str]:
     lines = [
         f"Budget {found.budget.value:.6g} {found.budget.unit}, used {found.used:.6g}; {found.num_units} decisions "
         f"({found.runtime}), {found.solver} solver, at most {found.gap:.2g} (relative) above the least damage.",
+    ]
+    if not decision.prices:
+        return lines
+    lines += [
         "",
         "| runtime | predicted error | relative to research | used | bits per weight in its files |",
         "|---|---|---|---|---|",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from moeq.allocation.constraints import Budget
 from moeq.allocation.plan import Choice, PlanCost, plan_cost, planned
 from moeq.allocation.runtime import Runtime
+from moeq.allocation.time_table import TimeTable, plan_milliseconds
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import GridSpec, WeightShape
 
@@ -56,10 +57,15 @@ def file_types(
 
 
 def check_budget(
-    plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], budget: Budget, runtime: Runtime, mode: CarrierMode
-) -> None:
-    """Raise ValueError where a plan takes more than a budget in the files of a runtime."""
-    takes = getattr(file_cost(plan, weights, runtime, mode), budget.unit)
+    plan: Mapping[str, GridSpec], weights: Sequence[WeightShape], budget: Budget, runtime: Runtime, mode: CarrierMode,
+    times: TimeTable | None = None,
+) -> None:  # fmt: skip
+    """Raise ValueError where a plan takes more than a budget, in the files of a runtime or by a table of times."""
+    if budget.unit == "milliseconds":
+        assert times is not None
+        takes = plan_milliseconds(plan, weights, times)
+    else:
+        takes = getattr(file_cost(plan, weights, runtime, mode), budget.unit)
     if takes > budget.value * (1 + 1e-12):
         files = "" if runtime.format is None else f" in files for {runtime.name} ({mode})"
         raise ValueError(

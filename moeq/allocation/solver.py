@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 
 from moeq.allocation.lagrangian import Choices, cost_of, meet_floors, size_of, smallest_choices, solve_lagrangian
 from moeq.allocation.problem import AllocationProgram
+from moeq.allocation.two_limits import fastest, keeps_limits, solve_two_limits
 
 SolverName = Literal["auto", "exact", "lagrangian"]
 # Above so many 0/1 variables "auto" takes the Lagrangian path, whose gap shrinks as their number grows.
@@ -49,24 +50,31 @@ class AllocationResult:
 
 
 def solve(problem: AllocationProgram, solver: SolverName = "auto") -> AllocationResult:
-    """The plan of least predicted damage within the budget.
+    """The plan of least predicted damage within the budget, and the limit of time where there is one.
 
     Raises:
-        ValueError: The budget is too small; the nearest reachable budgets are named.
+        ValueError: The budget is too small; the nearest reachable budgets are named.  Or no plan within it is as fast
+            as the limit of time.
     """
     check_reachable(problem)
     if solver == "auto":
         solver = "exact" if np.isfinite(problem.cost_UC).sum() <= MAX_EXACT_VARIABLES else "lagrangian"
-    choice_U, bound = _solve_exact(problem) if solver == "exact" else solve_lagrangian(problem)
+    choice_U, bound = _solve_exact(problem) if solver == "exact" else _solve_relaxed(problem)
     cost = cost_of(problem, choice_U)
     return AllocationResult(choice_U, cost, min(bound, cost), size_of(problem, choice_U), solver)
 
 
 def check_reachable(problem: AllocationProgram) -> None:
-    """Raise ValueError where the budget is below the smallest plan; the nearest reachable ones are named."""
+    """Raise ValueError where no plan keeps the limits; the nearest reachable budgets, or the least time, are named."""
     smallest = smallest_size(problem)
     if smallest > problem.capacity:
         raise ValueError(_unreachable(problem, smallest))
+    if (limit := problem.limit) is not None and (least := fastest(problem)[1]) > limit.capacity:
+        raise ValueError(
+            f"milliseconds ({limit.milliseconds(limit.capacity):.6g}) is below the fastest plan that was found within "
+            f"{problem.budget.value:.6g} {problem.budget.unit}, {limit.milliseconds(least):.6g}; raise either, or add "
+            "faster choices"
+        )
 
 
 def smallest_size(problem: AllocationProgram) -> int:
@@ -87,20 +95,25 @@ def _unreachable(problem: AllocationProgram, smallest: int) -> str:
     largest = problem.amount(largest_size(problem))
     files = "" if problem.runtime == "research" else f" in files for {problem.runtime}"
     note = f"; {problem.note}" if problem.note else ""
+    least, less = ("fastest", "faster") if problem.budget.unit == "milliseconds" else ("smallest", "smaller")
     return (
-        f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the smallest plan{files}; the nearest "
+        f"budget ({problem.budget.value:.6g} {problem.budget.unit}) is below the {least} plan{files}; the nearest "
         f"reachable budgets are {reachable[0]:.6g} and {reachable[1]:.6g}, the largest is {largest:.6g}; "
-        f"raise the budget, add smaller choices, or lower floors, rules and fixed bits{note}"
+        f"raise the budget, add {less} choices, or lower floors, rules and fixed bits{note}"
     )
 
 
 def _solve_exact(problem: AllocationProgram) -> tuple[Choices, float]:
     """The optimum by branch and cut; the Lagrangian plan where that found none (limit of nodes, tolerance)."""
     choice_U, bound = _milp(problem)
-    if choice_U is not None and size_of(problem, choice_U) <= problem.capacity:
+    if choice_U is not None and keeps_limits(problem, choice_U):
         return choice_U, bound
-    choice_U, lagrangian_bound = solve_lagrangian(problem)
+    choice_U, lagrangian_bound = _solve_relaxed(problem)
     return choice_U, max(bound, lagrangian_bound)
+
+
+def _solve_relaxed(problem: AllocationProgram) -> tuple[Choices, float]:
+    return solve_lagrangian(problem) if problem.limit is None else solve_two_limits(problem)
 
 
 def _milp(problem: AllocationProgram) -> tuple[Choices | None, float]:
@@ -113,16 +126,12 @@ def _milp(problem: AllocationProgram) -> tuple[Choices | None, float]:
     cost_N, size_N = problem.cost_UC[units, columns], problem.size_UC[units, columns]
     # Costs are brought to the order of one, sizes to the smallest whole numbers: the solver's tolerances are absolute.
     scale = float(np.abs(cost_N).mean()) or 1.0
-    divisor = int(np.gcd.reduce(size_N)) or 1
     rows, auxiliary = _floor_rows(problem, units, columns)
     width = len(units) + auxiliary
     one = coo_array((np.ones(len(units)), (units, np.arange(len(units)))), shape=(len(problem.units), width))
-    total = coo_array((size_N / divisor, (np.zeros(len(units), int), np.arange(len(units)))), shape=(1, width))
-    constraints = [
-        LinearConstraint(one.tocsr(), 1, 1),
-        LinearConstraint(total.tocsr(), -np.inf, problem.capacity // divisor),
-        *rows,
-    ]
+    constraints = [LinearConstraint(one.tocsr(), 1, 1), _at_most(size_N, problem.capacity, width), *rows]
+    if problem.limit is not None:
+        constraints.append(_at_most(problem.limit.time_UC[units, columns], problem.limit.capacity, width))
     # A floor's auxiliary variables follow the 0/1 ones, so they need not be whole numbers themselves.
     result = milp(
         np.concatenate([cost_N / scale, np.zeros(auxiliary)]),
@@ -137,6 +146,13 @@ def _milp(problem: AllocationProgram) -> tuple[Choices | None, float]:
     values_UC = np.full(problem.cost_UC.shape, -1.0)
     values_UC[units, columns] = result.x[: len(units)]
     return values_UC.argmax(1), bound
+
+
+def _at_most(size_N: NDArray[np.int64], capacity: int, width: int) -> LinearConstraint:
+    """That sizes of what is chosen add up to no more than a capacity."""
+    divisor, columns = int(np.gcd.reduce(size_N)) or 1, np.arange(len(size_N))
+    total = coo_array((size_N / divisor, (np.zeros_like(columns), columns)), shape=(1, width))
+    return LinearConstraint(total.tocsr(), -np.inf, capacity // divisor)
 
 
 def _floor_rows(

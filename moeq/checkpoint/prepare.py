@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moeq.checkpoint import packed_forward  # noqa: F401  (registers the implementation)
-from moeq.checkpoint.forms import CHOICE, Packed, extra_bytes
+from moeq.checkpoint.forms import CHOICE, Maker, Packed, extra_bytes
 from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
 from moeq.quant.spec import Fallback
 
@@ -62,18 +62,15 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
         model: In memory, in evaluation mode; without packed weights it stays as it is.
         room_bytes: Memory that may be taken beyond the bytes of the files; None for a twentieth of them.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     before = model_bytes(model)
-    with_room = _with_room(model, layers, ROOM * before if room_bytes is None else room_bytes)
     forms: Counter[str] = Counter()
     fallbacks = []
-    for name, layer in layers.items():
-        device = layer.weight_shape.device.type if layer.form is None else "cpu"
-        packed = _described(layer, model.dtype, room=name in with_room)
-        chosen = CHOICE[device](packed) if device in CHOICE else f"no form on {device}"
+    for name, chosen in choose_forms(model, room_bytes).items():
         if isinstance(chosen, str):
             fallbacks.append(Fallback(name, chosen, "multiplied by the reference"))
         else:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, PackedLinear)
             layer.prepare(chosen)
             forms[type(layer.form).__name__] += 1
     if any(isinstance(module, PackedExperts) for module in model.modules()):
@@ -82,6 +79,18 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
     if result.any:
         _log.info(result.line())
     return result
+
+
+def choose_forms(model: PreTrainedModel, room_bytes: float | None = None) -> dict[str, Maker | str]:
+    """How ``prepare`` makes the form of each packed weight, by name, or why there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    with_room = _with_room(model, layers, ROOM * model_bytes(model) if room_bytes is None else room_bytes)
+    chosen: dict[str, Maker | str] = {}
+    for name, layer in layers.items():
+        device = layer.weight_shape.device.type if layer.form is None else "cpu"
+        packed = _described(layer, model.dtype, room=name in with_room)
+        chosen[name] = CHOICE[device](packed) if device in CHOICE else f"no form on {device}"
+    return chosen
 
 
 def model_bytes(model: nn.Module) -> int:

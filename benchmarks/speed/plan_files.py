@@ -1,0 +1,61 @@
+"""Files of a plan: how large they are, and how long they take to open in moeq and in llama.cpp."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from benchmarks.lab.tables import Row
+from benchmarks.runtimes.llama_cpp import LlamaCpp
+from benchmarks.speed.made_packed import dense_model, export_of, packed_model
+from moeq.checkpoint.packed import IMPLEMENTATION
+from moeq.checkpoint.packed_weight import PackedFormat
+from moeq.export.contents import read_contents
+from moeq.export.finished import silent
+from moeq.formats.convert import convert
+from moeq.formats.gguf import FORMAT, NAME
+from moeq.formats.source import PackedExport
+from tests.tiny import tiny_tokenizer
+
+
+def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], folder: Path) -> Row:
+    """The packed folder ``export`` and, where llama.cpp has types for the plan, ``gguf``; bytes, or why not.
+
+    Args:
+        config: Of the model.
+        grids: The plan; empty writes the model in bfloat16.
+        folder: For both.
+    """
+    if grids:
+        export_of(packed_model(config, grids), folder)
+        try:
+            convert(folder / "export", "gguf", folder / "gguf")
+        except ValueError as error:
+            return {"refused": str(error)}
+    else:
+        dense_model(config).save_pretrained(folder / "export")
+        tiny_tokenizer().save_pretrained(folder / "export")
+        (folder / "gguf").mkdir()
+        source = folder / "export"
+        FORMAT.write(PackedExport(source, read_contents(source)), folder / "gguf", "exact", silent)
+    return {"gguf_bytes": (folder / "gguf" / NAME).stat().st_size}
+
+
+def opened_in_moeq(export: Path) -> Row:
+    """Processor seconds of opening a folder, up to the forms that a machine multiplies by."""
+    options: dict[str, Any] = {"dtype": "bfloat16", "experts_implementation": IMPLEMENTATION}
+    start = process_time()
+    AutoModelForCausalLM.from_pretrained(export, **options)
+    return {"seconds": process_time() - start}
+
+
+def opened_in_llama(gguf: Path) -> Row:
+    """Processor seconds of opening a file in llama.cpp and of a token, by which its pages are read."""
+    start = process_time()
+    model = LlamaCpp(gguf / NAME)
+    model.prompt_seconds(1)
+    seconds = process_time() - start
+    model.close()
+    return {"seconds": seconds}

@@ -1,0 +1,146 @@
+"""Tables and the figure of the study of efficiency: each plan as a point of bytes, time and divergence."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.lab.tables import Row, markdown, mean_kl
+
+LINE = 1.24  # of heights of labels, on a logarithmic axis
+SAME = 1e-4  # nats: the model itself, which a logarithmic axis has no place for
+ENERGY = "Energy: no counter (`/sys/class/powercap`) on this machine."
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Markdown of the parts that were measured."""
+    parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in ("quality", "packed", "files")}
+    tables = ["## Size and quality", "", _quality_table(parts["quality"])]
+    if parts["packed"]:
+        tables += ["## In moeq's packed path", "", _speed_table(parts["packed"]), _energy(parts["packed"])]
+    if parts["files"]:
+        experts = next(iter(parts["files"].values()))["experts"]
+        tables += ["", "## In llama.cpp", "", f"Files have {experts} experts a block.", ""]
+        tables += [_speed_table(parts["files"]), _refused(parts["files"])]
+        tables += ["", "## Opening the files", "", _opening_table(parts["files"])]
+    return "\n".join(tables)
+
+
+def _quality_table(found: Mapping[str, Row]) -> str:
+    head = ["plan", "bits", "mean KL", "bits, real shapes", "2 / 3 / 4 / 8 bits, weights", "predicted ms of products"]
+    lines = []
+    for plan, row in found.items():
+        given = list(row["choices"].values())
+        widths = " / ".join(str(given.count(bits)) for bits in (2, 3, 4, 8)) if given else "-"
+        predicted = f"{row['milliseconds']:.1f}" if "milliseconds" in row else "-"
+        lines.append([plan, f"{row['bits']:.2f}", f"{mean_kl(row):.4f}", f"{row['large_bits']:.2f}", widths, predicted])
+    return markdown(head, lines)
+
+
+def faster(row: Row, task: str) -> float:
+    """How many times as fast as bfloat16, the median over turns."""
+    sides = row["seconds"][task]
+    mine = sides.get("plan", sides["bfloat16"])
+    return median(dense / own for dense, own in zip(sides["bfloat16"], mine, strict=True))
+
+
+def rate(row: Row, task: str) -> float:
+    """Tokens per second, from the median turn."""
+    sides = row["seconds"][task]
+    num = row["prompt"] if task == "prompt" else int(task.split()[1])
+    return float(num / median(sides.get("plan", sides["bfloat16"])))
+
+
+def _speed_table(found: Mapping[str, Row]) -> str:
+    first = next(row for row in found.values() if "seconds" in row)
+    names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
+    head = ["plan", "MiB", *(cell for name in names for cell in (f"{name}: tokens/s", "times bfloat16"))]
+    lines = []
+    for plan, row in found.items():
+        if "seconds" in row:
+            num_bytes = row["gguf_bytes"] if "gguf_bytes" in row else row["bytes"].get("plan", row["bytes"]["bfloat16"])
+            pairs = ((f"{rate(row, task):.1f}", f"{faster(row, task):.2f}") for task in row["seconds"])
+            cells = [cell for pair in pairs for cell in pair]
+            lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells])
+    return markdown(head, lines)
+
+
+def _refused(found: Mapping[str, Row]) -> str:
+    names = [plan for plan, row in found.items() if "refused" in row]
+    if not names:
+        return ""
+    reason = next(row["refused"] for row in found.values() if "refused" in row)
+    return f"Refused in GGUF: {', '.join(names)}; such as: {reason}."
+
+
+def _energy(found: Mapping[str, Row]) -> str:
+    used = {plan: row["joules"] for plan, row in found.items() if row.get("joules") is not None}
+    return f"Joules of both sides together: {used}." if used else ENERGY
+
+
+def _opening_table(found: Mapping[str, Row]) -> str:
+    head = ["plan", "moeq: s", "llama.cpp: s"]
+    lines = []
+    for plan, row in found.items():
+        theirs = row.get("llama.cpp")
+        lines.append([plan, f"{row['moeq']['seconds']:.1f}", "-" if theirs is None else f"{theirs['seconds']:.1f}"])
+    return markdown(head, lines)
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other one beats in both numbers, by the first."""
+    best: list[str] = []
+    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
+        if not best or y < points[best[-1]][1]:
+            best.append(name)
+    return best
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Time of a token and bytes, each against KL, with the plans that no other beats in both joined by a line."""
+    from matplotlib.figure import Figure
+
+    kl = {row["plan"]: mean_kl(row) for row in rows if row["part"] == "quality"}
+    packed = {row["plan"]: row for row in rows if row["part"] == "packed"}
+    llama = {row["plan"]: row for row in rows if row["part"] == "files" and "seconds" in row}
+    if not packed:
+        return
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    series = {
+        who: {plan: (1 / faster(row, "decode 1"), kl[plan]) for plan, row in found.items() if kl.get(plan, 0) > SAME}
+        for who, found in (("moeq", packed), ("llama.cpp", llama))
+    }
+    for (name, points), marker in zip(series.items(), "os", strict=True):
+        _scatter(left, points, name, marker, 0.02)
+    if times := [x for points in series.values() for x, _ in points.values()]:
+        left.set_xlim(min(times) - 0.05, max(times) + 0.3)
+    sizes = {row["plan"]: (row["bits"], mean_kl(row)) for row in rows if row["part"] == "quality" and row["bits"] < 16}
+    _scatter(right, sizes, "all plans", "o", 0.25)
+    right.set_xlim(2, 9.2)
+    left.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="time of a token, one sequence (bfloat16 = 1)", ylabel="mean KL, nats", yscale="log")
+    right.set(xlabel="bits per weight, scales included", ylabel="mean KL, nats", yscale="log")
+    figure.savefig(path, dpi=100)
+
+
+def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, marker: str, offset: float) -> None:
+    if not points:
+        return
+    names = front(points)
+    (line,) = axes.plot(*zip(*(points[name] for name in names), strict=True), "-", alpha=0.5, label=f"{label}: front")
+    axes.scatter(*zip(*points.values(), strict=True), marker=marker, s=28, color=line.get_color(), label=label)
+    for name, height in zip(sorted(points, key=lambda name: points[name][1]), _label_heights(points), strict=True):
+        x, y = points[name]
+        style = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0}
+        axes.annotate(name, (x, y), xytext=(x + offset, height), va="center", fontsize=7, arrowprops=style)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _label_heights(points: Mapping[str, tuple[float, float]]) -> list[float]:
+    """Heights of labels, from the lowest point up, so far apart that none covers another."""
+    heights: list[float] = []
+    for _, y in sorted(points.values(), key=lambda point: point[1]):
+        heights.append(y if not heights else max(y, heights[-1] * LINE))
+    return heights

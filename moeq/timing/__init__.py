@@ -1,0 +1,1 @@
+"""How long packed products take on this machine: time as a budget."""
