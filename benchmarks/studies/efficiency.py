@@ -82,7 +82,7 @@ class Efficiency(Study[Case]):
     seeds = (0,)
     quick: ClassVar = {
         "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
-        "prompt": 16, "windows": 8, "texts": 1, "file_experts": 8,
+        "prompt": 16, "windows": 8, "texts": 1, "file_experts": 8, "solver": "rtn",
     }  # fmt: skip
 
     @classmethod
@@ -91,6 +91,7 @@ class Efficiency(Study[Case]):
         parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
         parser.add_argument("--size", type=float, default=SIZE, help="bits per weight of mixed plans, with scales")
         parser.add_argument("--windows", type=int, default=32, help="of calibration")
+        parser.add_argument("--solver", choices=("gptq", "rtn"), default="gptq", help="of every plan")
         parser.add_argument("--texts", type=int, default=8, help="windows of each domain of evaluation")
         parser.add_argument("--experts", type=int, default=64, help="of a block of the model of real shapes")
         parser.add_argument("--file-experts", type=int, default=8, help="the same where files are written")
@@ -113,7 +114,8 @@ class Efficiency(Study[Case]):
 
     @cached_property
     def surveyed(self) -> Surveyed:
-        return survey(self.yardstick, self.options.seeds[0], self.options.windows, self.options.folder)
+        o = self.options
+        return survey(self.yardstick, o.seeds[0], o.windows, o.folder, o.solver)
 
     @cached_property
     def large(self) -> list[WeightShape]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Literal
 
 import numpy as np
 import torch
@@ -109,12 +110,16 @@ def assembled_row(yardstick: Yardstick, candidates: Candidates, plan: Plan) -> d
         return yardstick.row(candidates.adapter.model)
 
 
-def survey(yardstick: Yardstick, seed: int, num_windows: int, folder: Path) -> Surveyed:
-    """One survey of the bundled model, whose candidates are GPTQ's solutions on the original's inputs."""
+def survey(yardstick: Yardstick, seed: int, num_windows: int, folder: Path, solver: Literal["gptq", "rtn"]) -> Surveyed:
+    """One survey of the bundled model, whose candidates are the solver's solutions on the original's inputs.
+
+    Rounding to nearest is for a look, without the search of ranges, which is most of its time.
+    """
     model = load_model(MODEL, "auto", "auto")
     spec = SurveySpec(
-        costs=("fisher",), grid=GRID, seed=seed, solve=SolveSpec(damping=0.1), choices=CHOICES, num_gradient_batches=4
-    )
+        costs=("fisher",), grid=replace(GRID, clip_search=solver == "gptq"), seed=seed, solver=solver, solve=SolveSpec(damping=0.1), choices=CHOICES,
+        num_gradient_batches=4,
+    )  # fmt: skip
     ids_NL = sampled_set(yardstick, SAMPLED["corpus"], "corpus", seed, folder, num_windows)
     judge = open_judge(Adapter(model), spec, {}, WaitingStates(1 << 30, Path(gettempdir())))
     found = survey_model(model, ids_NL.split(8), spec, judge=judge)
