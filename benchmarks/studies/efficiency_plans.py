@@ -118,8 +118,7 @@ def survey(yardstick: Yardstick, seed: int, num_windows: int, folder: Path, solv
     model = load_model(MODEL, "auto", "auto")
     spec = SurveySpec(
         costs=("fisher",), grid=replace(GRID, clip_search=solver == "gptq"), seed=seed, solver=solver,
-        solve=SolveSpec(damping=0.1), choices=CHOICES,
-        num_gradient_batches=4,
+        solve=SolveSpec(damping=0.1), choices=CHOICES, num_gradient_batches=4,
     )  # fmt: skip
     ids_NL = sampled_set(yardstick, SAMPLED["corpus"], "corpus", seed, folder, num_windows)
     judge = open_judge(Adapter(model), spec, {}, WaitingStates(1 << 30, Path(gettempdir())))
