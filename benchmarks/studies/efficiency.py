@@ -13,6 +13,7 @@ A row of a time holds both of its sides, which took turns, so parts may be run o
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,20 +180,22 @@ class Efficiency(Study[Case]):
         return {"seconds": seconds, "bytes": num_bytes, "bits": bits, "joules": used, "prompt": self.options.prompt}
 
     @cached_property
-    def dense_files(self) -> TemporaryDirectory[str]:
+    def dense_files(self) -> Path:
         """Folder and GGUF file in bfloat16."""
-        folder = TemporaryDirectory()
-        write_files(self._config(self.options.file_experts), {}, Path(folder.name))
+        folder = Path(self.options.folder / "dense")
+        shutil.rmtree(folder, ignore_errors=True)  # of other options, or cut short
+        folder.mkdir()
+        write_files(self._config(self.options.file_experts), {}, folder)
         return folder
 
     @cached_property
     def dense_in_llama(self) -> LlamaCpp:
-        return LlamaCpp(Path(self.dense_files.name) / "gguf" / NAME)
+        return LlamaCpp(self.dense_files / "gguf" / NAME)
 
     def _files(self, plan: Plan) -> Row:
         config, o = self._config(self.options.file_experts), self.options
         with TemporaryDirectory() as temporary:
-            folder = Path(temporary) if plan else Path(self.dense_files.name)
+            folder = Path(temporary) if plan else self.dense_files
             grids = {name: PackedFormat.of(grid) for name, grid in carried(plan, shapes_of(config)).items()}
             found = write_files(config, grids, folder) if plan else {}
             found["experts"] = o.file_experts

@@ -38,7 +38,8 @@ from callbacks.hessian_calibration import HessianCalibration
 from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.plan import parse_choices
 from moeq.disk.atomic import write_json, write_tensors
-from moeq.formats.mlx_families import completed, find_family
+from moeq.formats.mlx_config import completed
+from moeq.formats.mlx_families import find_family
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
@@ -194,8 +195,7 @@ def write_dense(model: Any, source: Path, folder: Path) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     write_tensors(folder / "model.safetensors", tensors)
     config = json.loads((source / "config.json").read_text(encoding="utf8"))
-    config = completed(config, model.config, family)
-    write_json(folder / "config.json", config if family.has_tied_head else {**config, "tie_word_embeddings": False})
+    write_json(folder / "config.json", completed(config, model.config, family, has_head=not family.has_tied_head))
 
 
 def write_mlx_lm(source: Path, folder: Path, kind: str) -> None:
