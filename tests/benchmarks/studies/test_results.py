@@ -34,6 +34,7 @@ def read(stem: str) -> tuple[dict, str]:
         (Gguf, "gguf", {"label": "reference", "folder": Path("runs")}),
         (Gguf, "gguf_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
+        (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
         (Writers, "writers_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
     ],
