@@ -72,6 +72,8 @@ class Walk:
 
     def start(self) -> None:
         """Make the first block resident; what looks at all blocks before the first pass has none beside its own."""
+        # Steps have counted for themselves what they did since the walk was planned.
+        self._pass_start = time.perf_counter()
         if self.schedule:
             self._enter_pass(None)
 
