@@ -134,16 +134,8 @@ class EndToEndTuning(Step):
         return show
 
     def _write(self, module: MoEQuantModule) -> "Tensor":
-        from moeq.sampling.written import agreed_writer, plain_spec, write_sequences
+        from moeq.own_sequences import write_own
+        from moeq.sampling.written import plain_spec
 
-        trainer, spec = module.trainer, plain_spec(self.spec.num_sequences, self.spec.length, self.spec.seed)
-        folder = self._folder(module)
-        writer = agreed_writer(
-            module.adapter, module.device, self.sequences_at_once, spec.length, trainer.world_size // trainer.num_nodes
-        )
-        rank_zero_info(f"Tuning: the model ({writer}) writes {spec.num_sequences} sequences of {spec.length} tokens")
-        return write_sequences(
-            module.adapter, module.tokenizer, spec, writer, self.sequences_at_once,
-            folder.sequences, module.device,
-            (trainer.global_rank, trainer.world_size), lambda: trainer.strategy.barrier("moeq_tuning_parts"),
-        )  # fmt: skip
+        spec = plain_spec(self.spec.num_sequences, self.spec.length, self.spec.seed)
+        return write_own(module, spec, self.sequences_at_once, self._folder(module).sequences, "Tuning")

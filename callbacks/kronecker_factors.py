@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from moeq.callback import SolveStep, Step, module_of
@@ -105,15 +104,8 @@ class KroneckerFactors(Step):
         return show
 
     def _write(self, module: MoEQuantModule, factors: Factors) -> "Tensor":
-        from moeq.sampling.written import agreed_writer, plain_spec, write_sequences
+        from moeq.own_sequences import write_own
+        from moeq.sampling.written import plain_spec
 
-        trainer, spec = module.trainer, plain_spec(self.spec.num_sequences, self.spec.length, self.spec.seed)
-        writer = agreed_writer(
-            module.adapter, module.device, self.sequences_at_once, spec.length, trainer.world_size // trainer.num_nodes
-        )
-        rank_zero_info(f"Factors: the model ({writer}) writes {spec.num_sequences} sequences of {spec.length} tokens")
-        return write_sequences(
-            module.adapter, module.tokenizer, spec, writer, self.sequences_at_once,
-            factors.sequences, module.device,
-            (trainer.global_rank, trainer.world_size), lambda: trainer.strategy.barrier("moeq_factors_parts"),
-        )  # fmt: skip
+        spec = plain_spec(self.spec.num_sequences, self.spec.length, self.spec.seed)
+        return write_own(module, spec, self.sequences_at_once, factors.sequences, "Factors")

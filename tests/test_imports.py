@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The loose files of moeq/: distributed is torch alone, and open to all; the others are the Lightning shell.
 OPEN_TO_ALL = "distributed"
 SHELL = {
-    "callback", "cli", "forecast", "forecast_validation", "lifeline", "mistakes", "module", "progress", "run_folder",
-    "strategy", "trainer_options",
+    "callback", "cli", "forecast", "forecast_validation", "lifeline", "mistakes", "module", "own_sequences", "progress",
+    "run_folder", "strategy", "trainer_options",
 }  # fmt: skip
 WITHOUT_TRANSFORMERS = {"quant", "allocation", "tasks", "programs", "report", "kernels", "disk"}
 HEAVY = {"transformers", "datasets", "matplotlib"}
