@@ -144,6 +144,9 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": Family(
         "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
     ),
+    "mistral4": Family(
+        "mistral4", keys.mistral4, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+    ),
     "granitemoe": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
     "granitemoeshared": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
     "gpt_oss": Family(

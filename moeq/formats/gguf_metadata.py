@@ -81,13 +81,32 @@ def _deepseek_experts(config: Any) -> Metadata:
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_count": config.n_shared_experts,
         "expert_weights_scale": float(config.routed_scaling_factor),
-        "expert_weights_norm": bool(config.norm_topk_prob),
+        "expert_weights_norm": bool(getattr(config, "norm_topk_prob", False)),
     }
 
 
 def deepseek_v3(config: Any) -> Metadata:
     """DeepSeek-V3: scores are sigmoids, and experts are chosen from the best groups."""
     return deepseek(config) | {"expert_gating_func": SIGMOID} | groups(config)
+
+
+def mistral4(config: Any) -> Metadata:
+    """Mistral 4: DeepSeek's attention with queries that grow with their position, and softmax over groups of experts."""
+    rope = config.rope_parameters
+    return (
+        deepseek(config)
+        | groups(config)
+        | {
+            "expert_gating_func": SOFTMAX,
+            "attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+            "attention.temperature_length": int(rope["original_max_position_embeddings"]),
+        }
+    )
+
+
+def deepseek_ocr(config: Any) -> Metadata:
+    """DeepSeek-OCR 2 and Unlimited-OCR: DeepSeek's experts beside ordinary attention."""
+    return {**rope(config, head_dim(config)), **_deepseek_experts(config), "expert_gating_func": SOFTMAX}
 
 
 def groups(config: Any) -> Metadata:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family
-from moeq.formats.gguf_metadata import experts, sigmoid_routing
+from moeq.formats.gguf_metadata import deepseek_ocr, experts, sigmoid_routing
 from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
 
 
@@ -28,7 +28,8 @@ def _deepstack(config: Any) -> Metadata:
 
 
 _QWEN3_VL = Family(
-    "qwen3vlmoe", _qwen3_vl, (SILU, NO_BIAS, *ALL_SPARSE), language_model="qwen3_vl_moe_text", beside=_deepstack
+    "qwen3vlmoe", _qwen3_vl, (SILU, NO_BIAS, ("norm_topk_prob", True), *ALL_SPARSE),
+    language_model="qwen3_vl_moe_text", beside=_deepstack,
 )
 
 WRAPPERS: dict[str, Family] = {
@@ -36,6 +37,11 @@ WRAPPERS: dict[str, Family] = {
     "gemma4": _of("gemma4_text"),
     "internvl": _of("qwen3_moe"),
     "kimi_k25": _of("deepseek_v3"),
+    "mistral3": _of("mistral4"),
+    "deepseek_ocr2": Family(
+        "deepseek2-ocr", deepseek_ocr, (SILU, NO_BIAS, ("mlp_bias", False), ("topk_method", "greedy")),
+        language_model="deepseek_ocr2_text",
+    ),
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_omni_moe_thinker": replace(_QWEN3_VL, language_model="qwen3_omni_moe_text"),
     "glm4v_moe": Family(

@@ -58,7 +58,8 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
             pieces.append(_stack(export, path, names, carriers[names[0]]))
     model, own_head = export.model, _has_head(export.model)
     if not family.has_tied_head and not own_head:
-        pieces.append(_untied_head(export, "language_model.lm_head" if family.language_model else "lm_head"))
+        inside = family.language_model and not family.written_as
+        pieces.append(_untied_head(export, "language_model.lm_head" if inside else "lm_head"))
     has_head = own_head or not family.has_tied_head
     config = completed(json.loads(json.dumps(export.config)), model.config, family, has_head=has_head)
     announce_no_draft(config)

@@ -19,6 +19,9 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_
     if family.language_model:
         inner = replace(family, language_model="")
         text = completed(values["text_config"], config.get_text_config(), inner, has_head=has_head)
+        if family.written_as:
+            single = {key: value for key, value in values.items() if not isinstance(value, dict)}
+            return {**single, **text, "model_type": family.written_as}
         beside = {key: make(config) for key, make in family.made_beside.items()}
         return {**beside, **values, "text_config": text}
     rope = rope_of(config)
@@ -29,6 +32,6 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_
         added["rope_theta"] = rope["rope_theta"]
     for key in family.keys:
         added[key] = rope[key] if key in rope else getattr(config, key, None)
-    added |= {key: make(config) for key, make in family.made.items()}
     missing = {key: value for key, value in added.items() if key not in values}
-    return {**values, **missing, "tie_word_embeddings": not has_head}
+    made = {key: make(config) for key, make in family.made.items()}
+    return {**values, **missing, **made, "tie_word_embeddings": not has_head}

@@ -37,6 +37,8 @@ class MlxFamily:
         language_model: Of a wrapper, of which mlx-lm reads the language model alone: the family that this has to be.
             Names and settings are of it. "" where there is no wrapper.
         made_beside: As ``made``, of the wrapper's own configuration.
+        written_as: Of a wrapper that it has no class for: the ``model_type`` of the class that computes what its
+            language model does. The folder is one of that, as if there were no wrapper.
         changed: Made of tensors that it holds otherwise, by endings of their names.
         one_added: Endings of names of norms to which it wants 1 added: exact in float32 alone.
         refuses: What else a configuration may have that it computes otherwise; None where it has nothing.
@@ -53,6 +55,7 @@ class MlxFamily:
     taken_apart: tuple[str, ...] = ()
     language_model: str = ""
     made_beside: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    written_as: str = ""
     changed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     one_added: tuple[str, ...] = ()
     refuses: Callable[[Any], str | None] = lambda config: None
@@ -73,6 +76,12 @@ _LATENT = MlxFamily(
 
 # Where wrappers have their language model, in files and in mlx-lm.
 _INSIDE = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
+# The same where the language model is written alone.
+_ALONE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head": "lm_head"}
+_CHANNELS = {".conv1d.weight": lambda conv: conv.movedim(2, 1).contiguous()}
+_ONE_ADDED = (
+    ".input_layernorm.weight", ".post_attention_layernorm.weight", "model.norm.weight", ".q_norm.weight", ".k_norm.weight",
+)  # fmt: skip
 
 
 def _of_full_attention(key: str) -> Callable[[Any], Any]:
@@ -170,6 +179,59 @@ FAMILIES: dict[str, MlxFamily] = {
     "mellum": MlxFamily(keys=("num_experts",), computed=_SILU),
     "nemotron_h": MlxFamily(leaves={"up_proj": "fc1", "down_proj": "fc2"}, computed={"mlp_hidden_act": ("relu2",)}),
 }  # fmt: skip
+
+
+def _num_dense(config: Any) -> int:
+    kinds = list(config.mlp_layer_types)
+    return kinds.index("sparse") if "sparse" in kinds else len(kinds)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+_QWEN = FAMILIES["qwen3_moe"]
+_MISTRAL = MlxFamily(keys=("rope_parameters", "qk_head_dim", "head_dim"), computed={**_SILU, "rope_interleave": (True,)}, taken_apart=("kv_b_proj",), rope_types=("yarn",))
+_OCR = MlxFamily(renamed=_ALONE, written_as="deepseek", language_model="deepseek_ocr2_text",
+  made={"first_k_dense_replace": _num_dense, "moe_layer_freq": lambda c: 1},
+  computed={**_SILU, "topk_method": ("greedy",), "mlp_bias": (False,), "routed_scaling_factor": (1.0,)}, has_tied_head=False)
+FAMILIES |= {
+    "solar_open": replace(FAMILIES["glm4_moe"], made={"first_k_dense_replace": lambda c: 0, "partial_rotary_factor": lambda c: rope_of(c).get("partial_rotary_factor", 1.0)}),
+    "exaone_moe": MlxFamily(made={"is_moe_layer": lambda c: [k == "sparse" for k in c.mlp_layer_types]}, keys=("layer_types", "sliding_window", "num_experts", "head_dim"), computed=_SILU),
+    "phimoe": MlxFamily(keys=("router_jitter_noise",), computed={**_SILU, **_ALL_FULL, "attention_bias": (True,), "lm_head_bias": (True,)}, has_tied_head=False),
+    "granitemoehybrid": MlxFamily(made={"layer_types": lambda c: ["attention" if k in ("attention", "full_attention") else "mamba" for k in c.layer_types], "position_embedding_type": lambda c: "rope" if c.position_embedding_type == "rope" else "nope", "time_step_limit": lambda c: [float(min(each, 3e38)) for each in c.time_step_limit]}, computed=_SILU, changed=_CHANNELS),
+    "granitemoeshared": FAMILIES["granitemoe"],
+    "qwen3_next": MlxFamily(keys=("num_experts", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step", "head_dim", "partial_rotary_factor"),
+        made={"full_attention_interval": _interval}, computed={**_SILU, "attention_bias": (False,)}, changed=_CHANNELS, one_added=_ONE_ADDED, refuses=_irregular),
+    "mimo_v2_flash": MlxFamily(made={
+        "hybrid_layer_pattern": lambda c: [int(k == "sliding_attention") for k in c.layer_types],
+        "moe_layer_freq": lambda c: [int(k == "sparse") for k in c.mlp_layer_types],
+        "add_swa_attention_sink_bias": lambda c: True, "add_full_attention_sink_bias": lambda c: False,
+        "n_shared_experts": lambda c: None, "swa_num_key_value_heads": lambda c: 2 * c.num_key_value_heads, "sliding_window_size": lambda c: c.sliding_window, "topk_method": lambda c: "noaux_tc", "scoring_func": lambda c: "sigmoid",
+        "layernorm_epsilon": lambda c: c.rms_norm_eps, "rope_theta": lambda c: c.rope_parameters["full_attention"]["rope_theta"],
+        "swa_rope_theta": lambda c: c.rope_parameters["sliding_attention"]["rope_theta"],
+        "partial_rotary_factor": lambda c: c.rope_parameters["full_attention"].get("partial_rotary_factor", 1.0),
+        }, keys=("attention_value_scale", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"), computed=_SILU, has_tied_head=False),
+    "kimi_linear": MlxFamily(renamed={"block_sparse_moe.": "mlp.", "_conv1d.weight": "_conv.conv.weight", "gate.e_score": "e_score"},
+        changed={"_conv.conv.weight": lambda conv: conv.movedim(2, 1).contiguous(), "_conv1d.weight": lambda conv: conv.movedim(2, 1).contiguous()}, taken_apart=("kv_b_proj",), computed=_SILU, made={
+        "rope_theta": lambda c: 10000.0, "model_max_length": lambda c: c.max_position_embeddings, "head_dim": _head_dim,
+        "num_experts": lambda c: c.num_local_experts, "num_experts_per_token": lambda c: c.num_experts_per_tok, "num_shared_experts": lambda c: c.n_shared_experts,
+        "moe_renormalize": lambda c: c.norm_topk_prob, "num_expert_group": lambda c: c.n_group, "first_k_dense_replace": _num_dense,
+        "linear_attn_config": lambda c: {"head_dim": c.linear_head_dim, "num_heads": c.linear_num_heads, "short_conv_kernel_size": c.linear_conv_kernel_dim,
+            "kda_layers": [i + 1 for i, k in enumerate(c.layer_types) if k == "linear_attention"]},
+        }),
+    "deepseek_v32": replace(_LATENT, made={"first_k_dense_replace": _num_dense}, computed=_SILU),
+    "glm_moe_dsa": replace(_LATENT, keys=("rope_parameters",), made={"first_k_dense_replace": _num_dense, "topk_method": lambda c: "noaux_tc", "scoring_func": lambda c: "sigmoid", "moe_layer_freq": lambda c: 1}, computed=_SILU),
+    "mistral4": _MISTRAL,
+    "mistral3": replace(_MISTRAL, renamed={"model.language_model.": "language_model.model."}, language_model="mistral4"),
+    "bailing_hybrid": MlxFamily(taken_apart=("kv_b_proj",), computed=_SILU, changed={"_conv1d.weight": lambda conv: conv.movedim(2, 1).contiguous()},
+       made={"architectures": lambda c: ["BailingMoeV3ForCausalLM"], "layer_group_size": _interval, "first_k_dense_replace": _num_dense}),
+    "minimax_m3_vl": MlxFamily(renamed=_INSIDE, language_model="minimax_m3_vl_text"),
+    "internvl": replace(_QWEN, renamed=_ALONE, language_model="qwen3_moe", written_as="qwen3_moe"),
+    "qwen3_omni_moe_thinker": replace(_QWEN, renamed=_ALONE, made={"head_dim": _head_dim}, language_model="qwen3_omni_moe_text", written_as="qwen3_moe"),
+    "glm4v_moe": replace(FAMILIES["glm4_moe"], renamed=_ALONE, made={"head_dim": _head_dim}, language_model="glm4v_moe_text", written_as="glm4_moe"),
+    "deepseek_ocr2": _OCR, "unlimited_ocr": replace(_OCR, language_model="unlimited_ocr_text"),
+}
 
 
 def check_norms(model: PreTrainedModel, family: MlxFamily, mode: CarrierMode) -> None:
