@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.checkpoint.model_class import model_class  # noqa: E402
-from moeq.formats import gguf_families, gguf_wrappers, gptq, mlx_families  # noqa: E402
+from moeq.formats import gguf_families, gguf_wrappers, gptq, mlx_families, mlx_wrappers  # noqa: E402
 from moeq.models.adapter import Adapter  # noqa: E402
 from moeq.models.families import HAND_ON, OTHER_EXPERTS  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
@@ -86,7 +86,7 @@ REASONS = {
 }
 # Runtimes whose files are written for families that were run there.
 RUNTIMES = {"llama.cpp": gguf_families.FAMILIES, "MLX": mlx_families.FAMILIES}
-OF_WRAPPERS = {"llama.cpp": gguf_wrappers.WRAPPERS, "MLX": mlx_families.FAMILIES, "GPTQModel": gptq.WRAPPERS}
+OF_WRAPPERS = {"llama.cpp": gguf_wrappers.WRAPPERS, "MLX": mlx_wrappers.WRAPPERS, "GPTQModel": gptq.WRAPPERS}
 UNTESTED = {
     "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",
     "dbrx": f"no experts interface; {OTHER_EXPERTS['dbrx']}",

@@ -118,7 +118,18 @@ _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32,
     "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7,
 }  # fmt: skip
+_MISTRAL = {
+    **_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "max_position_embeddings": 512,
+}  # fmt: skip
+# Two heads give many tokens a score of 0 alike, of which each runtime takes others.
+_MANY_INDEX_HEADS = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral4": {"rope_parameters": _MISTRAL},
+    "mistral3": {"rope_parameters": _MISTRAL},
+    "deepseek_ocr2": {"num_key_value_heads": 4},
+    "deepseek_v32": _MANY_INDEX_HEADS,
+    "glm_moe_dsa": _MANY_INDEX_HEADS,
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4},

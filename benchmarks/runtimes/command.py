@@ -33,7 +33,8 @@ from benchmarks.runtimes.report import TITLE, report
 from benchmarks.runtimes.runtime import Runtime, runtimes
 from moeq.disk.atomic import write_json, write_text
 from moeq.formats.gguf_families import FAMILIES as GGUF_FAMILIES
-from moeq.formats.mlx_families import FAMILIES as MLX_FAMILIES
+from moeq.formats.gguf_wrappers import WRAPPERS as GGUF_WRAPPERS
+from moeq.formats.mlx_known import KNOWN as MLX_FAMILIES
 
 # Further families whose files hold experts one by one, which compressed-tensors and GPTQ's layout are for.
 _APART = ("flex_olmo", "phimoe", "qwen3_5_moe_text")
@@ -84,7 +85,7 @@ def models(options: argparse.Namespace) -> list[str]:
         return list(options.models)
     if options.quick:
         return list(_QUICK)
-    return [REFERENCE, *dict.fromkeys([*GGUF_FAMILIES, *MLX_FAMILIES, *_APART])]
+    return [REFERENCE, *dict.fromkeys([*GGUF_FAMILIES, *MLX_FAMILIES, *_APART, *GGUF_WRAPPERS])]
 
 
 def measure(model: str, chosen: Sequence[Runtime], options: argparse.Namespace) -> list[Row]:

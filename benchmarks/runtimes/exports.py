@@ -15,7 +15,7 @@ from moeq.checkpoint.names import dense_weight
 from moeq.disk.texts import read_documents, token_stream
 from moeq.export.moeq_format import write_checkpoint
 from moeq.formats.gguf_plan import plan_file
-from moeq.formats.mlx_families import find_family
+from moeq.formats.mlx_known import find_family
 from moeq.formats.source import PackedExport, open_packed
 from moeq.models.experts import expert_modules
 from moeq.quant.carrier import choose_carrier

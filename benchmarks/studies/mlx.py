@@ -39,7 +39,7 @@ from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.plan import parse_choices
 from moeq.disk.atomic import write_json, write_tensors
 from moeq.formats.mlx_config import completed
-from moeq.formats.mlx_families import find_family
+from moeq.formats.mlx_known import find_family
 from moeq.quant.spec import GridSpec, SolveSpec
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model

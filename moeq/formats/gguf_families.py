@@ -59,7 +59,8 @@ class Family:
     beside: Describe = lambda config: {}
 
 
-def _grouped_heads(config: Any) -> str | None:
+def grouped_heads(config: Any) -> str | None:
+    """Why llama.cpp, whose keys have as many heads as queries, would refuse a model; None where it would not."""
     same = config.num_key_value_heads == config.num_attention_heads
     return None if same else "each head has keys of its own, and here heads share them (num_key_value_heads)"
 
@@ -75,6 +76,12 @@ def _unranked(config: Any) -> str | None:
     if (config.q_lora_rank is None) == (config.num_hidden_layers in (26, 27)):
         return None
     return f"with 26 or 27 blocks q_lora_rank is null, otherwise a number, and here it is {config.q_lora_rank}"
+
+
+def _turned_whole(config: Any) -> str | None:
+    """llama.cpp turns queries and keys of the indexer by Hadamard matrices of 64 rows or more, and ends otherwise."""
+    size = config.index_head_dim
+    return None if size % 64 == 0 else f"heads of the indexer are multiples of 64, and here they are {size} wide"
 
 
 def _sparse_to_the_end(config: Any) -> str | None:
@@ -132,7 +139,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         "olmoe", keys.experts("num_experts", "intermediate_size"),
-        (SILU, NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True, refuses=_grouped_heads,
+        (SILU, NO_BIAS, ("norm_topk_prob", False), ("clip_qkv", None)), own_head=True, refuses=grouped_heads,
     ),
     "deepseek_v2": Family(
         "deepseek2", keys.deepseek, (SILU, NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
@@ -160,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm4_moe": Family("glm4moe", keys.sigmoid_routing, (SILU,)),
     "solar_open": Family("glm4moe", keys.sigmoid_routing, (SILU, NO_BIAS)),
-    "dots1": Family("dots1", keys.sigmoid_routing, (SILU, NO_BIAS), refuses=_grouped_heads),
+    "dots1": Family("dots1", keys.sigmoid_routing, (SILU, NO_BIAS), refuses=grouped_heads),
     "ernie4_5_moe": Family(
         "ernie4_5-moe", keys.ernie, (SILU, ("use_bias", False), ("moe_layer_interval", 1)),
         {"mlp.gate.moe_statics.e_score_correction_bias": vector("exp_probs_b.bias")}, refuses=_sparse_to_the_end,
@@ -218,6 +225,22 @@ FAMILIES: dict[str, Family] = {
         "gemma4", gemma.gemma4,
         (("hidden_activation", "gelu_pytorch_tanh"), NO_BIAS, ("num_kv_shared_layers", 0)), gemma.GEMMA4,
         refuses=gemma.problem,
+    ),
+    "laguna": Family(
+        "laguna", windowed.laguna,
+        (SILU, NO_BIAS, ("moe_router_logit_softcapping", 0.0), ("moe_apply_router_weight_on_input", False)),
+        {"self_attn.g_proj": renamed("attn_gate.weight")}, names="dots1",
+    ),
+    "granitemoe_swa": Family(
+        "granite_swa", windowed.granite_swa, (SILU, NO_BIAS),
+        {**_GRANITE, "self_attn.sinks": renamed("attn_sinks.weight")}, names="granitemoe",
+    ),
+    "deepseek_v32": Family(
+        "deepseek32", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, names="glm-dsa",
+        refuses=_turned_whole,
+    ),
+    "glm_moe_dsa": Family(
+        "glm-dsa", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_turned_whole,
     ),
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),

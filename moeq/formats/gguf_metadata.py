@@ -109,6 +109,17 @@ def deepseek_ocr(config: Any) -> Metadata:
     return {**rope(config, head_dim(config)), **_deepseek_experts(config), "expert_gating_func": SOFTMAX}
 
 
+def indexed(config: Any) -> Metadata:
+    """DeepSeek-V3.2 and GLM-5: the same, with indexers that choose which tokens are looked at, for later blocks too."""
+    kinds = getattr(config, "indexer_types", None)
+    return deepseek_v3(config) | {
+        "attention.indexer.head_count": config.index_n_heads,
+        "attention.indexer.key_length": config.index_head_dim,
+        "attention.indexer.top_k": config.index_topk,
+        **({} if kinds is None else {"attention.indexer.types": [int(kind == "full") for kind in kinds]}),
+    }
+
+
 def groups(config: Any) -> Metadata:
     """Groups that experts are chosen from."""
     if not config.n_group or config.n_group == 1:

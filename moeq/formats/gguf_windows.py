@@ -1,9 +1,10 @@
 """Keys of families whose blocks look at a window, some or all of them."""
 
+from types import SimpleNamespace
 from typing import Any
 
-from moeq.formats.gguf_metadata import SIGMOID, SOFTMAX, experts, groups, num_dense
-from moeq.formats.gguf_rope import Metadata, head_dim, rope_of_kinds
+from moeq.formats.gguf_metadata import SIGMOID, SOFTMAX, experts, granite, groups, num_dense
+from moeq.formats.gguf_rope import Metadata, head_dim, rope, rope_of_kinds
 
 
 def windows(config: Any) -> Metadata:
@@ -96,4 +97,41 @@ def cohere2(config: Any) -> Metadata:
             "expert_gating_func": SIGMOID if config.expert_selection_fn == "sigmoid" else SOFTMAX,
             "expert_shared_count": config.num_shared_experts,
         }
+    )
+
+
+def laguna(config: Any) -> Metadata:
+    """Laguna: windows with a rotary embedding of their own, gated attention, scores that are sigmoids."""
+    head, full = config.head_dim, config.rope_parameters["full_attention"]
+    keys: Metadata = {
+        **rope(SimpleNamespace(rope_parameters=full, max_position_embeddings=config.max_position_embeddings), head),
+        "attention.head_count": list(config.num_attention_heads_per_layer),
+        "leading_dense_block_count": num_dense(config),
+        "expert_count": config.num_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+        "expert_weights_scale": float(config.moe_routed_scaling_factor),
+        "expert_weights_norm": True,
+        "expert_gating_func": SIGMOID,
+    }
+    if "sliding_attention" not in config.layer_types:
+        return keys
+    window = config.rope_parameters["sliding_attention"]
+    return keys | {
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base_swa": float(window["rope_theta"]),
+        "rope.dimension_count_swa": int(head * window.get("partial_rotary_factor", 1.0)),
+    }
+
+
+def granite_swa(config: Any) -> Metadata:
+    """Granite with windows, and blocks without positions."""
+    turned = [theta != 0 for theta in config.layer_rope_theta]
+    return (
+        granite(config)
+        | {
+            "attention.sliding_window": config.sliding_window,
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        }
+        | ({} if all(turned) else {"attention.rope_pattern": turned})
     )

@@ -8,7 +8,7 @@ embedding matter for images alone.
 from dataclasses import replace
 from typing import Any
 
-from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family
+from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family, grouped_heads
 from moeq.formats.gguf_metadata import deepseek_ocr, experts, sigmoid_routing
 from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
 
@@ -40,7 +40,7 @@ WRAPPERS: dict[str, Family] = {
     "mistral3": _of("mistral4"),
     "deepseek_ocr2": Family(
         "deepseek2-ocr", deepseek_ocr, (SILU, NO_BIAS, ("mlp_bias", False), ("topk_method", "greedy")),
-        language_model="deepseek_ocr2_text",
+        language_model="deepseek_ocr2_text", refuses=grouped_heads,
     ),
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_omni_moe_thinker": replace(_QWEN3_VL, language_model="qwen3_omni_moe_text"),

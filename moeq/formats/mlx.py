@@ -29,7 +29,8 @@ from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import Piece, check_pieces, fill_folder, kept_pieces, renamed, report
 from moeq.formats.language_model import is_beside, left_out
 from moeq.formats.mlx_config import completed
-from moeq.formats.mlx_families import MlxFamily, check_norms, find_family
+from moeq.formats.mlx_family import MlxFamily
+from moeq.formats.mlx_known import check_norms, find_family
 from moeq.formats.mlx_reader import check_stacks
 from moeq.formats.source import PackedExport, stacks
 from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup

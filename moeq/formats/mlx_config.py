@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeq.formats.mlx_families import MlxFamily, rope_of
+from moeq.formats.mlx_family import MlxFamily, rope_of
 
 
 def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_head: bool) -> dict[str, Any]:

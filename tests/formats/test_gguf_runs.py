@@ -16,6 +16,9 @@ pytestmark = needs_llama_cpp
 Values = dict[str, Any]
 
 _YARN: Values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+# Its queries grow with their position: once in 16 here.
+_MISTRAL: Values = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                    "max_position_embeddings": 512}  # fmt: skip
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
@@ -36,6 +39,13 @@ OPTIONS: dict[str, Values] = {
     "kimi_linear": {"q_lora_rank": None, "rms_norm_eps": 1e-6},
     "mimo_v2_flash": {"rope_parameters": _of_kinds(5e6, 1e4, 0.5)},
     "mellum": {"sliding_window": 8, "layer_types": _WINDOWS[2:], "rope_parameters": _of_kinds(1e4, 1e4)},
+    "mistral4": {"rope_parameters": _MISTRAL},
+    "mistral3": {"rope_parameters": _MISTRAL},
+    "deepseek_ocr2": {"num_key_value_heads": 4},
+    # Two heads give many tokens a score of 0 alike, of which each runtime takes others.
+    "deepseek_v32": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
+    "glm_moe_dsa": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
+    "granitemoe_swa": {"sliding_window": 8},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 # Further options that change what is written or how it is computed.
@@ -72,6 +82,17 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                 "attention_k_eq_v": True, "final_logit_softcapping": 30.0, "num_hidden_layers": 4,
                 "layer_types": _WINDOWS, "sliding_window": 8}),
     ("glm4v_moe", {"routed_scaling_factor": 2.0, "norm_topk_prob": False}),
+    ("laguna", {"num_hidden_layers": 5, "layer_types": _WINDOWS[3:] + _WINDOWS[:3] + _WINDOWS[3:], "sliding_window": 8,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 4, "num_attention_heads_per_layer": [4, 8, 8, 8, 4],
+                "gating": "per-element", "moe_routed_scaling_factor": 2.0}),
+    ("laguna", {"rope_parameters": {"full_attention": {**_YARN, "partial_rotary_factor": 0.5}}}),
+    ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0], "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
+                        "attention_multiplier": 0.1, "logits_scaling": 2.0}),
+    ("glm_moe_dsa", {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"],
+                     "mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    ("mistral4", {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 2.0,
+                  "first_k_dense_replace": 0}),
+    ("deepseek_ocr2", {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "num_experts_per_tok": 3}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
                     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),

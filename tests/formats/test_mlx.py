@@ -16,7 +16,7 @@ from moeq.export.compare import ExportMismatchError
 from moeq.formats import mlx_reader
 from moeq.formats.convert import convert
 from moeq.formats.mlx import FORMAT
-from moeq.formats.mlx_families import FAMILIES
+from moeq.formats.mlx_known import KNOWN
 from moeq.formats.source import open_packed
 from tests.formats.packed import (
     Grid,
@@ -32,11 +32,31 @@ from tests.formats.packed import (
 
 # In each check; the others are slow.
 FEW = ("qwen2_moe", "mixtral", "deepseek_v3", "qwen3_vl_moe")
+# Parts of the keys of what stands beside a language model.
+BESIDE = ("visual", "vision", "projector", "audio_tower", "sam_model", "qwen2_model", "view_seperator")
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
     "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
 }  # fmt: skip
+MISTRAL = YARN | {
+    "mscale": 1.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1, "max_position_embeddings": 512,
+}  # fmt: skip
+# Two heads give many tokens a score of 0 alike, of which each runtime takes others.
+MANY_INDEX_HEADS = {"index_n_heads": 32, "index_topk": 6}
+SHARES = {
+    kind: {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": base}
+    for kind, base in (("full_attention", 5e6), ("sliding_attention", 1e4))
+}
+OTHER_SHARES = SHARES | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "mistral4": {"rope_parameters": MISTRAL, "n_group": 2},
+    "mistral3": {"rope_parameters": MISTRAL},
+    "deepseek_v32": {**MANY_INDEX_HEADS, "rope_parameters": YARN},
+    "glm_moe_dsa": MANY_INDEX_HEADS,
+    "exaone_moe": {"sliding_window": 8, "tie_word_embeddings": True},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "mimo_v2_flash": {"sliding_window": 8, "rope_parameters": SHARES},
+    "kimi_linear": {"q_lora_rank": None, "linear_attn_config": {"head_dim": 32, "num_heads": 4}},
     "dots1": {"sliding_window": None},
     "deepseek_v2": {"rope_parameters": YARN, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {"rope_parameters": YARN},
@@ -57,7 +77,7 @@ def mlx_logits(folder: Path, num_tokens: int = 24) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in KNOWN]
 )
 def test_mlx_lm_gives_the_logits_of_the_dequantized_model(family: str, tmp_path: Path) -> None:
     def grid_of(name: str) -> Grid | None:
@@ -73,7 +93,7 @@ def test_mlx_lm_gives_the_logits_of_the_dequantized_model(family: str, tmp_path:
     assert report.num_quantized == len(made.quantized)
     assert report.largest_error < 1e-4
     assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
-    beside = [key for key in tensors_of(made.folder) if any(part in key for part in ("visual", "vision", "projector"))]
+    beside = [key for key in tensors_of(made.folder) if any(part in key for part in BESIDE)]
     assert report.num_left_out == len(beside)
 
 
@@ -214,6 +234,10 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
         ("qwen2_moe", {"norm_topk_prob": True}, False, "norm_topk_prob: True of qwen2_moe is not what mlx-lm computes"),
         ("mixtral", {"sliding_window": 64}, False, "sliding_window: 64 of mixtral"),
         ("qwen3_5_moe", {"layer_types": ["full_attention", "linear_attention"]}, False, "every so-manieth block"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, False, "mamba_n_groups: 2 of granitemoehybrid"),
+        ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, False, "blocks share what one has chosen"),
+        ("mimo_v2_flash", {"rope_parameters": OTHER_SHARES}, False, "blocks with a window have another"),
+        ("unlimited_ocr", {}, False, "mlx-lm is not known to read unlimited_ocr rightly"),
         ("ernie4_5_moe", {}, False, "mlx-lm is not known to read ernie4_5_moe rightly"),
         (
             "qwen3_moe",

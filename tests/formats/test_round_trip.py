@@ -14,7 +14,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from torch import Tensor
 
 from benchmarks.runtimes.cells import OPTIONS
-from moeq.formats import gguf_families, gguf_wrappers, mlx_families
+from moeq.formats import gguf_families, gguf_wrappers, mlx_known
 from moeq.formats.convert import convert
 from moeq.formats.gguf import NAME
 from moeq.formats.gguf_file import read_file
@@ -27,23 +27,28 @@ from tests.formats.packed import Grid, GridOf, Tiny, config_of, is_expert, tenso
 
 FEW = ("qwen2_moe", "deepseek_v3")  # in each check; the others are slow
 # Families that a runtime knows; compressed-tensors and GPTQ are not bound to families.
-KNOWN = {"gguf": gguf_families.FAMILIES | gguf_wrappers.WRAPPERS, "mlx": mlx_families.FAMILIES}
-WALKED = (*SUPPORTED, "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "gemma4", "internvl", "kimi_k25")
+KNOWN = {"gguf": gguf_families.FAMILIES | gguf_wrappers.WRAPPERS, "mlx": mlx_known.KNOWN}
+WALKED = (
+    *SUPPORTED, "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "gemma4", "internvl", "kimi_k25", "mistral3", "deepseek_ocr2",
+    "qwen3_omni_moe_thinker",
+)  # fmt: skip
 _FUSED = "lies with all experts in one tensor of the source's files"
 _UNSEEN = "GPTQModel was not seen to read"
 _IN_ONE = {
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "zaya"), _FUSED),
     **dict.fromkeys(("aria_text", "gemma4_text", "hy_v4", "inkling_text", "mistral4", "minimax_m3_vl_text"), _FUSED),
-    **dict.fromkeys(("gemma4", "qwen3_vl_moe"), _FUSED),
+    **dict.fromkeys(("gemma4", "qwen3_vl_moe", "mistral3"), _FUSED),
     "gpt_oss": "has biases, which no runtime reads beside experts",
 }
 # What these refuse, and why.
 REFUSED: dict[str, dict[str, str]] = {
-    "mlx": {"qwen3_5_moe": "with 1 added, which bfloat16 rounds"},
+    "mlx": dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "with 1 added, which bfloat16 rounds"),
     "compressed-tensors": _IN_ONE,
     "gptq": {
         **{family: reason for family, reason in _IN_ONE.items() if family != "qwen3_vl_moe"},
-        **dict.fromkeys(("gemma4", "internvl", "kimi_k25"), _UNSEEN),
+        **dict.fromkeys(
+            ("gemma4", "internvl", "kimi_k25", "mistral3", "deepseek_ocr2", "qwen3_omni_moe_thinker"), _UNSEEN
+        ),
         "lfm2_moe": "GPTQModel opens lfm2_moe and computes something else",
         **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "k_conv1d.weight is stored otherwise than"),
     },
