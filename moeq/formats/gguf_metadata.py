@@ -91,7 +91,7 @@ def deepseek_v3(config: Any) -> Metadata:
 
 
 def mistral4(config: Any) -> Metadata:
-    """Mistral 4: DeepSeek's attention with queries that grow with their position, and softmax over groups of experts."""
+    """Mistral 4: DeepSeek's attention, queries that grow with their position, and softmax over groups of experts."""
     rope = config.rope_parameters
     return (
         deepseek(config)

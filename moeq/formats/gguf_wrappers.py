@@ -28,8 +28,11 @@ def _deepstack(config: Any) -> Metadata:
 
 
 _QWEN3_VL = Family(
-    "qwen3vlmoe", _qwen3_vl, (SILU, NO_BIAS, ("norm_topk_prob", True), *ALL_SPARSE),
-    language_model="qwen3_vl_moe_text", beside=_deepstack,
+    "qwen3vlmoe",
+    _qwen3_vl,
+    (SILU, NO_BIAS, ("norm_topk_prob", True), *ALL_SPARSE),
+    language_model="qwen3_vl_moe_text",
+    beside=_deepstack,
 )
 
 WRAPPERS: dict[str, Family] = {
@@ -39,8 +42,11 @@ WRAPPERS: dict[str, Family] = {
     "kimi_k25": _of("deepseek_v3"),
     "mistral3": _of("mistral4"),
     "deepseek_ocr2": Family(
-        "deepseek2-ocr", deepseek_ocr, (SILU, NO_BIAS, ("mlp_bias", False), ("topk_method", "greedy")),
-        language_model="deepseek_ocr2_text", refuses=grouped_heads,
+        "deepseek2-ocr",
+        deepseek_ocr,
+        (SILU, NO_BIAS, ("mlp_bias", False), ("topk_method", "greedy")),
+        language_model="deepseek_ocr2_text",
+        refuses=grouped_heads,
     ),
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_omni_moe_thinker": replace(_QWEN3_VL, language_model="qwen3_omni_moe_text"),

@@ -29,8 +29,8 @@ FEW = ("qwen2_moe", "deepseek_v3")  # in each check; the others are slow
 # Families that a runtime knows; compressed-tensors and GPTQ are not bound to families.
 KNOWN = {"gguf": gguf_families.FAMILIES | gguf_wrappers.WRAPPERS, "mlx": mlx_known.KNOWN}
 WALKED = (
-    *SUPPORTED, "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "gemma4", "internvl", "kimi_k25", "mistral3", "deepseek_ocr2",
-    "qwen3_omni_moe_thinker",
+    *SUPPORTED, "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "gemma4", "internvl", "kimi_k25", "mistral3",
+    "deepseek_ocr2", "qwen3_omni_moe_thinker",
 )  # fmt: skip
 _FUSED = "lies with all experts in one tensor of the source's files"
 _UNSEEN = "GPTQModel was not seen to read"
