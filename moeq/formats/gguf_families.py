@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeq.formats import gguf_gemma as gemma
+from moeq.formats import gguf_latent as latent
 from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
@@ -63,25 +64,6 @@ def grouped_heads(config: Any) -> str | None:
     """Why llama.cpp, whose keys have as many heads as queries, would refuse a model; None where it would not."""
     same = config.num_key_value_heads == config.num_attention_heads
     return None if same else "each head has keys of its own, and here heads share them (num_key_value_heads)"
-
-
-def _grouped_experts(config: Any) -> str | None:
-    if config.topk_method == "group_limited_greedy" and (config.n_group or 1) > 1:
-        return "the best groups by the sum of two scores, and here they are the best by one (group_limited_greedy)"
-    return _unranked(config)
-
-
-def _unranked(config: Any) -> str | None:
-    """llama.cpp knows models without a rank of queries by their 26 or 27 blocks."""
-    if (config.q_lora_rank is None) == (config.num_hidden_layers in (26, 27)):
-        return None
-    return f"with 26 or 27 blocks q_lora_rank is null, otherwise a number, and here it is {config.q_lora_rank}"
-
-
-def _turned_whole(config: Any) -> str | None:
-    """llama.cpp turns queries and keys of the indexer by Hadamard matrices of 64 rows or more, and ends otherwise."""
-    size = config.index_head_dim
-    return None if size % 64 == 0 else f"heads of the indexer are multiples of 64, and here they are {size} wide"
 
 
 def _sparse_to_the_end(config: Any) -> str | None:
@@ -143,16 +125,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": Family(
         "deepseek2", keys.deepseek, (SILU, NO_BIAS, ("mlp_bias", False), ("norm_topk_prob", False)), _LATENT,
-        refuses=_grouped_experts,
+        refuses=latent.grouped_experts,
     ),
     "deepseek_v3": Family(
-        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.unranked,
     ),
     "glm4_moe_lite": Family(
-        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+        "deepseek2", keys.deepseek_v3, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.unranked,
     ),
     "mistral4": Family(
-        "mistral4", keys.mistral4, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_unranked,
+        "mistral4", keys.mistral4, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.mistral4,
     ),
     "granitemoe": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
     "granitemoeshared": Family("granitemoe", keys.granite, (SILU, NO_BIAS), _GRANITE),
@@ -230,17 +212,19 @@ FAMILIES: dict[str, Family] = {
         "laguna", windowed.laguna,
         (SILU, NO_BIAS, ("moe_router_logit_softcapping", 0.0), ("moe_apply_router_weight_on_input", False)),
         {"self_attn.g_proj": renamed("attn_gate.weight")}, names="dots1",
+        refuses=windowed.first_full_of_four,
     ),
     "granitemoe_swa": Family(
-        "granite_swa", windowed.granite_swa, (SILU, NO_BIAS),
+        "granite_swa", windowed.granite_swa, (SILU, NO_BIAS, ("shared_intermediate_size", 0)),
         {**_GRANITE, "self_attn.sinks": renamed("attn_sinks.weight")}, names="granitemoe",
+        refuses=windowed.two_positions,
     ),
     "deepseek_v32": Family(
         "deepseek32", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, names="glm-dsa",
-        refuses=_turned_whole,
+        refuses=latent.indexed,
     ),
     "glm_moe_dsa": Family(
-        "glm-dsa", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=_turned_whole,
+        "glm-dsa", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.glm_dsa,
     ),
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),

@@ -117,6 +117,8 @@ def laguna(config: Any) -> Metadata:
     if "sliding_attention" not in config.layer_types:
         return keys
     window = config.rope_parameters["sliding_attention"]
+    if window.get("rope_type", "default") != "default":
+        raise ValueError("rotary scaling of blocks with a window is not written")
     return keys | {
         "attention.sliding_window": config.sliding_window,
         "rope.freq_base_swa": float(window["rope_theta"]),
@@ -135,3 +137,16 @@ def granite_swa(config: Any) -> Metadata:
         }
         | ({} if all(turned) else {"attention.rope_pattern": turned})
     )
+
+
+def first_full_of_four(config: Any) -> str | None:
+    """Why windows are in other blocks than llama.cpp takes for granted of Laguna; None where they are not."""
+    windows = [kind == "sliding_attention" for kind in config.layer_types]
+    same = not any(windows) or windows == [i % 4 != 0 for i in range(len(windows))]
+    return None if same else "windows in all blocks but the first of four, or in none (layer_types)"
+
+
+def two_positions(config: Any) -> str | None:
+    """Why blocks have other rotary bases than that of all or none; None where they have not."""
+    bases = {base for base in config.layer_rope_theta if base}
+    return None if bases <= {config.rope_parameters["rope_theta"]} else "one rotary base (layer_rope_theta)"

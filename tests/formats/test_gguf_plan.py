@@ -106,6 +106,12 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
         FORMAT.check(model, grids(model, {"k_proj": PackedFormat(4, 16, True), "_proj": Q4}), "exact")
 
 
+_YARN_OF_LESS = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+    "mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
@@ -134,6 +140,15 @@ def test_a_grid_without_a_type_names_its_weight() -> None:
             "gemma4_text", {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _DEFAULT)},
             "proportional rotary positions",
         ),
+        ("deepseek_v32", {"index_head_dim": 32}, "multiples of 64, and here they are 32 wide"),
+        ("deepseek_v32", {"index_head_dim": 64, "rope_parameters": _YARN_OF_LESS}, "mscale_all_dim: 1, and here"),
+        ("mistral4", {"rope_parameters": _YARN_OF_LESS}, "mscale_all_dim: 1, and here it is 0.7"),
+        ("glm_moe_dsa", {"rope_parameters": _YARN_OF_LESS}, "rotary positions without scaling"),
+        ("deepseek_ocr2", {"num_key_value_heads": 2}, "heads share them"),
+        ("qwen3_omni_moe_thinker", {"norm_topk_prob": False}, "norm_topk_prob: True"),
+        ("laguna", {"layer_types": ["sliding_attention", "full_attention"]}, "the first of four"),
+        ("granitemoe_swa", {"layer_rope_theta": [1e4, 5e4]}, "one rotary base"),
+        ("granitemoe_swa", {"shared_intermediate_size": 32}, "shared_intermediate_size: 0"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"]}, "every so-manieth block"),
         (

@@ -88,6 +88,7 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
     ("laguna", {"rope_parameters": {"full_attention": {**_YARN, "partial_rotary_factor": 0.5}}}),
     ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0], "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
                         "attention_multiplier": 0.1, "logits_scaling": 2.0}),
+    ("deepseek_v32", {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     ("glm_moe_dsa", {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"],
                      "mlp_layer_types": ["dense", "sparse", "sparse"]}),
     ("mistral4", {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 2.0,
