@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.names import dense_weight, weight_names
+from moeq.models.adapter import find_blocks
 from moeq.models.experts import expert_modules
 from moeq.quant.carrier import CarrierMode, FormatName
 from moeq.quant.spec import GridSpec
@@ -151,11 +152,12 @@ def grids_of(model: PreTrainedModel, key: str, grids: dict[str, GridOf]) -> dict
             an attention.
         grids: ``REFERENCE_GRIDS`` or ``TINY_GRIDS``.
     """
-    experts = expert_modules(model)
+    experts, blocks = expert_modules(model), f"{find_blocks(model)[0]}."
     names = [
         name
         for name in weight_names(model)
-        if not name.endswith(tuple(f".{part}" for part in _KEPT))
+        if name.startswith(blocks)  # what stands beside a language model is no one's to quantize
+        and not name.endswith(tuple(f".{part}" for part in _KEPT))
         and name not in _KEPT
         and dense_weight(model, name, experts).shape[1] % _MULTIPLE == 0
     ]
