@@ -2,19 +2,23 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.efficiency --json benchmarks/results/efficiency.json
 
-- `quality`: KL of every plan on the bundled model, from one survey's solved candidates (GPTQ).
+- `quality`: KL of every plan on the bundled model, from one survey's solved candidates (GPTQ) a seed, which draws the
+  calibration set.  The other parts are of the first seed's plans.
 - `packed`: each plan on a model of real shapes (drawn weights, ``efficiency_plans.py``) in moeq's packed path, beside
   bfloat16: decoding 1 and 16 sequences, a prompt of 512 tokens.
 - `files`: the same plan with fewer experts a block, written as moeq's packed folder and as a GGUF file: time of opening
   both, and the same tasks in llama.cpp beside its bfloat16.
+- `memory`: of such files, what a process of its own takes that opens one and decodes (``plan_memory.py``).
 
 A row of a time holds both of its sides, which took turns, so parts may be run one after another (``--parts``).
+Llama.cpp's own types of 2 and 3 bits have files alone: what they are worth is in ``results/gguf.md``.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +34,13 @@ from benchmarks.lab.yardstick import Texts, Yardstick
 from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.speed.made_packed import dense_model, prepared_model
 from benchmarks.speed.plan_files import opened_in_llama, opened_in_moeq, write_files
+from benchmarks.speed.plan_memory import memory_of
 from benchmarks.speed.plan_speed import in_turns, joules
 from benchmarks.studies.efficiency_plans import (
     CHOICES,
     DENSE,
     GRID,
+    K_QUANTS,
     NUM_BLOCKS,
     PLANS,
     Plan,
@@ -43,6 +49,7 @@ from benchmarks.studies.efficiency_plans import (
     carried,
     config_of,
     from_labels,
+    k_quants,
     labels,
     make_plan,
     shapes_of,
@@ -58,7 +65,9 @@ from moeq.formats.gguf import NAME
 from moeq.quant.spec import WeightShape
 from moeq.timing.measure import measure_times
 
-PARTS = ("quality", "packed", "files")
+PARTS = ("quality", "packed", "files", "memory")
+OF_FILES = PARTS[2:]
+EVERY = (*PLANS, *K_QUANTS)
 SIZE = 3.25  # uniform 3 bits in groups of 64
 
 
@@ -80,16 +89,15 @@ class Efficiency(Study[Case]):
         "DeepSeek-MoE-16B, processor seconds of one thread, beside bfloat16 in turn. What is measured, and on what: "
         "`benchmarks/studies/efficiency.py`; plans: `efficiency_plans.py`."
     )
-    seeds = (0,)
     quick: ClassVar = {
-        "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
+        "seeds": [0], "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
         "prompt": 16, "windows": 8, "texts": 1, "file_experts": 8, "solver": "rtn",
     }  # fmt: skip
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-        parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+        parser.add_argument("--plans", nargs="+", choices=EVERY, default=list(EVERY))
         parser.add_argument("--size", type=float, default=SIZE, help="bits per weight of mixed plans, with scales")
         parser.add_argument("--windows", type=int, default=32, help="of calibration")
         parser.add_argument("--solver", choices=("gptq", "rtn"), default="gptq", help="of every plan")
@@ -101,22 +109,33 @@ class Efficiency(Study[Case]):
         parser.add_argument("--turns", type=int, default=3)
         parser.add_argument("--prompt", type=int, default=512, help="tokens")
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self._surveys: dict[int, Surveyed] = {}
+
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def cases(self) -> list[Case]:
         o = self.options
-        return [Case(seed, part, plan) for seed in o.seeds for part in PARTS if part in o.parts for plan in o.plans]
+        seeds = {part: o.seeds if part == "quality" else o.seeds[:1] for part in PARTS if part in o.parts}
+        return [
+            Case(seed, part, plan)
+            for part in seeds for seed in seeds[part] for plan in o.plans
+            if part in OF_FILES or plan not in K_QUANTS
+        ]  # fmt: skip
 
     @cached_property
     def yardstick(self) -> Yardstick:
         return Yardstick(MODEL, Texts(num_windows=self.options.texts))
 
-    @cached_property
-    def surveyed(self) -> Surveyed:
-        o = self.options
-        return survey(self.yardstick, o.seeds[0], o.windows, o.folder, o.solver)
+    def surveyed(self, seed: int) -> Surveyed:
+        """Of the bundled model; kept until another seed is asked for."""
+        if seed not in self._surveys:
+            o = self.options
+            self._surveys = {seed: survey(self.yardstick, seed, o.windows, o.folder, o.solver)}
+        return self._surveys[seed]
 
     @cached_property
     def large(self) -> list[WeightShape]:
@@ -138,11 +157,12 @@ class Efficiency(Study[Case]):
     def measure(self, case: Case) -> Row:
         if case.part == "quality":
             return self._quality(case)
-        plan = self._plan(case)
-        return self._packed(plan) if case.part == "packed" else self._files(plan)
+        if case.part == "packed":
+            return self._packed(self._plan(case))
+        return self._files(case) if case.part == "files" else self._memory(case)
 
     def _quality(self, case: Case) -> Row:
-        surveyed = self.surveyed
+        surveyed = self.surveyed(case.seed)
         plan = make_plan(case.plan, surveyed, self.options.size, self.times, self.large)
         found = {"choices": labels(plan), "domains": assembled_row(self.yardstick, surveyed.candidates, plan)}
         if not plan:
@@ -192,23 +212,40 @@ class Efficiency(Study[Case]):
     def dense_in_llama(self) -> LlamaCpp:
         return LlamaCpp(self.dense_files / "gguf" / NAME)
 
-    def _files(self, plan: Plan) -> Row:
+    @contextmanager
+    def _written(self, case: Case) -> Iterator[tuple[Path, Row]]:
+        """Folder of the files of a plan, and what is known of them."""
         config, o = self._config(self.options.file_experts), self.options
         with TemporaryDirectory() as temporary:
-            folder = Path(temporary) if plan else self.dense_files
-            grids = {name: PackedFormat.of(grid) for name, grid in carried(plan, shapes_of(config)).items()}
-            found = write_files(config, grids, folder) if plan else {}
-            found["experts"] = o.file_experts
+            if case.plan == DENSE:
+                folder, found = self.dense_files, {"gguf_bytes": (self.dense_files / "gguf" / NAME).stat().st_size}
+            else:
+                weights, folder = shapes_of(config), Path(temporary)
+                named = case.plan in K_QUANTS
+                plan = k_quants(K_QUANTS[case.plan], weights) if named else carried(self._plan(case), weights)
+                found = write_files(config, {name: PackedFormat.of(grid) for name, grid in plan.items()}, folder)
+            yield folder, found | {"experts": o.file_experts}
+
+    def _files(self, case: Case) -> Row:
+        o = self.options
+        with self._written(case) as (folder, found):
             found["moeq"] = opened_in_moeq(folder / "export")
             if "refused" in found:
                 return found
-            found["llama.cpp"] = opened_in_llama(folder / "gguf")
-            found["gguf_bytes"] = (folder / "gguf" / NAME).stat().st_size
-            sides = {DENSE: self.dense_in_llama} | ({"plan": LlamaCpp(folder / "gguf" / NAME)} if plan else {})
-            found["prompt"] = o.prompt
+            found |= {"llama.cpp": opened_in_llama(folder / "gguf"), "prompt": o.prompt}
+            sides = {DENSE: self.dense_in_llama}
+            if case.plan != DENSE:
+                sides["plan"] = LlamaCpp(folder / "gguf" / NAME)
             found["seconds"] = in_turns(sides, {"decode 1": 6, "decode 16": 2, "prompt": o.prompt}, o.turns)
-            if plan:
+            if case.plan != DENSE:
                 sides["plan"].close()
+        return found
+
+    def _memory(self, case: Case) -> Row:
+        with self._written(case) as (folder, found):
+            found["moeq"] = memory_of("moeq", folder / "export")
+            if "refused" not in found:
+                found["llama.cpp"] = memory_of("llama.cpp", folder / "gguf" / NAME)
         return found
 
     def report(self, rows: Sequence[Row]) -> str:
