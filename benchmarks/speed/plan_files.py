@@ -21,7 +21,7 @@ from tests.tiny import tiny_tokenizer
 
 
 def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], folder: Path) -> Row:
-    """The packed folder ``export`` and, where llama.cpp has types for the plan, ``gguf``; bytes and types, or why not.
+    """The packed folder ``export`` and, where llama.cpp has types for the plan, ``gguf``; its types, or why not.
 
     Args:
         config: Of the model.
@@ -41,7 +41,7 @@ def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], fol
         (folder / "gguf").mkdir()
         source = folder / "export"
         FORMAT.write(PackedExport(source, read_contents(source)), folder / "gguf", "exact", silent)
-    return {"gguf_bytes": (folder / "gguf" / NAME).stat().st_size, "types": types}
+    return {"types": types}
 
 
 def open_in_moeq(export: Path) -> PreTrainedModel:

@@ -16,13 +16,10 @@ Llama.cpp's own types of 2 and 3 bits have files alone: what they are worth is i
 
 import argparse
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -31,11 +28,9 @@ from transformers import PreTrainedModel
 from benchmarks.lab.study import MODEL, Study, case_name
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
-from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.speed.made_packed import dense_model, prepared_model
-from benchmarks.speed.plan_files import opened_in_llama, opened_in_moeq, write_files
-from benchmarks.speed.plan_memory import memory_of
 from benchmarks.speed.plan_speed import in_turns, joules
+from benchmarks.studies.efficiency_files import PlanFiles
 from benchmarks.studies.efficiency_plans import (
     CHOICES,
     DENSE,
@@ -61,7 +56,6 @@ from moeq.allocation.time_table import TimeTable, plan_milliseconds, read_times
 from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.prepare import model_bytes
 from moeq.disk.atomic import write_json
-from moeq.formats.gguf import NAME
 from moeq.quant.spec import WeightShape
 from moeq.timing.measure import measure_times
 
@@ -150,6 +144,11 @@ class Efficiency(Study[Case]):
             write_json(path, measure_times(self.large, CHOICES, GRID, turns=self.options.turns).to_json())
         return read_times(path)
 
+    @property
+    def tasks(self) -> dict[str, int]:
+        """As ``plan_speed.in_turns`` takes them."""
+        return {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
+
     def _config(self, num_experts: int, num_blocks: int | None = None) -> Any:
         blocks = num_blocks or self.options.blocks
         return config_of(num_experts=num_experts, hidden_size=self.options.hidden, num_hidden_layers=blocks)
@@ -157,9 +156,7 @@ class Efficiency(Study[Case]):
     def measure(self, case: Case) -> Row:
         if case.part == "quality":
             return self._quality(case)
-        if case.part == "packed":
-            return self._packed(self._plan(case))
-        return self._files(case) if case.part == "files" else self._memory(case)
+        return self._on_files(case) if case.part in OF_FILES else self._packed(self._plan(case))
 
     def _quality(self, case: Case) -> Row:
         surveyed = self.surveyed(case.seed)
@@ -192,61 +189,25 @@ class Efficiency(Study[Case]):
             grids = {name: PackedFormat.of(grid) for name, grid in on_these.items()}
             sides["plan"] = prepared_model(config, grids)
         before = joules()
-        tasks = {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
-        seconds = in_turns(sides, tasks, self.options.turns)
+        seconds = in_turns(sides, self.tasks, self.options.turns)
         used = None if before is None else (joules() or before) - before
         num_bytes = {name: model_bytes(model) for name, model in sides.items()}
         bits = plan_cost(on_these, weights).average_bits if plan else 16.0
         return {"seconds": seconds, "bytes": num_bytes, "bits": bits, "joules": used, "prompt": self.options.prompt}
 
     @cached_property
-    def dense_files(self) -> Path:
-        """Folder and GGUF file in bfloat16."""
-        folder = Path(self.options.folder / "dense")
-        shutil.rmtree(folder, ignore_errors=True)  # of other options, or cut short
-        folder.mkdir()
-        write_files(self._config(self.options.file_experts), {}, folder)
-        return folder
+    def files(self) -> PlanFiles:
+        """Of the model of real shapes with fewer experts."""
+        return PlanFiles(self._config(self.options.file_experts), self.options.folder)
 
-    @cached_property
-    def dense_in_llama(self) -> LlamaCpp:
-        return LlamaCpp(self.dense_files / "gguf" / NAME)
-
-    @contextmanager
-    def _written(self, case: Case) -> Iterator[tuple[Path, Row]]:
-        """Folder of the files of a plan, and what is known of them."""
-        config, o = self._config(self.options.file_experts), self.options
-        with TemporaryDirectory() as temporary:
-            if case.plan == DENSE:
-                folder, found = self.dense_files, {"gguf_bytes": (self.dense_files / "gguf" / NAME).stat().st_size}
-            else:
-                weights, folder = shapes_of(config), Path(temporary)
-                named = case.plan in K_QUANTS
-                plan = k_quants(K_QUANTS[case.plan], weights) if named else carried(self._plan(case), weights)
-                found = write_files(config, {name: PackedFormat.of(grid) for name, grid in plan.items()}, folder)
-            yield folder, found | {"experts": o.file_experts}
-
-    def _files(self, case: Case) -> Row:
-        o = self.options
-        with self._written(case) as (folder, found):
-            found["moeq"] = opened_in_moeq(folder / "export")
-            if "refused" in found:
-                return found
-            found |= {"llama.cpp": opened_in_llama(folder / "gguf"), "prompt": o.prompt}
-            sides = {DENSE: self.dense_in_llama}
-            if case.plan != DENSE:
-                sides["plan"] = LlamaCpp(folder / "gguf" / NAME)
-            found["seconds"] = in_turns(sides, {"decode 1": 6, "decode 16": 2, "prompt": o.prompt}, o.turns)
-            if case.plan != DENSE:
-                sides["plan"].close()
-        return found
-
-    def _memory(self, case: Case) -> Row:
-        with self._written(case) as (folder, found):
-            found["moeq"] = memory_of("moeq", folder / "export")
-            if "refused" not in found:
-                found["llama.cpp"] = memory_of("llama.cpp", folder / "gguf" / NAME)
-        return found
+    def _on_files(self, case: Case) -> Row:
+        weights = shapes_of(self.files.config)
+        named = case.plan in K_QUANTS
+        plan = k_quants(K_QUANTS[case.plan], weights) if named else carried(self._plan(case), weights)
+        grids = {name: PackedFormat.of(grid) for name, grid in plan.items()}
+        if case.part == "memory":
+            return self.files.memory(grids)
+        return self.files.times(grids, self.tasks, self.options.turns)
 
     def report(self, rows: Sequence[Row]) -> str:
         return report(rows)
