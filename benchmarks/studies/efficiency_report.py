@@ -10,8 +10,8 @@ from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl
 LINE = 1.24  # of heights of labels, on a logarithmic axis
 SAME = 1e-4  # nats: the model itself, which a logarithmic axis has no place for
 _MEMORY = (
-    "Bytes over those of the file, in a process of its own: tensors of the model; what is resident after opening it and "
-    "a few tokens; the most in between, pages of the file included; each without what the process had before."
+    "Bytes over those of the file, in a process of its own: tensors of the model; what is resident after opening and a "
+    "few tokens; the most in between, pages of the file included; each without what the process had before."
 )
 _SIDES = {
     "moeq": ("tensors / file", "resident / file", "peak / file"),

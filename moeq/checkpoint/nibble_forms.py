@@ -26,6 +26,7 @@ from moeq.checkpoint.plane_form import (
     make_weight,
     product_dtype,
     second_code,
+    transposed,
     why_no_planes,
 )
 from moeq.kernels.bit_planes import split_planes
@@ -178,7 +179,7 @@ class SqueezedForm:
             whole.frame,
             whole.columns,
             sets,
-            weight.scale_OG.mT.contiguous(),
+            transposed(weight.scale_OG),
             () if zero_OG is None else split_planes(zero_OG.mT.contiguous(), bits),
         )
 
