@@ -90,7 +90,7 @@ class NibbleForm:
 
     def by_operation(self, x_MI: Tensor) -> Tensor:
         """The product without the weight, of rows in bfloat16."""
-        y_MO = nibble_product(x_MI.contiguous(), self.packed, self.group_size, self.scale_offset_GO2)
+        y_MO = nibble_product(x_MI.contiguous(), self.packed, self.group_size, self.scale_offset_GO2.contiguous())
         if self.frame.bits <= 4:
             return y_MO
         higher_MO, lower_MO = y_MO.chunk(2, 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.checkpoint.forms import Form, Maker
+from moeq.checkpoint.joined_form import joined
 from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes, packed_tensors, unpacked_weight
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL
@@ -183,6 +184,35 @@ class PackedExpert(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.kept: dict[str, Tensor] | None = None
+        # Gate and up as one, and the forms of each that are parts of it.
+        self._joined: tuple[Form, Form, Form] | None = None
+
+    def join(self) -> None:
+        """Let prepared gate and up be one product where their forms can be, in the same memory."""
+        gate, up = self.gate_proj, self.up_proj
+        if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
+            self._joined = joined(gate.form, up.form)
+        if self._joined is not None:
+            _, gate.form, up.form = self._joined  # type: ignore[union-attr]
+
+    def into(self, x_MI: Tensor) -> Tensor:
+        """Products with the projections into the expert, gate before up, [M, O of both]."""
+        layers = [layer for layer in (self.gate_proj, self.up_proj) if layer is not None]
+        if self._joined is not None and not (x_MI.requires_grad and torch.is_grad_enabled()):
+            both, *halves = self._joined
+            if all(layer.form is half for layer, half in zip(layers, halves, strict=True)):
+                return both.product(x_MI)
+            self._joined = None  # they gave up their forms
+        parts = [layer(x_MI) for layer in layers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._joined = None  # it would keep what the projections give up
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._joined = None
+        super()._save_to_state_dict(*args, **kwargs)
 
     def weight(self, part: ExpertSide) -> Tensor:
         """Dequantized weight [O, I] of the down projection, or gate rows above up rows."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moeq.checkpoint import packed_forward  # noqa: F401  (registers the implementation)
 from moeq.checkpoint.forms import CHOICE, Maker, Packed, extra_bytes
-from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.release import leave_files, trim_heap
 from moeq.quant.spec import Fallback
 
@@ -77,6 +77,7 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
             forms[type(layer.form).__name__] += 1
             if index % BETWEEN == 0:
                 trim_heap()
+    join_projections(model)
     if forms:
         leave_files(model)
         trim_heap()
@@ -86,6 +87,13 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
     if result.any:
         _log.info(result.line())
     return result
+
+
+def join_projections(model: nn.Module) -> None:
+    """Let gate and up of prepared experts be one product where they share a grid."""
+    for module in model.modules():
+        if isinstance(module, PackedExpert):
+            module.join()
 
 
 def choose_forms(model: PreTrainedModel, room_bytes: float | None = None) -> dict[str, Maker | str]:
