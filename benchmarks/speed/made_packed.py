@@ -17,7 +17,7 @@ from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
 from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
 from moeq.checkpoint.packed_weight import PackedFormat, packed_tensors
-from moeq.checkpoint.prepare import choose_forms, join_projections
+from moeq.checkpoint.prepare import choose_forms
 from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.export.moeq_format import write_checkpoint
 from moeq.formats.convert import convert
@@ -119,7 +119,9 @@ def prepared_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrained
         if (*key, maker) not in made:
             made[(*key, maker)] = maker(drawn_weight(*key))
         layer.hold(copy.deepcopy(made[(*key, maker)]), maker)
-    join_projections(model)
+    for module in model.modules():
+        if isinstance(module, PackedExpert):
+            module.join()
     _filled(model).set_experts_implementation(IMPLEMENTATION)
     return model
 

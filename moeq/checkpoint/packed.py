@@ -190,21 +190,27 @@ class PackedExpert(nn.Module):
     def join(self) -> None:
         """Let prepared gate and up be one product where their forms can be, in the same memory."""
         gate, up = self.gate_proj, self.up_proj
-        if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
+        if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and self._together() is None:
             self._joined = joined(gate.form, up.form)
-        if self._joined is not None:
-            _, gate.form, up.form = self._joined  # type: ignore[union-attr]
+            if self._joined is not None:
+                _, gate.form, up.form = self._joined
 
     def into(self, x_MI: Tensor) -> Tensor:
         """Products with the projections into the expert, gate before up, [M, O of both]."""
-        layers = [layer for layer in (self.gate_proj, self.up_proj) if layer is not None]
-        if self._joined is not None and not (x_MI.requires_grad and torch.is_grad_enabled()):
-            both, *halves = self._joined
-            if all(layer.form is half for layer, half in zip(layers, halves, strict=True)):
-                return both.product(x_MI)
-            self._joined = None  # they gave up their forms
-        parts = [layer(x_MI) for layer in layers]
+        both = None if x_MI.requires_grad and torch.is_grad_enabled() else self._together()
+        if both is not None:
+            return both.product(x_MI)
+        parts = [layer(x_MI) for layer in (self.gate_proj, self.up_proj) if layer is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _together(self) -> Form | None:
+        """Gate and up as one, unless one of them has given up its form since."""
+        if self._joined is not None:
+            both, gate, up = self._joined
+            if getattr(self.gate_proj, "form", None) is gate and getattr(self.up_proj, "form", None) is up:
+                return both
+            self._joined = None
+        return None
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._joined = None  # it would keep what the projections give up

@@ -22,7 +22,7 @@ from moeq.checkpoint.release import leave_files, trim_heap
 from moeq.quant.spec import Fallback
 
 ROOM = 0.05  # of the bytes of the model
-BETWEEN = 64  # weights, after which freed memory is given back: it takes milliseconds
+BETWEEN = 16  # weights, after which freed memory is given back: it takes milliseconds
 _log = logging.getLogger(__name__)
 
 
@@ -75,9 +75,11 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
             assert isinstance(layer, PackedLinear)
             layer.prepare(chosen)
             forms[type(layer.form).__name__] += 1
+            holder = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(holder, PackedExpert):
+                holder.join()
             if index % BETWEEN == 0:
                 trim_heap()
-    join_projections(model)
     if forms:
         leave_files(model)
         trim_heap()
@@ -87,13 +89,6 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
     if result.any:
         _log.info(result.line())
     return result
-
-
-def join_projections(model: nn.Module) -> None:
-    """Let gate and up of prepared experts be one product where they share a grid."""
-    for module in model.modules():
-        if isinstance(module, PackedExpert):
-            module.join()
 
 
 def choose_forms(model: PreTrainedModel, room_bytes: float | None = None) -> dict[str, Maker | str]:
