@@ -82,8 +82,8 @@ class PackedLinear(nn.Module):
         The tensors of the file are given up.  Whoever asks for them, or moves the module, gets them back as they were;
         asking for them leaves the module to prepare itself at its next call.
         """
-        self._make_form = make_form
-        self._take_form()
+        if self.form is None or make_form != self._make_form:  # more room, or less, than before
+            self.hold(make_form(self.quantized()), make_form)
 
     def restore(self) -> None:
         """Hold the tensors of the file again."""
