@@ -7,6 +7,7 @@ Shapes: N tokens, K top-k, S = N K rows, D hidden, F expert width, O out.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.checkpoint.forms import GROUPED
 from moeq.checkpoint.gpu_forward import forward_by_kernel, stacks_of
-from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts
 from moeq.models.experts import ExpertSide, activate, stacked_bias
 
 
@@ -51,7 +52,8 @@ def _products(
     experts: PackedExperts, part: ExpertSide, x_SI: Tensor, ids_S: Tensor, hit: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """Products of all rows with a part of their experts, gate before up, and its biases; [S, O]."""
-    products = [experts[e].down_proj if part == "down" else experts[e].into for e in hit]
+    inside = [cast(PackedExpert, experts[expert]) for expert in hit]
+    products = [expert.down_proj if part == "down" else expert.into for expert in inside]
     z_SO = GROUPED[x_SI.device.type](products, x_SI, counts)
     bias_EO = stacked_bias(experts, part)
     return z_SO if bias_EO is None else z_SO + bias_EO[ids_S]
