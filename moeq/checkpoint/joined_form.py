@@ -1,6 +1,6 @@
 """Two weights that read the same inputs as one, so that gate and up of an expert are one product.
 
-With few rows a product of its own costs as much as a tenth of a small weight.
+With few rows a call costs as much as a tenth of the product with a small weight (``benchmarks/LOG.md``).
 """
 
 from dataclasses import replace
