@@ -36,13 +36,17 @@ def run_fingerprint(
         compute_dtype: Of the parameters in memory.
     """
     given = {key: stable_form(value) for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
-    listed = [describe_step(step) for step in steps if _affects_weights(type(step))]
-    configuration = digest({"settings": given, "steps": listed})
+    configuration = digest({"settings": given, "steps": describe_steps(steps)})
     return {
         "configuration": configuration,
         "model": model,
         "compute dtype": str(compute_dtype).removeprefix("torch."),
     }
+
+
+def describe_steps(steps: Sequence[object]) -> list[Any]:
+    """Those that act on the model, in their order: Lightning's own and any with ``affects_weights = False`` do not."""
+    return [describe_step(step) for step in steps if _affects_weights(type(step))]
 
 
 def _affects_weights(kind: type) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from callbacks.gptq import GPTQ
 from callbacks.kronecker_factors import KroneckerFactors
@@ -26,9 +27,12 @@ from tests.tiny import save_tiny
 SMALL = {"num_sequences": 6, "length": 16, "batch_size": 2, "sequences_at_once": 6}
 
 
-def arguments(folder: Path, model: Path, *extra: dict[str, Any], factors: bool = True, **options: Any) -> list[str]:
+def arguments(
+    folder: Path, model: Path, *extra: dict[str, Any], factors: bool = True, kept: Path | None = None, **options: Any
+) -> list[str]:
     """Of a small fit under two Hessians; its configuration is written beside the folder."""
-    steps = [{"class_path": "KroneckerFactors", "init_args": SMALL}] if factors else []
+    init_args = SMALL if kept is None else SMALL | {"folder": str(kept)}
+    steps = [{"class_path": "KroneckerFactors", "init_args": init_args}] if factors else []
     steps += [*extra, {"class_path": "HessianCalibration"}, {"class_path": "GPTQ"}, {"class_path": "Record"}]
     data = {"class_path": "tests.on_ranks.FewTokens", "init_args": {"num_sequences": 3}}
     settings = {"name": str(model), "group_size": 16, "bits": 3, **options}
@@ -102,6 +106,25 @@ def test_streamed_and_killed_runs_give_the_bytes_of_one_in_memory(tmp_path: Path
     done = run(arguments(killed, model))
     assert done.returncode == 0, done.stderr
     assert blocks(killed) == expected
+
+
+@pytest.mark.slow
+def test_kept_factors_serve_a_fit_of_other_bits_and_no_other_model(tmp_path: Path) -> None:
+    model, kept = save_tiny("qwen2_moe", tmp_path / "model"), tmp_path / "kept"
+    first, second, alone, other = (tmp_path / name for name in ("first", "second", "alone", "other"))
+    assert run(arguments(first, model, kept=kept)).returncode == 0
+    written = {path: path.stat().st_mtime_ns for path in kept.rglob("block_*")}
+    assert len(written) == len(blocks(first))
+    done = run(arguments(second, model, kept=kept, bits=4, restart=True))
+    assert done.returncode == 0, done.stderr
+    assert "taken from" in done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("block_*")} == written
+    assert run(arguments(alone, model, bits=4)).returncode == 0
+    for path in (alone / "blocks").iterdir():
+        found = load_file(second / "blocks" / path.name)
+        assert all(torch.equal(found[name], expected) for name, expected in load_file(path).items())
+    assert run(arguments(other, save_tiny("qwen2_moe", tmp_path / "another", seed=1), kept=kept)).returncode == 0
+    assert len(list(kept.iterdir())) == 2
 
 
 @pytest.mark.slow
