@@ -38,6 +38,7 @@ from benchmarks.studies.compressed_tensors_arms import (
     OWN_BEST,
     OWN_LEARNED,
     RIVAL,
+    SURVEY,
     THEIRS,
     is_uniform,
     make_survey,
@@ -134,10 +135,9 @@ class CompressedTensors(Study[Case]):
         o, ids_NL, (seed, quantizer, kind) = self.options, self.ids(case.seed), (case.seed, case.quantizer, case.kind)
         if quantizer in THEIRS:
             return run_llmcompressor(o.llmcompressor, o.model, quantizer, kind, seed, ids_NL, folder)
-        survey = o.folder / "survey.json"
         if not is_uniform(kind):
-            make_survey(survey, self.yardstick.model, self.ids(0))
-        steps, settings = steps_of(quantizer, kind, seed, survey)
+            make_survey(o.folder / SURVEY, self.yardstick.model, self.ids(0))
+        steps, settings = steps_of(quantizer, kind, seed, o.folder)
         return fit_file(ids_NL, steps, "compressed-tensors", folder, o.model, **settings)
 
     def report(self, rows: Sequence[Row]) -> str:

@@ -36,6 +36,7 @@ BUDGETS = (4.125, 4.25, 4.5)
 LEARNED, BEST = ("W4 g64", "4.25"), (4.125,)
 CHOICES: tuple[int | str, ...] = ("4g0", "4g128", "4g64", "4g32", "8g0", "8g128", "8g64")
 DAMPING = 0.1
+SURVEY = "survey.json"
 SCRIPT = Path(__file__).resolve().parents[1] / "peers" / "quantize_llmcompressor.py"
 
 
@@ -44,21 +45,21 @@ def is_uniform(kind: str) -> bool:
     return kind.startswith("W4")
 
 
-def steps_of(quantizer: str, kind: str, seed: int, survey: Path) -> tuple[list[Callback], dict[str, Any]]:
+def steps_of(quantizer: str, kind: str, seed: int, folder: Path) -> tuple[list[Callback], dict[str, Any]]:
     """Callbacks and settings of the module for a folder of moeq's.
 
     Args:
         quantizer: Which of moeq's.
         kind: "W4 g64", or a budget in bits of a weight in the folder.
         seed: Of the sequences that the original writes for the factors of both Hessians.
-        survey: For budgets.
+        folder: Has the survey, for budgets; keeps these factors.
     """
     settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "grid": "full_range"}
     settings["group_size"] = int(kind.partition("g")[2]) if is_uniform(kind) else 64
-    plan = BitAllocation() if is_uniform(kind) else allocated(float(kind), survey)
+    plan = BitAllocation() if is_uniform(kind) else allocated(float(kind), folder / SURVEY)
     steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
     if quantizer == OWN_BEST:
-        steps.insert(2, KroneckerFactors(seed=seed))
+        steps.insert(0, KroneckerFactors(str(folder / "factors"), seed=seed))
     if quantizer != OWN:
         steps.append(LearnedRounding())
     return steps, settings

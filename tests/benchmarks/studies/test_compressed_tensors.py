@@ -22,6 +22,7 @@ from benchmarks.studies.compressed_tensors_arms import (
     THEIRS,
     steps_of,
 )
+from callbacks.kronecker_factors import KroneckerFactors
 from moeq.checkpoint.loading import load_model
 from moeq.formats.convert import convert
 from tests.formats.packed import GRIDS, Tiny, config_of, logits_of, tensors_of, write_tiny_packed
@@ -57,14 +58,15 @@ def test_rows_of_a_model_have_a_folder_of_their_own_and_say_whose_they_are() -> 
 @pytest.mark.parametrize("kind", ["W4 g32", "4.125"])
 def test_each_quantizer_of_moeq_has_the_steps_of_the_one_before_and_one_more(kind: str) -> None:
     names = {
-        quantizer: [type(step).__name__ for step in steps_of(quantizer, kind, 2, Path("survey.json"))[0]]
+        quantizer: [type(step).__name__ for step in steps_of(quantizer, kind, 2, Path("rows"))[0]]
         for quantizer in (OWN, OWN_LEARNED, OWN_BEST)
     }
+    assert names[OWN_BEST][0] == "KroneckerFactors"  # behind other steps, their settings would tell factors apart
     assert names[OWN_LEARNED] == [*names[OWN], "LearnedRounding"]
-    assert [name for name in names[OWN_BEST] if name != "KroneckerFactors"] == names[OWN_LEARNED]
-    factors = next(step for step in steps_of(OWN_BEST, kind, 2, Path("survey.json"))[0] if hasattr(step, "solve_spec"))
-    assert factors.spec.seed == 2
-    settings = steps_of(OWN_BEST, kind, 2, Path("survey.json"))[1]
+    assert names[OWN_BEST][1:] == names[OWN_LEARNED]
+    (factors, *_), settings = steps_of(OWN_BEST, kind, 2, Path("rows"))
+    assert isinstance(factors, KroneckerFactors)
+    assert (factors.folder, factors.spec.seed) == ("rows/factors", 2)
     assert settings["group_size"] == (32 if kind == "W4 g32" else 64)
 
 
