@@ -69,7 +69,7 @@ class KroneckerFactors(Step):
             raise ValueError(
                 f"KroneckerFactors cannot go back through {type(module.model).__name__}: {why}; leave it out"
             )
-        module.run.needs.factors = True
+        module.run.needs.factors = self.solve_spec
 
     def expected(self, module: MoEQuantModule, work: FitWork) -> Sequence[Phase]:
         """The sweeps before the first pass."""

@@ -31,6 +31,7 @@ from moeq.preflight.phases import Forecast, Moment, Phase
 from moeq.preflight.tables import forecast_json, forecast_table, size, summary_line
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.grid import choose_qparams, quantize
+from moeq.quant.two_sided_solve import two_sided_solution
 
 if TYPE_CHECKING:
     from moeq.module import MoEQuantModule
@@ -244,22 +245,27 @@ def _measure(module: "MoEQuantModule", work: FitWork) -> Speed:
         read = work.model.total / max(loaded.seconds, 1e-3)
     return measure_speed(
         work.adapter, work.schedule, ids_BT, module.run_dir, routing=module.walk_spec.routing,
-        experts_per_token=work.experts_per_token, try_solve=_try_solve(module) if work.solved else None, read=read,
+        experts_per_token=work.experts_per_token, try_solve=try_solve_of(module) if work.solved else None, read=read,
         rows=getattr(trainer.datamodule, "rows_at_once", None),
     )  # fmt: skip
 
 
-def _try_solve(module: "MoEQuantModule") -> TrySolve:
-    """The solve of this run on one expert: GPTQ's where a step needs Hessians, else rounding."""
+def try_solve_of(module: "MoEQuantModule") -> TrySolve:
+    """The solve of this run on one expert: GPTQ's where a step needs Hessians, or under two of them, else rounding."""
     from moeq.callback import SolveStep
 
     trainer: Any = module.trainer
-    dtype, grid = module.adapter.storage_dtype, module.grid
+    dtype, grid, two_sided = module.adapter.storage_dtype, module.grid, module.run.needs.factors
     needs_hessians = any(isinstance(step, SolveStep) and step.needs_hessians for step in trainer.callbacks)
 
     def try_solve(weight_EOI: Tensor, hessian_EII: Tensor) -> Any:
         if needs_hessians:
-            return gptq_solve(weight_EOI, hessian_EII, grid, module.solve_spec, dtype)
+            solution = gptq_solve(weight_EOI, hessian_EII, grid, module.solve_spec, dtype)
+            if two_sided is None or grid.is_named:
+                return solution
+            # In place of gradients, which are not known yet, what the weight makes of its inputs.
+            made_EOO = weight_EOI @ hessian_EII @ weight_EOI.mT
+            return two_sided_solution(solution, weight_EOI, hessian_EII, made_EOO, hessian_EII, grid, two_sided)
         return quantize(weight_EOI, choose_qparams(weight_EOI, grid, dtype), grid)
 
     return try_solve

@@ -31,6 +31,7 @@ from benchmarks.lab.yardstick import Yardstick
 from benchmarks.studies.one_bit_less_report import bars, table
 from moeq.checkpoint.loading import load_model
 from moeq.report.results import read_results
+from moeq.survey.kronecker_preflight import KIND
 
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0)
 
@@ -82,13 +83,15 @@ class OneBitLess(Study[Case]):
 
     title = "One bit less"
     legend = (
-        "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over seeds; "
-        "bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. Seconds "
-        "(processor and wall) and peak of resident memory are of the whole fit command, its sampling, export and "
-        "verification included; those of other quantizers as they report them. Tasks, where they stand, are "
-        "those of the catalog in which the bundled original is more than two standard errors above chance on 1,000 "
-        "documents: sums, sciq (57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, "
-        "openbookqa, winogrande, copa, and boolq only below its larger class."
+        "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over "
+        "seeds; bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. "
+        "Seconds (processor and wall) and peak of resident memory are of the whole fit command, its sampling, "
+        "export and verification included; those of other quantizers as they report them; + F where some took "
+        "Kronecker factors, which are the same at every budget, from a folder in which an earlier fit had kept "
+        "them. Tasks, where they stand, are those of the catalog in which the bundled original is more than two "
+        "standard errors above chance on 1,000 documents: sums, sciq (57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), "
+        "piqa (53.8 +- 1.6%); not arc, hellaswag, openbookqa, winogrande, copa, and boolq only below its larger "
+        "class."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
 
@@ -125,8 +128,9 @@ class OneBitLess(Study[Case]):
         with TemporaryDirectory(dir=self.options.folder) as temporary:
             folder = Path(temporary)
             config = folder / "config.yaml"
-            config.write_text(yaml.safe_dump(configuration(case, folder), sort_keys=False), encoding="utf8")
-            cost = run_measured(["fit", "--config", str(config)])
+            settings = configuration(case, folder, self.options.folder / "factors")
+            config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf8")
+            cost = run_measured(["fit", "--config", str(config)]) | factors_cost(settings, folder)
             export = folder / "export"
             domains = measure_of(case.model).row(load_model(str(export), "auto"))
             return {**cost, "domains": domains, **self._tasks(export, folder)}
@@ -163,8 +167,14 @@ def measure_of(model: str) -> Yardstick:
     return Yardstick(model)
 
 
-def configuration(case: Case, folder: Path) -> dict[str, Any]:
-    """The configuration of a case: that of its recipe with another model, budget, seed and run folder."""
+def configuration(case: Case, folder: Path, factors: Path) -> dict[str, Any]:
+    """The configuration of a case: that of its recipe with another model, budget, seed and run folder.
+
+    Args:
+        case: Which.
+        folder: Of the run.
+        factors: Keeps Kronecker factors, which are the same at every budget.
+    """
     recipe = RECIPES[case.recipe]
     nearest = min(4, max(2, round(case.bits + 1e-3)))
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / recipe.config.format(bits=nearest)).read_text())
@@ -178,8 +188,16 @@ def configuration(case: Case, folder: Path) -> dict[str, Any]:
     config["data"]["init_args"] |= {"seed": case.seed, **recipe.data}
     for step in steps:
         if step["class_path"] == "KroneckerFactors":
-            step.setdefault("init_args", {})["seed"] = case.seed
+            step["init_args"] = {**step.get("init_args", {}), "seed": case.seed, "folder": str(factors.resolve())}
     return config
+
+
+def factors_cost(settings: Mapping[str, Any], folder: Path) -> Row:
+    """Seconds that a finished fit took to gather factors; None where it took those of an earlier one."""
+    if not any(step["class_path"] == "KroneckerFactors" for step in settings["trainer"]["callbacks"]):
+        return {}
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
+    return {"factors_seconds": manifest["seconds"].get(KIND)}
 
 
 def run_measured(args: Sequence[str]) -> Row:

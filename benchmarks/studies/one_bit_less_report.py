@@ -78,7 +78,9 @@ def table(own: Sequence[Row], others: Sequence[Row]) -> str:
         cells += [f"{100 * top1:.1f}", f"{100 * fmean(map(router_agreement, group)):.1f}"]
         cells += [_accuracy(group, name) for name in tasks]
         costs = [row if "recipe" in row else row["report"] for row in group]
-        lines.append([*cells, *(_mean(costs, name, ".0f") for name in ("cpu_seconds", "seconds", "peak_mb"))])
+        factors = " + F" if any(row.get("factors_seconds", 0) is None for row in group) else ""
+        lines.append([*cells, *(_mean(costs, name, ".0f") + factors for name in ("cpu_seconds", "seconds")),
+                      _mean(costs, "peak_mb", ".0f")])  # fmt: skip
     return f"### Every recipe\n\n{markdown(head, lines)}"
 
 

@@ -1,6 +1,7 @@
-"""The quantizers of other projects on the bundled model, on the same token ids, judged by the same yardstick.
+"""The quantizers of other projects on one model, on the same token ids, judged by the same yardstick.
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.peers --json benchmarks/results/peers.json
+    ... --model runs/mixtral_moe/model --folder runs/peers/mixtral --json benchmarks/results/peers_mixtral.json
 
 Each peer runs in its own environment (``runs/peers/env/NAME``, see benchmarks/peers/README.md) as a process of its own,
 and writes a dense folder, which is loaded like any model and compared with the original on four domains.  ``moeq`` is
@@ -16,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +31,7 @@ from benchmarks.lab.sets import LENGTH, calibration_set
 from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.trial import fit
+from benchmarks.lab.yardstick import Yardstick
 from benchmarks.peers.dense import QUANTIZED, load_folder
 from benchmarks.studies.peers_report import LEGEND, table, versions
 from moeq.checkpoint.loading import load_model
@@ -65,12 +68,13 @@ class Case:
 class Peers(Study[Case]):
     """Every quantizer on every set of ids."""
 
-    title = "Other quantizers on the bundled model"
+    title = "Other quantizers"
     legend = LEGEND
     quick: ClassVar = {"peers": ["llmcompressor", OWN], "bits": [3], "seeds": [0], "windows": 8}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL, help="folder of a model with the bundled tokenizer")
         parser.add_argument("--peers", nargs="+", choices=[*PEERS, OWN], default=[*PEERS, OWN])
         parser.add_argument("--sets", nargs="+", choices=["mixture", "corpus", "prose"], default=["mixture"])
         parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
@@ -78,29 +82,41 @@ class Peers(Study[Case]):
         parser.add_argument("--windows", type=int, default=64, help=f"of {LENGTH} tokens")
         parser.add_argument("--environments", type=Path, default=Path("runs/peers/env"), help="one folder per peer")
 
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        return Yardstick(self.options.model)
+
     def cases(self) -> list[Case]:
         o = self.options
         grid = product(o.sets, o.groups, o.bits, o.seeds, o.peers)
         return [Case(data, bits, group, peer, seed, o.windows) for data, group, bits, seed, peer in grid]
 
     def measure(self, case: Case) -> Row:
-        ids_NL = calibration_set(self.yardstick, case.data, case.num_windows, case.seed, self.options.folder)
+        o = self.options
+        ids_NL = calibration_set(self.yardstick, case.data, case.num_windows, case.seed, o.folder)
         with TemporaryDirectory() as temporary:
             ids, output = Path(temporary) / "ids.safetensors", Path(temporary) / "dense"
             if case.peer == OWN:
-                report = run_own(case, ids_NL, output)
+                report = run_own(case, o.model, ids_NL, output)
             else:
                 save_file({"ids": ids_NL.contiguous()}, ids)
-                report = run_peer(case, ids, output, self.options.environments)
-            found = damage(load_folder(Path(MODEL)), load_folder(output))
+                report = run_peer(case, o.model, ids, output, o.environments)
+            found = damage(load_folder(Path(o.model)), load_folder(output))
             domains = self.yardstick.row(load_model(str(output), "auto"))
-        return {"tokens": case.num_windows * LENGTH, "report": report, "damage": found, "domains": domains}
+        return {
+            "model": o.model,
+            "tokens": case.num_windows * LENGTH,
+            "report": report,
+            "damage": found,
+            "domains": domains,
+        }
 
     def report(self, rows: Sequence[Row]) -> str:
-        return f"Versions: {versions(rows)}.\n\n{table(rows)}"
+        models = dict.fromkeys(row.get("model", MODEL) for row in rows)
+        return f"Of {', '.join(models)}. Versions: {versions(rows)}.\n\n{table(rows)}"
 
 
-def run_peer(case: Case, ids: Path, output: Path, environments: Path) -> dict[str, object]:
+def run_peer(case: Case, model: str, ids: Path, output: Path, environments: Path) -> dict[str, object]:
     """The report of a peer's run, with what it printed that reads like a warning.
 
     Raises:
@@ -111,7 +127,7 @@ def run_peer(case: Case, ids: Path, output: Path, environments: Path) -> dict[st
     if not python.exists():
         raise FileNotFoundError(f"--environments has no {python}; make it as benchmarks/peers/README.md says")
     command = [
-        str(python), str(SCRIPTS / f"quantize_{environment}.py"), "--model", str(Path(MODEL).absolute()),
+        str(python), str(SCRIPTS / f"quantize_{environment}.py"), "--model", str(Path(model).absolute()),
         "--ids", str(ids), "--bits", str(case.bits), "--group-size", str(case.group), "--seed", str(case.seed),
         "--output", str(output), *flags,
     ]  # fmt: skip
@@ -126,12 +142,12 @@ def run_peer(case: Case, ids: Path, output: Path, environments: Path) -> dict[st
     return report
 
 
-def run_own(case: Case, ids_NL: Tensor, output: Path) -> dict[str, object]:
+def run_own(case: Case, model: str, ids_NL: Tensor, output: Path) -> dict[str, object]:
     """The same of this project; its memory is not that of a process of its own."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    model = fit(ids_NL, name=MODEL, bits=case.bits, group_size=case.group or None).model
+    fitted = fit(ids_NL, name=model, bits=case.bits, group_size=case.group or None).model
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    model.save_pretrained(output)
+    fitted.save_pretrained(output)
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "versions": {"torch": torch.__version__}}
 
 
@@ -160,7 +176,7 @@ def damage(original: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[
             if not bool(after.isfinite().all()) or bool((after == after.flatten()[0]).all()):
                 broken.add(name.rpartition(".")[0].rpartition(".")[0])
         elif not torch.equal(before, after):
-            is_router = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+            is_router = name.endswith((".gate.weight", "shared_expert_gate.weight"))
             routers, others = routers + is_router, others + (not is_router)
     return {
         "broken_experts": len(broken),

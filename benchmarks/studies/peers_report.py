@@ -1,4 +1,4 @@
-"""Table of what other quantizers reach on the bundled model: one row per setting and peer, mean and spread of seeds."""
+"""Table of what other quantizers reach on one model: one row per setting and peer, mean and spread of seeds."""
 
 from collections.abc import Sequence
 from statistics import mean

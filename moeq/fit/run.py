@@ -11,6 +11,7 @@ from moeq.fit.factors import Factors
 from moeq.fit.hessians import Hessians
 from moeq.preflight.meter import Meter
 from moeq.quant.spec import Fallback, GridSpec, QuantizedWeight
+from moeq.quant.two_sided_solve import TwoSidedSpec
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Needs:
         originals: What the original blocks return on the original hidden states.
         routers: A pass for the router of every block, before its experts.
         offsets: Where the weights of a block lie in the cells of their codes, until its last step.
-        factors: Kronecker factors of the curvature, to solve with.
+        factors: How codes are found under Kronecker factors of the curvature; None where nothing gathers them.
     """
 
     survey: bool = False
@@ -33,7 +34,7 @@ class Needs:
     originals: bool = False
     routers: bool = False
     offsets: bool = False
-    factors: bool = False
+    factors: TwoSidedSpec | None = None
 
 
 @dataclass

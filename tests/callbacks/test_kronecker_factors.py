@@ -16,6 +16,7 @@ from callbacks.kronecker_factors import KroneckerFactors
 from callbacks.rtn import RTN
 from moeq.fit.factors import Factors
 from moeq.fit.solve import Unit
+from moeq.forecast import try_solve_of
 from moeq.models.sites import Site
 from moeq.quant.gptq import gptq_solve
 from moeq.quant.spec import GridSpec, SolveSpec
@@ -63,7 +64,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     for name in ("num_sequences", "length", "batch_size", "sequences_at_once"):
         with pytest.raises(ValueError, match=name):
             KroneckerFactors(**{name: 0})
-    module = SimpleNamespace(run=SimpleNamespace(needs=SimpleNamespace(factors=True), plan={}))
+    module = SimpleNamespace(run=SimpleNamespace(needs=SimpleNamespace(factors=object()), plan={}))
     with pytest.raises(ValueError, match="choose shrink"):
         GPTQ(coverage="rtn").check(module)  # type: ignore[arg-type]
 
@@ -84,6 +85,19 @@ def test_grids_without_even_levels_keep_the_codes_of_gptq(monkeypatch: pytest.Mo
     expected = gptq_solve(weight_EOI, hessian_EII, grid, SolveSpec(), torch.float32)
     assert torch.equal(found.codes_EOI, expected.codes_EOI)
     assert found.one_sided_E is None
+
+
+def test_the_preflight_times_the_solve_under_two_hessians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_EOI, x_EIN = (torch.randn(1, *shape, generator=generator) for shape in ((8, 32), (32, 64)))
+    module = SimpleNamespace(
+        adapter=SimpleNamespace(storage_dtype=torch.float32), grid=GridSpec(3, 16), solve_spec=SolveSpec(),
+        run=SimpleNamespace(needs=SimpleNamespace(factors=TwoSidedSpec())), trainer=SimpleNamespace(callbacks=[GPTQ()]),
+    )  # fmt: skip
+    found = try_solve_of(module)(weight_EOI, x_EIN @ x_EIN.mT)  # type: ignore[arg-type]
+    assert found.one_sided_E is not None
+    module.run.needs.factors = None
+    assert try_solve_of(module)(weight_EOI, x_EIN @ x_EIN.mT).one_sided_E is None  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def test_uniform_recipes_exist_at_whole_bits_and_rounding_to_nearest_once() -> N
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_case_is_a_configuration_with_its_own_model_budget_seed_and_folder(recipe: str, tmp_path: Path) -> None:
-    config = configuration(Case(7, "folder", 3.0, recipe), tmp_path)
+    config = configuration(Case(7, "folder", 3.0, recipe), tmp_path, tmp_path / "kept")
     assert config["model"]["name"] == "folder"
     assert config["trainer"]["default_root_dir"] == str(tmp_path)
     assert config["data"]["init_args"]["seed"] == 7
@@ -49,7 +49,7 @@ def test_a_case_is_a_configuration_with_its_own_model_budget_seed_and_folder(rec
 
 def test_a_best_recipe_exists_for_every_budget(tmp_path: Path) -> None:
     for bits in BUDGETS:
-        steps = configuration(Case(0, "folder", bits, "moeq, best"), tmp_path)["trainer"]["callbacks"]
+        steps = configuration(Case(0, "folder", bits, "moeq, best"), tmp_path, tmp_path)["trainer"]["callbacks"]
         assert next(step for step in steps if step["class_path"] == "BitAllocation")["init_args"]["budget"] == bits
 
 
@@ -82,3 +82,10 @@ def test_every_recipe_stands_beside_the_best_other_at_its_bits() -> None:
         "| 3 | - | x, on the mixture of the evaluated domains | 1 | 0.0400 | 0.0400 | 1.00 | 80.0 | 90.0 | - "
         "| 5 | 6 | 7 |",
     ]
+
+
+def test_seconds_of_fits_that_took_kept_factors_say_so() -> None:
+    rows = [row("moeq, best", bits, 0.1, factors_seconds=seconds) for bits, seconds in ((2.0, 9.0), (3.0, None))]
+    gathered, kept = table(rows, []).strip().splitlines()[4:]
+    assert gathered.endswith("| 50 | 60 | 900 |")
+    assert kept.endswith("| 50 + F | 60 + F | 900 |")
