@@ -35,6 +35,7 @@ def read(stem: str) -> tuple[dict, str]:
         (Gguf, "gguf", {"label": "reference", "folder": Path("runs")}),
         (Gguf, "gguf_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (CompressedTensors, "compressed_tensors", {"label": "reference", "folder": Path("runs")}),
+        (CompressedTensors, "compressed_tensors_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
