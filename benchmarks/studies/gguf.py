@@ -75,9 +75,8 @@ class Gguf(Study[Case]):
         "Q2_K, Q3_K, Q4_K, IQ4_NL, Q4_0, Q5_0 and Q8_0 (one survey, on the first set), full-range where a type has one "
         "level of scales; those with the name of a K-quant have it in every weight but the experts' down projections, "
         "which take Q4_0 or Q5_0, as in llama.cpp's files of a model whose rows there are too short (the bundled one). "
-        "All by AGQ with refitted routers, where the rounding is learned without IQ4_NL; rows of moeq "
-        "before commit 44c4bf3 have ordinary symmetric grids, and no IQ4_NL. AutoRound with 0 steps is its search "
-        "without tuning."
+        "All by AGQ with refitted routers, where the rounding is learned without IQ4_NL. AutoRound with 0 steps is its "
+        "search without tuning."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "types": ["Q4_0"], "grids": []}
 
