@@ -10,6 +10,7 @@ from benchmarks.lab.study import Study
 from benchmarks.speed import evaluation, sampling, solve
 from benchmarks.studies.allocation import Allocation
 from benchmarks.studies.calibration_data import CalibrationData
+from benchmarks.studies.compressed_tensors import CompressedTensors
 from benchmarks.studies.efficiency import Efficiency
 from benchmarks.studies.gguf import Gguf
 from benchmarks.studies.mlx import Mlx
@@ -35,6 +36,8 @@ def read(stem: str) -> tuple[dict, str]:
         (Peers, "peers", {}),
         (Gguf, "gguf", {"label": "reference", "folder": Path("runs")}),
         (Gguf, "gguf_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
+        (CompressedTensors, "compressed_tensors", {"label": "reference", "folder": Path("runs")}),
+        (CompressedTensors, "compressed_tensors_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
