@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,9 +28,14 @@ from torch import Tensor
 
 # What moeq quantizes: not the router, the gate of the shared expert, the embedding or the head.
 QUANTIZED = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert|experts\.\d+)\.(gate|up|down)_proj)\.weight"
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert|experts\.\d+)\.(gate|up|down)_proj"
+    r"|block_sparse_moe\.experts\.\d+\.w[123])\.weight"
 )
+# Of modules in transformers, whatever files call them.
 IGNORED = ("lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$")
+
+# Projections of an expert in files of Mixtral, and in modules of every family.
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass
@@ -153,6 +158,28 @@ def read_gptq(tensors: Mapping[str, Tensor], module: str, bits: int, zero_offset
 def load_folder(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the safetensors files of a folder."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def spelled(found: Collection[str], module: str, part: str) -> str:
+    """What a linear of the original's files is called where one of its tensors is found.
+
+    That is the same name, or with transformers' names of the projections of Mixtral's experts (llm-compressor saves
+    them so), or with that of their block, too (in the model).
+
+    Args:
+        found: Keys of a folder, or of the model in memory.
+        module: The linear in the original's files.
+        part: Last part of the key: "weight_packed".
+
+    Raises:
+        ValueError: It is there under none of these names.
+    """
+    parent, _, leaf = module.rpartition(".")
+    renamed = f"{parent}.{_PROJECTIONS.get(leaf, leaf)}"
+    for name in (module, renamed, renamed.replace(".block_sparse_moe.", ".mlp.")):
+        if f"{name}.{part}" in found:
+            return name
+    raise ValueError(f"{part} of {module} is there under no name that this knows; add the peer's name of it")
 
 
 def write_dense(options: argparse.Namespace, found: Mapping[str, Tensor], report: Report) -> None:

@@ -23,6 +23,7 @@ from dense import (
     load_ids,
     parse,
     read_compressed_tensors,
+    spelled,
     start_report,
     write_dense,
 )
@@ -64,22 +65,22 @@ def main() -> None:
             model=model, tokenizer=AutoTokenizer.from_pretrained(options.model), recipe=recipe, dataset=loader,
             moe_calibrate_all_experts=not options.routed_only, num_calibration_samples=len(batches),
         )  # fmt: skip
-    memory = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    linears = [name.removesuffix(".weight") for name in load_folder(options.model) if QUANTIZED.fullmatch(name)]
+    state = model.state_dict()
+    memory = {f"{name}.weight": state[f"{spelled(state, name, 'weight')}.weight"].clone() for name in linears}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_compressed=True)
         packed = load_folder(Path(folder))
         if options.packed is not None:
             shutil.copytree(folder, options.packed)
-    found = {
-        name: packed[name]
-        if name in packed
-        else read_compressed_tensors(packed, name.removesuffix(".weight"), options.bits)
-        for name in load_folder(options.model)
-    }
-    missing = [name for name in found if QUANTIZED.fullmatch(name) and name in packed]
+    missing = [name for name in linears if f"{name}.weight" in packed]
     if missing:
         report.notes.append(f"left as they were: {missing}")
-    report.max_difference = largest_difference(found, memory)
+    found = dict(packed)
+    for name in set(linears) - set(missing):
+        stored = spelled(packed, name, "weight_packed")
+        found[f"{name}.weight"] = read_compressed_tensors(packed, stored, options.bits)
+    report.max_difference = largest_difference({name: found[name] for name in memory}, memory)
     write_dense(options, found, report)
 
 

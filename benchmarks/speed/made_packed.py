@@ -1,7 +1,4 @@
-"""Packed modules and models of random codes, for timing: nothing is quantized, every weight is drawn.
-
-Scales are those of weights with a standard deviation of 0.02, so that activations keep their size through the blocks.
-"""
+"""Packed modules and models of random codes, for timing: nothing is quantized, every weight is drawn."""
 
 import copy
 from collections.abc import Mapping
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.speed.drawn import DEVIATION, drawn_weight
 from moeq.checkpoint.forms import Form, Maker
 from moeq.checkpoint.model_class import model_class
 from moeq.checkpoint.names import dense_weight, weight_names
@@ -24,10 +22,8 @@ from moeq.checkpoint.quantizer import MoEQConfig, install_packed_modules
 from moeq.export.moeq_format import write_checkpoint
 from moeq.formats.convert import convert
 from moeq.models.experts import expert_modules, expert_weight, projections
-from moeq.quant.spec import QuantizedWeight
 from tests.tiny import tiny_tokenizer
 
-DEVIATION = 0.02
 # The experts of Qwen3-30B-A3B, and the whole of a small model of its kind (0.86 B parameters with 16 thousand tokens).
 LARGE_BLOCK: dict[str, Any] = {
     "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
@@ -37,15 +33,6 @@ SMALL_MODEL: dict[str, Any] = {
     "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16384,
     "norm_topk_prob": True, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-def drawn_weight(rows: int, columns: int, grid: PackedFormat) -> QuantizedWeight:
-    """Random codes and scales, in bfloat16."""
-    groups, middle = columns // (grid.group_size or columns), 2 ** (grid.bits - 1)
-    codes_OI = torch.randint(0, 2**grid.bits, (rows, columns), dtype=torch.uint8)
-    scale_OG = (0.9 + 0.2 * torch.rand(rows, groups)) * DEVIATION * 12**0.5 / 2**grid.bits
-    zero_OG = None if grid.symmetric else torch.randint(max(0, middle - 2), middle + 2, (rows, groups)).to(torch.uint8)
-    return QuantizedWeight(codes_OI, scale_OG.bfloat16(), zero_OG, grid.bits, grid.group_size)
 
 
 @cache
@@ -132,6 +119,9 @@ def prepared_model(config: Any, grids: Mapping[str, PackedFormat]) -> PreTrained
         if (*key, maker) not in made:
             made[(*key, maker)] = maker(drawn_weight(*key))
         layer.hold(copy.deepcopy(made[(*key, maker)]), maker)
+    for module in model.modules():
+        if isinstance(module, PackedExpert):
+            module.join()
     _filled(model).set_experts_implementation(IMPLEMENTATION)
     return model
 

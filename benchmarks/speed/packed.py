@@ -27,7 +27,8 @@ from transformers import Qwen3MoeConfig
 
 from benchmarks.lab.study import Study
 from benchmarks.lab.tables import Row, markdown
-from benchmarks.speed.made_packed import LARGE_BLOCK, dense_experts, drawn_weight, prepared_experts
+from benchmarks.speed.drawn import drawn_weight
+from benchmarks.speed.made_packed import LARGE_BLOCK, dense_experts, prepared_experts
 from benchmarks.speed.packed_decode import decode_row, decode_table
 from moeq.checkpoint.forms import Maker
 from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm

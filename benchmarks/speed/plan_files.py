@@ -5,7 +5,7 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.lab.tables import Row
 from benchmarks.runtimes.llama_cpp import LlamaCpp
@@ -21,7 +21,7 @@ from tests.tiny import tiny_tokenizer
 
 
 def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], folder: Path) -> Row:
-    """The packed folder ``export`` and, where llama.cpp has types for the plan, ``gguf``; bytes, or why not.
+    """The packed folder ``export`` and, where llama.cpp has types for the plan, ``gguf``; its types, or why not.
 
     Args:
         config: Of the model.
@@ -31,23 +31,30 @@ def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], fol
     if grids:
         export_of(packed_model(config, grids), folder)
         try:
-            convert(folder / "export", "gguf", folder / "gguf")
+            types = convert(folder / "export", "gguf", folder / "gguf").types
         except ValueError as error:
             return {"refused": str(error)}
     else:
+        types = {"BF16": 1}
         dense_model(config).save_pretrained(folder / "export")
         tiny_tokenizer().save_pretrained(folder / "export")
         (folder / "gguf").mkdir()
         source = folder / "export"
         FORMAT.write(PackedExport(source, read_contents(source)), folder / "gguf", "exact", silent)
-    return {"gguf_bytes": (folder / "gguf" / NAME).stat().st_size}
+    return {"types": types}
+
+
+def open_in_moeq(export: Path) -> PreTrainedModel:
+    """The model of a folder in transformers, in the forms that a machine multiplies by."""
+    options: dict[str, Any] = {"dtype": "bfloat16", "experts_implementation": IMPLEMENTATION}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(export, **options)
+    return model
 
 
 def opened_in_moeq(export: Path) -> Row:
-    """Processor seconds of opening a folder, up to the forms that a machine multiplies by."""
-    options: dict[str, Any] = {"dtype": "bfloat16", "experts_implementation": IMPLEMENTATION}
+    """Processor seconds of opening a folder."""
     start = process_time()
-    AutoModelForCausalLM.from_pretrained(export, **options)
+    open_in_moeq(export)
     return {"seconds": process_time() - start}
 
 

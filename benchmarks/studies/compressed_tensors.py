@@ -2,8 +2,9 @@ r"""moeq's folders for vLLM and SGLang beside llm-compressor's, at equal size, r
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.compressed_tensors --llmcompressor ENV/bin/python \
         --json benchmarks/results/compressed_tensors.json
+    ... --model runs/mixtral_moe/model --label Mixtral --json benchmarks/results/compressed_tensors_mixtral.json
 
-The bundled model; both quantizers get the same token ids, which the model wrote itself (EBSS, corpus mode, 64 sequences
+One model; both quantizers get the same token ids, which the model wrote itself (EBSS, corpus mode, 64 sequences
 of 256 tokens, another set for each seed), and quantize the same weights.  Every folder is read by compressed-tensors
 with the scheme that it finds in its configuration, and its values are compared with the original in transformers: vLLM
 has no kernel for these weights on most CPUs.  llm-compressor runs in an environment of its own
@@ -12,55 +13,43 @@ has no kernel for these weights on most CPUs.  llm-compressor runs in an environ
 
 import argparse
 import json
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from lightning.pytorch import Callback
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.lab.files import fit_file, tensor_bytes
+from benchmarks.lab.files import MODELS, fit_file, tensor_bytes
 from benchmarks.lab.judge import file_bits
 from benchmarks.lab.sets import calibration_set
 from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
-from benchmarks.peers.dense import QUANTIZED, load_folder
+from benchmarks.peers.dense import QUANTIZED, load_folder, spelled
+from benchmarks.studies.compressed_tensors_arms import (
+    BEST,
+    BUDGETS,
+    GROUPS,
+    LEARNED,
+    OWN,
+    OWN_BEST,
+    OWN_LEARNED,
+    RIVAL,
+    SURVEY,
+    THEIRS,
+    is_uniform,
+    make_survey,
+    run_llmcompressor,
+    steps_of,
+)
 from benchmarks.studies.files_report import draw, report
-from callbacks.bit_allocation import BitAllocation
-from callbacks.gptq import GPTQ
-from callbacks.hessian_calibration import HessianCalibration
-from callbacks.learned_rounding import LearnedRounding
-from callbacks.router_calibration import RouterCalibration
-from moeq.allocation.plan import parse_choices
 from moeq.checkpoint.loading import load_model
 from moeq.disk.atomic import write_json, write_tensors
-from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.survey.survey_spec import SurveySpec
-from moeq.survey.surveyor import survey_model
 
 NUM_WINDOWS = 8  # per domain
-OWN, OWN_LEARNED = "moeq", "moeq, learned"
-RIVAL = "llm-compressor, GPTQ"
-# What llm-compressor is asked beyond its defaults.
-THEIRS: dict[str, tuple[str, ...]] = {
-    RIVAL: (),
-    "llm-compressor, GPTQ, mse": ("--observer", "memoryless_mse"),
-    "llm-compressor, RTN": ("--rtn",),
-    "llm-compressor, RTN, mse": ("--rtn", "--observer", "memoryless_mse"),
-}
-GROUPS = (32, 64, 128)
-# Bits of a weight in W4A16 in groups of 128, 64, 32.
-BUDGETS = (4.125, 4.25, 4.5)
-CHOICES: tuple[int | str, ...] = ("4g0", "4g128", "4g64", "4g32", "8g0", "8g128", "8g64")
-DAMPING = 0.1
-SCRIPT = Path(__file__).resolve().parents[1] / "peers" / "quantize_llmcompressor.py"
 
 
 @dataclass(frozen=True)
@@ -79,21 +68,31 @@ class CompressedTensors(Study[Case]):
     legend = (
         "KL to the original in nats per token, mean over four domains of 8 windows of 256 tokens, +- over seeds "
         "(calibration sets); bits of a quantized weight with scales; bytes of all tensors of the folder, BF16 "
-        "embedding and routers included. W4 gN is 4 bits, symmetric, in groups of N for every weight (W4A16). "
-        "llm-compressor's GPTQ with its defaults (every token to every expert, ranges from minimum and maximum), with "
-        "ranges by mean squared error, and rounding to nearest. moeq's folders with a number of bits have the schemes "
-        "that the allocator chose for vLLM among 4 bits per channel and in groups of 128, 64 and 32 and 8 bits per "
-        "channel and in groups of 128 and 64 (one survey, on the first set); all on full-range symmetric grids by AGQ "
-        "with refitted routers."
+        "embedding and routers included. Of {model}. W4 gN is 4 bits, symmetric, in groups of N for every weight "
+        "(W4A16). llm-compressor's GPTQ with its defaults (every token to every expert, ranges from minimum and "
+        "maximum), with ranges by mean squared error, and rounding to nearest. moeq's folders with a number of bits "
+        "have the schemes that the allocator chose for vLLM among 4 bits per channel and in groups of 128, 64 and 32 "
+        "and 8 bits per channel and in groups of 128 and 64 (one survey, on the first set); all on full-range "
+        "symmetric grids by AGQ with refitted routers. Two Hessians are those of inputs and of what the loss makes of "
+        "outputs, over 262,144 tokens that the original wrote (KroneckerFactors, another set for each seed), and the "
+        "rounding is learned behind them, too."
     )
-    quick: ClassVar = {"seeds": [0], "groups": [64], "budgets": [], "learned": []}
+    quick: ClassVar = {"seeds": [0], "groups": [64], "budgets": [], "learned": [], "best": []}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=MODEL, help="folder of a model with the same tokenizer")
+        parser.add_argument("--label", default="reference", choices=MODELS, help="name of the model in reports")
         parser.add_argument("--groups", type=int, nargs="*", default=list(GROUPS), help="of W4A16 folders")
         parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="bits of allocated folders")
-        parser.add_argument("--learned", nargs="*", default=["W4 g64", "4.25"], help="kinds with learned rounding, too")
+        parser.add_argument("--learned", nargs="*", default=list(LEARNED), help="kinds with learned rounding, too")
+        parser.add_argument("--best", type=float, nargs="*", default=list(BEST), help="bits of those by two Hessians")
         parser.add_argument("--llmcompressor", type=Path, metavar="PYTHON", help="interpreter that has llm-compressor")
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        options.folder = options.folder / options.label
+        self.legend = self.legend.format(model=MODELS[options.label])  # type: ignore[misc]
 
     def cases(self) -> list[Case]:
         """Seed by seed; what uses no data comes once."""
@@ -105,97 +104,59 @@ class CompressedTensors(Study[Case]):
                 cases.append(Case(seed, OWN, kind))
             cases += [Case(seed, OWN, f"{budget:g}") for budget in o.budgets]
             cases += [Case(seed, OWN_LEARNED, kind) for kind in o.learned]
+            cases += [Case(seed, OWN_BEST, f"{budget:g}") for budget in o.best]
         return cases
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        return Yardstick(MODEL, Texts(num_windows=NUM_WINDOWS))
+        return Yardstick(self.options.model, Texts(num_windows=NUM_WINDOWS))
 
     @cached_property
     def num_weights(self) -> int:
         """How many are quantized in every folder."""
-        return sum(tensor.numel() for name, tensor in load_folder(Path(MODEL)).items() if QUANTIZED.fullmatch(name))
+        tensors = load_folder(Path(self.options.model))
+        return sum(tensor.numel() for name, tensor in tensors.items() if QUANTIZED.fullmatch(name))
 
     def ids(self, seed: int) -> Tensor:
         """Calibration ids of a seed."""
         return calibration_set(self.yardstick, "corpus", 64, seed, self.options.folder)
 
     def measure(self, case: Case) -> Row:
+        source = Path(self.options.model)
         with TemporaryDirectory() as temporary:
             folder = self._make(case, Path(temporary))
             num_bytes = tensor_bytes(folder)
-            domains = self.yardstick.row(
-                load_model(str(write_values(folder, Path(MODEL), Path(temporary) / "values")), "auto")
-            )
-        bits = file_bits(num_bytes, tensor_bytes(Path(MODEL)), self.num_weights)
-        return {"bytes": num_bytes, "bits": bits, "domains": domains}
+            values = write_values(folder, source, Path(temporary) / "values")
+            domains = self.yardstick.row(load_model(str(values), "auto"))
+        return {"bytes": num_bytes, "bits": file_bits(num_bytes, tensor_bytes(source), self.num_weights),
+                "domains": domains}  # fmt: skip
 
     def _make(self, case: Case, folder: Path) -> Path:
-        if case.quantizer in THEIRS:
-            return run_llmcompressor(self.options.llmcompressor, case, self.ids(case.seed), folder)
-        survey, settings = self.options.folder / "survey.json", dict[str, Any](affinity_power=1.0, damping=DAMPING)
-        if case.kind.startswith("W4"):
-            plan, group_size = BitAllocation(), int(case.kind.partition("g")[2])
-        else:
-            make_survey(survey, self.yardstick.model, self.ids(0))
-            plan, group_size = allocated(float(case.kind), survey), 64
-        steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
-        steps += [LearnedRounding()] if case.quantizer == OWN_LEARNED else []
-        settings |= {"bits": 4, "group_size": group_size, "grid": "full_range"}
-        return fit_file(self.ids(case.seed), steps, "compressed-tensors", folder, **settings)
+        o, ids_NL, (seed, quantizer, kind) = self.options, self.ids(case.seed), (case.seed, case.quantizer, case.kind)
+        if quantizer in THEIRS:
+            return run_llmcompressor(o.llmcompressor, o.model, quantizer, kind, seed, ids_NL, folder)
+        if not is_uniform(kind):
+            make_survey(o.folder / SURVEY, self.yardstick.model, self.ids(0))
+        steps, settings = steps_of(quantizer, kind, seed, o.folder)
+        return fit_file(ids_NL, steps, "compressed-tensors", folder, o.model, **settings)
 
     def report(self, rows: Sequence[Row]) -> str:
-        return report(rows, (OWN, OWN_LEARNED), RIVAL)
+        return report(rows, (OWN, OWN_LEARNED, OWN_BEST), RIVAL)
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         draw(rows, path)
-
-
-def allocated(budget: float, survey: Path) -> BitAllocation:
-    """Schemes of least predicted divergence, of so many bits of a weight in the folder."""
-    return BitAllocation(
-        survey=str(survey), method="allocate", cost="fisher", budget=budget, budget_unit="average_bits",
-        choices=CHOICES, runtime="vllm",
-    )  # fmt: skip
-
-
-def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
-    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
-    if not path.is_file():
-        spec = SurveySpec(
-            costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-            grid=GridSpec(4, 64, symmetric=True, kind="full_range"),
-        )  # fmt: skip
-        write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
-
-
-def run_llmcompressor(python: Path, case: Case, ids_NL: Tensor, folder: Path) -> Path:
-    """The folder that llm-compressor saves for vLLM.
-
-    Raises:
-        RuntimeError: It failed; the end of what it printed is in the message.
-    """
-    ids, packed = folder / "ids.safetensors", folder / "packed"
-    save_file({"ids": ids_NL.contiguous()}, ids)
-    command = [
-        str(python.absolute()), str(SCRIPT), "--model", str(Path(MODEL).absolute()), "--ids", str(ids), "--bits", "4",
-        "--group-size", case.kind.partition("g")[2], "--symmetric", "--seed", str(case.seed), "--packed", str(packed),
-        "--output", str(folder / "dense"), *THEIRS[case.quantizer],
-    ]  # fmt: skip
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=folder)
-    if done.returncode:
-        raise RuntimeError(f"{case} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    return packed
 
 
 def write_values(packed: Path, source: Path, folder: Path) -> Path:
     """A folder with the values of another, as compressed-tensors reads them by its configuration.
 
     Args:
-        packed: Folder of compressed-tensors, its weights under the keys of the original.
+        packed: Folder of compressed-tensors, its weights under the keys of the original or what peers call them.
         source: The original, of one file.
         folder: To create.
+
+    Raises:
+        ValueError: A weight of the original is not there under any of its names.
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
@@ -205,10 +166,10 @@ def write_values(packed: Path, source: Path, folder: Path) -> Path:
     said = QuantizationConfig.model_validate(config["quantization_config"])
     stored, linear, values = load_folder(packed), nn.Linear(1, 1, device="meta"), dict[str, Tensor]()
     for key, original in load_folder(source).items():
-        path = key.removesuffix(".weight")
         if key in stored:
             values[key] = stored[key]
             continue
+        path = spelled(stored, key.removesuffix(".weight"), "weight_packed")
         scheme = next(g for g in said.config_groups.values() if is_match(path, linear, g.targets, said.ignore or ()))
         parts = {name.rpartition(".")[2]: part for name, part in stored.items() if name.rpartition(".")[0] == path}
         reader = BaseCompressor.get_value_from_registry(scheme.format)

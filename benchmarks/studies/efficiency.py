@@ -2,23 +2,24 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.efficiency --json benchmarks/results/efficiency.json
 
-- `quality`: KL of every plan on the bundled model, from one survey's solved candidates (GPTQ).
+- `quality`: KL of every plan on the bundled model, from one survey's solved candidates (GPTQ) a seed, which draws the
+  calibration set.  The other parts are of the first seed's plans.
 - `packed`: each plan on a model of real shapes (drawn weights, ``efficiency_plans.py``) in moeq's packed path, beside
   bfloat16: decoding 1 and 16 sequences, a prompt of 512 tokens.
 - `files`: the same plan with fewer experts a block, written as moeq's packed folder and as a GGUF file: time of opening
   both, and the same tasks in llama.cpp beside its bfloat16.
+- `memory`: of such files, what a process of its own takes that opens one and decodes (``plan_memory.py``).
 
 A row of a time holds both of its sides, which took turns, so parts may be run one after another (``--parts``).
+Llama.cpp's own types of 2 and 3 bits have files alone: what they are worth is in ``results/gguf.md``.
 """
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -27,14 +28,14 @@ from transformers import PreTrainedModel
 from benchmarks.lab.study import MODEL, Study, case_name
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
-from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.speed.made_packed import dense_model, prepared_model
-from benchmarks.speed.plan_files import opened_in_llama, opened_in_moeq, write_files
 from benchmarks.speed.plan_speed import in_turns, joules
+from benchmarks.studies.efficiency_files import PlanFiles
 from benchmarks.studies.efficiency_plans import (
     CHOICES,
     DENSE,
     GRID,
+    K_QUANTS,
     NUM_BLOCKS,
     PLANS,
     Plan,
@@ -43,6 +44,7 @@ from benchmarks.studies.efficiency_plans import (
     carried,
     config_of,
     from_labels,
+    k_quants,
     labels,
     make_plan,
     shapes_of,
@@ -54,11 +56,12 @@ from moeq.allocation.time_table import TimeTable, plan_milliseconds, read_times
 from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.checkpoint.prepare import model_bytes
 from moeq.disk.atomic import write_json
-from moeq.formats.gguf import NAME
 from moeq.quant.spec import WeightShape
 from moeq.timing.measure import measure_times
 
-PARTS = ("quality", "packed", "files")
+PARTS = ("quality", "packed", "files", "memory")
+OF_FILES = PARTS[2:]
+EVERY = (*PLANS, *K_QUANTS)
 SIZE = 3.25  # uniform 3 bits in groups of 64
 
 
@@ -80,16 +83,15 @@ class Efficiency(Study[Case]):
         "DeepSeek-MoE-16B, processor seconds of one thread, beside bfloat16 in turn. What is measured, and on what: "
         "`benchmarks/studies/efficiency.py`; plans: `efficiency_plans.py`."
     )
-    seeds = (0,)
     quick: ClassVar = {
-        "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
+        "seeds": [0], "plans": [DENSE, "4 bits", "allocated per projection"], "experts": 16, "hidden": 256, "turns": 1,
         "prompt": 16, "windows": 8, "texts": 1, "file_experts": 8, "solver": "rtn",
     }  # fmt: skip
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-        parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+        parser.add_argument("--plans", nargs="+", choices=EVERY, default=list(EVERY))
         parser.add_argument("--size", type=float, default=SIZE, help="bits per weight of mixed plans, with scales")
         parser.add_argument("--windows", type=int, default=32, help="of calibration")
         parser.add_argument("--solver", choices=("gptq", "rtn"), default="gptq", help="of every plan")
@@ -101,22 +103,33 @@ class Efficiency(Study[Case]):
         parser.add_argument("--turns", type=int, default=3)
         parser.add_argument("--prompt", type=int, default=512, help="tokens")
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self._surveys: dict[int, Surveyed] = {}
+
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def cases(self) -> list[Case]:
         o = self.options
-        return [Case(seed, part, plan) for seed in o.seeds for part in PARTS if part in o.parts for plan in o.plans]
+        seeds = {part: o.seeds if part == "quality" else o.seeds[:1] for part in PARTS if part in o.parts}
+        return [
+            Case(seed, part, plan)
+            for part in seeds for seed in seeds[part] for plan in o.plans
+            if part in OF_FILES or plan not in K_QUANTS
+        ]  # fmt: skip
 
     @cached_property
     def yardstick(self) -> Yardstick:
         return Yardstick(MODEL, Texts(num_windows=self.options.texts))
 
-    @cached_property
-    def surveyed(self) -> Surveyed:
-        o = self.options
-        return survey(self.yardstick, o.seeds[0], o.windows, o.folder, o.solver)
+    def surveyed(self, seed: int) -> Surveyed:
+        """Of the bundled model; kept until another seed is asked for."""
+        if seed not in self._surveys:
+            o = self.options
+            self._surveys = {seed: survey(self.yardstick, seed, o.windows, o.folder, o.solver)}
+        return self._surveys[seed]
 
     @cached_property
     def large(self) -> list[WeightShape]:
@@ -131,6 +144,11 @@ class Efficiency(Study[Case]):
             write_json(path, measure_times(self.large, CHOICES, GRID, turns=self.options.turns).to_json())
         return read_times(path)
 
+    @property
+    def tasks(self) -> dict[str, int]:
+        """As ``plan_speed.in_turns`` takes them."""
+        return {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
+
     def _config(self, num_experts: int, num_blocks: int | None = None) -> Any:
         blocks = num_blocks or self.options.blocks
         return config_of(num_experts=num_experts, hidden_size=self.options.hidden, num_hidden_layers=blocks)
@@ -138,11 +156,10 @@ class Efficiency(Study[Case]):
     def measure(self, case: Case) -> Row:
         if case.part == "quality":
             return self._quality(case)
-        plan = self._plan(case)
-        return self._packed(plan) if case.part == "packed" else self._files(plan)
+        return self._on_files(case) if case.part in OF_FILES else self._packed(self._plan(case))
 
     def _quality(self, case: Case) -> Row:
-        surveyed = self.surveyed
+        surveyed = self.surveyed(case.seed)
         plan = make_plan(case.plan, surveyed, self.options.size, self.times, self.large)
         found = {"choices": labels(plan), "domains": assembled_row(self.yardstick, surveyed.candidates, plan)}
         if not plan:
@@ -172,44 +189,25 @@ class Efficiency(Study[Case]):
             grids = {name: PackedFormat.of(grid) for name, grid in on_these.items()}
             sides["plan"] = prepared_model(config, grids)
         before = joules()
-        tasks = {"decode 1": 6, "decode 16": 2, "prompt": self.options.prompt}
-        seconds = in_turns(sides, tasks, self.options.turns)
+        seconds = in_turns(sides, self.tasks, self.options.turns)
         used = None if before is None else (joules() or before) - before
         num_bytes = {name: model_bytes(model) for name, model in sides.items()}
         bits = plan_cost(on_these, weights).average_bits if plan else 16.0
         return {"seconds": seconds, "bytes": num_bytes, "bits": bits, "joules": used, "prompt": self.options.prompt}
 
     @cached_property
-    def dense_files(self) -> Path:
-        """Folder and GGUF file in bfloat16."""
-        folder = Path(self.options.folder / "dense")
-        shutil.rmtree(folder, ignore_errors=True)  # of other options, or cut short
-        folder.mkdir()
-        write_files(self._config(self.options.file_experts), {}, folder)
-        return folder
+    def files(self) -> PlanFiles:
+        """Of the model of real shapes with fewer experts."""
+        return PlanFiles(self._config(self.options.file_experts), self.options.folder)
 
-    @cached_property
-    def dense_in_llama(self) -> LlamaCpp:
-        return LlamaCpp(self.dense_files / "gguf" / NAME)
-
-    def _files(self, plan: Plan) -> Row:
-        config, o = self._config(self.options.file_experts), self.options
-        with TemporaryDirectory() as temporary:
-            folder = Path(temporary) if plan else self.dense_files
-            grids = {name: PackedFormat.of(grid) for name, grid in carried(plan, shapes_of(config)).items()}
-            found = write_files(config, grids, folder) if plan else {}
-            found["experts"] = o.file_experts
-            found["moeq"] = opened_in_moeq(folder / "export")
-            if "refused" in found:
-                return found
-            found["llama.cpp"] = opened_in_llama(folder / "gguf")
-            found["gguf_bytes"] = (folder / "gguf" / NAME).stat().st_size
-            sides = {DENSE: self.dense_in_llama} | ({"plan": LlamaCpp(folder / "gguf" / NAME)} if plan else {})
-            found["prompt"] = o.prompt
-            found["seconds"] = in_turns(sides, {"decode 1": 6, "decode 16": 2, "prompt": o.prompt}, o.turns)
-            if plan:
-                sides["plan"].close()
-        return found
+    def _on_files(self, case: Case) -> Row:
+        weights = shapes_of(self.files.config)
+        named = case.plan in K_QUANTS
+        plan = k_quants(K_QUANTS[case.plan], weights) if named else carried(self._plan(case), weights)
+        grids = {name: PackedFormat.of(grid) for name, grid in plan.items()}
+        if case.part == "memory":
+            return self.files.memory(grids)
+        return self.files.times(grids, self.tasks, self.options.turns)
 
     def report(self, rows: Sequence[Row]) -> str:
         return report(rows)

@@ -36,6 +36,7 @@ from moeq.checkpoint.model_class import model_class
 from moeq.disk.waiting import WaitingStates
 from moeq.models.adapter import Adapter
 from moeq.models.shapes import weight_shapes
+from moeq.quant.kinds import SUPER_BLOCK, Kind
 from moeq.quant.spec import GridSpec, SolveSpec, WeightShape
 from moeq.survey.candidates import Candidates
 from moeq.survey.judge import open_judge
@@ -57,6 +58,7 @@ ALLOCATED: dict[str, Callable[[WeightShape], Hashable]] = {
 }
 TIMED, BY_TIME = "per weight, limit of time", "per weight, milliseconds alone"
 PLANS = (DENSE, *UNIFORM, RULE, *ALLOCATED, TIMED, BY_TIME)
+K_QUANTS: dict[str, Kind] = {"Q2_K and Q4_0": "q2_k", "Q3_K and Q4_0": "q3_k"}
 # Of the way from the allocated plan's time to that of the fastest plan of its size; of the time of 4 bits.
 SHARE_OF_SAVING, TIMES_FOUR_BITS = 0.5, 1.1
 SHAPES = {
@@ -94,6 +96,12 @@ def carried(plan: Plan, weights: Sequence[WeightShape]) -> Plan:
     """A plan of the bundled model on the weights of another, whose blocks are evenly spread over those of that one."""
     every = NUM_BLOCKS // (1 + max(weight.block for weight in weights))
     return {weight.name: plan[name] for weight in weights if (name := counterpart(weight.name, every)) in plan}
+
+
+def k_quants(kind: Kind, weights: Sequence[WeightShape]) -> Plan:
+    """A K-quant where rows are whole super-blocks, elsewhere 4 bits, as llama.cpp's own quantizer does it."""
+    own, four = GridSpec.of_kind(kind), replace(GRID, bits=4)
+    return {weight.name: four if weight.in_features % SUPER_BLOCK else own for weight in weights}
 
 
 def counterpart(name: str, every: int = 1) -> str:

@@ -2,20 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from benchmarks.lab.tables import Row, markdown, mean_kl
+from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl
 
 LINE = 1.24  # of heights of labels, on a logarithmic axis
 SAME = 1e-4  # nats: the model itself, which a logarithmic axis has no place for
+_MEMORY = (
+    "Bytes over those of the file, in a process of its own: tensors of the model; what is resident after opening and a "
+    "few tokens; the most in between, pages of the file included; each without what the process had before."
+)
+_SIDES = {
+    "moeq": ("tensors / file", "resident / file", "peak / file"),
+    "llama.cpp": ("resident / file", "peak / file"),
+}
 ENERGY = "Energy: no counter (`/sys/class/powercap`) on this machine."
 
 
 def report(rows: Sequence[Row]) -> str:
     """Markdown of the parts that were measured."""
-    parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in ("quality", "packed", "files")}
-    tables = ["## Size and quality", "", _quality_table(parts["quality"])]
+    parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in ("packed", "files", "memory")}
+    tables = ["## Size and quality", "", _quality_table(rows)]
     if parts["packed"]:
         tables += ["## In moeq's packed path", "", _speed_table(parts["packed"]), _energy(parts["packed"])]
     if parts["files"]:
@@ -23,17 +31,27 @@ def report(rows: Sequence[Row]) -> str:
         tables += ["", "## In llama.cpp", "", f"Files have {experts} experts a block.", ""]
         tables += [_speed_table(parts["files"]), _refused(parts["files"])]
         tables += ["", "## Opening the files", "", _opening_table(parts["files"])]
+    if parts["memory"]:
+        experts = next(iter(parts["memory"].values())).get("experts")
+        tables += ["", "## Memory", "", f"Files have {experts} experts a block. {_MEMORY}", ""]
+        tables += [_memory_table(parts["memory"]), _refused(parts["memory"])]
     return "\n".join(tables)
 
 
-def _quality_table(found: Mapping[str, Row]) -> str:
+def _by_plan(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of quality, one for each seed."""
+    return grouped((row for row in rows if row["part"] == "quality"), lambda row: str(row["plan"]))
+
+
+def _quality_table(rows: Sequence[Row]) -> str:
     head = ["plan", "bits", "mean KL", "bits, real shapes", "2 / 3 / 4 / 8 bits, weights", "predicted ms of products"]
     lines = []
-    for plan, row in found.items():
+    for plan, seeds in _by_plan(rows).items():
+        row, kl = seeds[0], cell([mean_kl(each) for each in seeds], ".4f")
         given = list(row["choices"].values())
         widths = " / ".join(str(given.count(bits)) for bits in (2, 3, 4, 8)) if given else "-"
         predicted = f"{row['milliseconds']:.1f}" if "milliseconds" in row else "-"
-        lines.append([plan, f"{row['bits']:.2f}", f"{mean_kl(row):.4f}", f"{row['large_bits']:.2f}", widths, predicted])
+        lines.append([plan, f"{row['bits']:.2f}", kl, f"{row['large_bits']:.2f}", widths, predicted])
     return markdown(head, lines)
 
 
@@ -54,15 +72,20 @@ def rate(row: Row, task: str) -> float:
 def _speed_table(found: Mapping[str, Row]) -> str:
     first = next(row for row in found.values() if "seconds" in row)
     names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
-    head = ["plan", "MiB", *(cell for name in names for cell in (f"{name}: tokens/s", "times bfloat16"))]
-    lines = []
+    head = ["plan", "MiB", *(title for name in names for title in (f"{name}: tokens/s", "times bfloat16"))]
+    with_types, lines = any("types" in row for row in found.values()), []
     for plan, row in found.items():
         if "seconds" in row:
             num_bytes = row["gguf_bytes"] if "gguf_bytes" in row else row["bytes"].get("plan", row["bytes"]["bfloat16"])
             pairs = ((f"{rate(row, task):.1f}", f"{faster(row, task):.2f}") for task in row["seconds"])
-            cells = [cell for pair in pairs for cell in pair]
-            lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells])
-    return markdown(head, lines)
+            cells = [figure for pair in pairs for figure in pair]
+            lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells, *([_types(row) or "-"] if with_types else [])])
+    return markdown([*head, *(["types, weights"] if with_types else [])], lines)
+
+
+def _types(row: Row) -> str:
+    """Weights of a file by type, without those that are not quantized."""
+    return ", ".join(f"{num} {kind}" for kind, num in row.get("types", {}).items() if kind not in ("F32", "BF16"))
 
 
 def _refused(found: Mapping[str, Row]) -> str:
@@ -87,6 +110,24 @@ def _opening_table(found: Mapping[str, Row]) -> str:
     return markdown(head, lines)
 
 
+def _memory_table(found: Mapping[str, Row]) -> str:
+    head = ["plan"]
+    for side, others in _SIDES.items():
+        head += [f"{side}: file, MiB", *others]
+    lines = []
+    for plan, row in found.items():
+        cells: list[str] = [plan]
+        for side, others in _SIDES.items():
+            taken = row.get(side)
+            if taken is None:
+                cells += ["-"] * (1 + len(others))
+                continue
+            cells += [f"{taken['file'] / 2**20:.0f}"]
+            cells += [f"{taken[name.partition(' ')[0]] / taken['file']:.2f}" for name in others]
+        lines.append(cells)
+    return markdown(head, lines)
+
+
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Names of the points that no other one beats in both numbers, by the first."""
     best: list[str] = []
@@ -100,7 +141,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Time of a token and bytes, each against KL, with the plans that no other beats in both joined by a line."""
     from matplotlib.figure import Figure
 
-    kl = {row["plan"]: mean_kl(row) for row in rows if row["part"] == "quality"}
+    kl = {plan: fmean(mean_kl(row) for row in seeds) for plan, seeds in _by_plan(rows).items()}
     packed = {row["plan"]: row for row in rows if row["part"] == "packed"}
     llama = {row["plan"]: row for row in rows if row["part"] == "files" and "seconds" in row}
     if not packed:
@@ -115,7 +156,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         _scatter(left, points, name, marker, 0.02)
     if times := [x for points in series.values() for x, _ in points.values()]:
         left.set_xlim(min(times) - 0.05, max(times) + 0.3)
-    sizes = {row["plan"]: (row["bits"], mean_kl(row)) for row in rows if row["part"] == "quality" and row["bits"] < 16}
+    sizes = {plan: (seeds[0]["bits"], kl[plan]) for plan, seeds in _by_plan(rows).items() if seeds[0]["bits"] < 16}
     _scatter(right, sizes, "all plans", "o", 0.25)
     right.set_xlim(2, 9.2)
     left.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")

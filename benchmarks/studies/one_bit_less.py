@@ -85,13 +85,13 @@ class OneBitLess(Study[Case]):
     legend = (
         "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over "
         "seeds; bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. "
-        "Seconds (processor and wall) and peak of resident memory are of the whole fit command, its sampling, "
-        "export and verification included; those of other quantizers as they report them; + F where some took "
-        "Kronecker factors, which are the same at every budget, from a folder in which an earlier fit had kept "
-        "them. Tasks, where they stand, are those of the catalog in which the bundled original is more than two "
-        "standard errors above chance on 1,000 documents: sums, sciq (57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), "
-        "piqa (53.8 +- 1.6%); not arc, hellaswag, openbookqa, winogrande, copa, and boolq only below its larger "
-        "class."
+        "Processor seconds and peak of resident memory are of the whole fit command, its sampling, export and "
+        "verification included, on a machine with other work (which makes them up to twice as many); those of other "
+        "quantizers as they report them; + F where some took Kronecker factors, which are the same at every budget, "
+        "from a folder in which an earlier fit had kept them. Tasks, where they stand, are those of the catalog in "
+        "which the bundled original is more than two standard errors above chance on 1,000 documents: sums, sciq "
+        "(57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, openbookqa, "
+        "winogrande, copa, and boolq only below its larger class."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
 

@@ -68,7 +68,7 @@ def table(own: Sequence[Row], others: Sequence[Row]) -> str:
     for data, words in DATA.items():
         groups += [(b, f"{o.peer}, on {words}", list(o.rows)) for b, o in best_others(others, data).items()]
     head = ["bits", "with scales", "recipe", "seeds", "mean KL", "worst KL", *(f"ppl {name}" for name in domains)]
-    head += ["top-1 %", "router %", *(f"{name} %" for name in tasks), "s of a core", "s", "peak MB"]
+    head += ["top-1 %", "router %", *(f"{name} %" for name in tasks), "s of a core", "peak MB"]
     lines = []
     for bits, recipe, group in sorted(groups, key=lambda one: (one[0], -fmean(map(mean_kl, one[2])))):
         cells = [f"{bits:g}", _mean(group, "average_bits", ".2f"), recipe, len(group), _kl(group)]
@@ -79,8 +79,7 @@ def table(own: Sequence[Row], others: Sequence[Row]) -> str:
         cells += [_accuracy(group, name) for name in tasks]
         costs = [row if "recipe" in row else row["report"] for row in group]
         factors = " + F" if any(row.get("factors_seconds", 0) is None for row in group) else ""
-        lines.append([*cells, *(_mean(costs, name, ".0f") + factors for name in ("cpu_seconds", "seconds")),
-                      _mean(costs, "peak_mb", ".0f")])  # fmt: skip
+        lines.append([*cells, _mean(costs, "cpu_seconds", ".0f") + factors, _mean(costs, "peak_mb", ".0f")])
     return f"### Every recipe\n\n{markdown(head, lines)}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeq.checkpoint.gpu_forms import KernelForm, why_no_kernel
 from moeq.checkpoint.nibble_forms import NibbleForm, SqueezedForm, nibble_bytes, why_no_nibbles
@@ -50,7 +50,7 @@ class Packed:
 
 Maker = Callable[[QuantizedWeight], Form]
 Choose = Callable[[Packed], "Maker | str"]
-Grouped = Callable[[Sequence[nn.Module], Tensor, Sequence[int]], Tensor]
+Grouped = Callable[[Sequence[Callable[[Tensor], Tensor]], Tensor, Sequence[int]], Tensor]
 
 
 def choose_on_cpu(packed: Packed) -> Maker | str:
@@ -71,15 +71,15 @@ def choose_on_gpu(packed: Packed) -> Maker | str:
     return KernelForm.of if reason is None else reason
 
 
-def one_after_another(layers: Sequence[nn.Module], x_SI: Tensor, counts: Sequence[int]) -> Tensor:
-    """Products of the rows of some experts with one projection of each, [S, O].
+def one_after_another(products: Sequence[Callable[[Tensor], Tensor]], x_SI: Tensor, counts: Sequence[int]) -> Tensor:
+    """Products of the rows of some experts with one part of each, [S, O].
 
     Args:
-        layers: The projection of each expert, of the same shape: prepared, packed or plain linears.
+        products: With the part of each expert: prepared, packed or plain linears, or gate and up together.
         x_SI: Rows in the order of the experts.
         counts: Rows of each expert, at least one.
     """
-    parts = [layer(x_MI) for layer, x_MI in zip(layers, x_SI.split(list(counts)), strict=True)]
+    parts = [product(x_MI) for product, x_MI in zip(products, x_SI.split(list(counts)), strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

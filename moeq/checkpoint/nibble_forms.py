@@ -26,6 +26,7 @@ from moeq.checkpoint.plane_form import (
     make_weight,
     product_dtype,
     second_code,
+    transposed,
     why_no_planes,
 )
 from moeq.kernels.bit_planes import split_planes
@@ -89,7 +90,7 @@ class NibbleForm:
 
     def by_operation(self, x_MI: Tensor) -> Tensor:
         """The product without the weight, of rows in bfloat16."""
-        y_MO = nibble_product(x_MI.contiguous(), self.packed, self.group_size, self.scale_offset_GO2)
+        y_MO = nibble_product(x_MI.contiguous(), self.packed, self.group_size, self.scale_offset_GO2.contiguous())
         if self.frame.bits <= 4:
             return y_MO
         higher_MO, lower_MO = y_MO.chunk(2, 1)
@@ -178,7 +179,7 @@ class SqueezedForm:
             whole.frame,
             whole.columns,
             sets,
-            weight.scale_OG.mT.contiguous(),
+            transposed(weight.scale_OG),
             () if zero_OG is None else split_planes(zero_OG.mT.contiguous(), bits),
         )
 

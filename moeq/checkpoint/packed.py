@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.checkpoint.forms import Form, Maker
+from moeq.checkpoint.joined_form import joined
 from moeq.checkpoint.packed_weight import PARTS, PackedFormat, dequantize_codes, packed_tensors, unpacked_weight
 from moeq.models.experts import ExpertSide, as_stored, parameter_name
 from moeq.quant.kinds import SUPER_BLOCK, TWO_LEVEL
@@ -81,8 +82,8 @@ class PackedLinear(nn.Module):
         The tensors of the file are given up.  Whoever asks for them, or moves the module, gets them back as they were;
         asking for them leaves the module to prepare itself at its next call.
         """
-        self._make_form = make_form
-        self._take_form()
+        if self.form is None or make_form != self._make_form:  # more room, or less, than before
+            self.hold(make_form(self.quantized()), make_form)
 
     def restore(self) -> None:
         """Hold the tensors of the file again."""
@@ -183,6 +184,41 @@ class PackedExpert(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.kept: dict[str, Tensor] | None = None
+        # Gate and up as one, and the forms of each that are parts of it.
+        self._joined: tuple[Form, Form, Form] | None = None
+
+    def join(self) -> None:
+        """Let prepared gate and up be one product where their forms can be, in the same memory."""
+        gate, up = self.gate_proj, self.up_proj
+        if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and self._together() is None:
+            self._joined = joined(gate.form, up.form)
+            if self._joined is not None:
+                _, gate.form, up.form = self._joined
+
+    def into(self, x_MI: Tensor) -> Tensor:
+        """Products with the projections into the expert, gate before up, [M, O of both]."""
+        both = None if x_MI.requires_grad and torch.is_grad_enabled() else self._together()
+        if both is not None:
+            return both.product(x_MI)
+        parts = [layer(x_MI) for layer in (self.gate_proj, self.up_proj) if layer is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _together(self) -> Form | None:
+        """Gate and up as one, unless one of them has given up its form since."""
+        if self._joined is not None:
+            both, gate, up = self._joined
+            if getattr(self.gate_proj, "form", None) is gate and getattr(self.up_proj, "form", None) is up:
+                return both
+            self._joined = None
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._joined = None  # it would keep what the projections give up
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._joined = None
+        super()._save_to_state_dict(*args, **kwargs)
 
     def weight(self, part: ExpertSide) -> Tensor:
         """Dequantized weight [O, I] of the down projection, or gate rows above up rows."""

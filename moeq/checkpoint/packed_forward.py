@@ -7,6 +7,7 @@ Shapes: N tokens, K top-k, S = N K rows, D hidden, F expert width, O out.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeq.checkpoint.forms import GROUPED
 from moeq.checkpoint.gpu_forward import forward_by_kernel, stacks_of
-from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts
-from moeq.models.experts import ExpertSide, activate, projections, stacked_bias
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts
+from moeq.models.experts import ExpertSide, activate, stacked_bias
 
 
 def packed_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -51,10 +52,9 @@ def _products(
     experts: PackedExperts, part: ExpertSide, x_SI: Tensor, ids_S: Tensor, hit: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """Products of all rows with a part of their experts, gate before up, and its biases; [S, O]."""
-    leaves = ("down_proj",) if part == "down" else projections(experts)[:-1]
-    grouped = GROUPED[x_SI.device.type]
-    products = [grouped([getattr(experts[e], leaf) for e in hit], x_SI, counts) for leaf in leaves]
-    z_SO = products[0] if len(products) == 1 else torch.cat(products, 1)
+    inside = [cast(PackedExpert, experts[expert]) for expert in hit]
+    products = [expert.down_proj if part == "down" else expert.into for expert in inside]
+    z_SO = GROUPED[x_SI.device.type](products, x_SI, counts)
     bias_EO = stacked_bias(experts, part)
     return z_SO if bias_EO is None else z_SO + bias_EO[ids_S]
 

@@ -47,7 +47,7 @@ class PlaneForm:
             frame_of(weight),
             split_planes(weight.codes_OI.mT.contiguous(), weight.bits),
             () if zero_OG is None else split_planes(zero_OG.mT.contiguous(), weight.bits),
-            weight.scale_OG.mT.contiguous(),
+            transposed(weight.scale_OG),
         )
 
     @property
@@ -85,6 +85,11 @@ class PlaneForm:
             scale_OG=self.scale_GO.mT.contiguous(),
             zero_point_OG=None if zero_GO is None else zero_GO.mT.contiguous(),
         )
+
+
+def transposed(scale_OG: Tensor) -> Tensor:
+    """Groups first, in memory of its own: one scale a row would stay where it is, perhaps in a mapped file."""
+    return scale_OG.mT.clone(memory_format=torch.contiguous_format)
 
 
 def joined_zero(planes: Sequence[Tensor], bits: int, scale_GO: Tensor) -> Tensor | None:

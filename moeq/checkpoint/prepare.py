@@ -4,7 +4,7 @@ A form of codes of 4 bits takes as much memory as a file of 4 bits in groups of 
 while there is room beyond the bytes of the files, those first that gain most for a byte: what every token passes,
 then experts, widths near 4 bits before 8, 3 and 2.  The others take the form that is as large as the file and makes the
 weight anew at every call.  Weights are prepared one after another, each giving up its tensors, so that nothing is in
-memory twice.
+memory twice; what the C library holds of them is given back as they go, and the files of the checkpoint are let go.
 """
 
 import logging
@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from moeq.checkpoint import packed_forward  # noqa: F401  (registers the implementation)
 from moeq.checkpoint.forms import CHOICE, Maker, Packed, extra_bytes
-from moeq.checkpoint.packed import IMPLEMENTATION, PackedExperts, PackedLinear
+from moeq.checkpoint.packed import IMPLEMENTATION, PackedExpert, PackedExperts, PackedLinear
+from moeq.checkpoint.release import leave_files, trim_heap
 from moeq.quant.spec import Fallback
 
 ROOM = 0.05  # of the bytes of the model
+BETWEEN = 16  # weights, after which freed memory is given back: it takes milliseconds
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
     before = model_bytes(model)
     forms: Counter[str] = Counter()
     fallbacks = []
-    for name, chosen in choose_forms(model, room_bytes).items():
+    for index, (name, chosen) in enumerate(choose_forms(model, room_bytes).items(), 1):
         if isinstance(chosen, str):
             fallbacks.append(Fallback(name, chosen, "multiplied by the reference"))
         else:
@@ -73,6 +75,14 @@ def prepare(model: PreTrainedModel, room_bytes: float | None = None) -> Prepared
             assert isinstance(layer, PackedLinear)
             layer.prepare(chosen)
             forms[type(layer.form).__name__] += 1
+            holder = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(holder, PackedExpert):
+                holder.join()
+            if index % BETWEEN == 0:
+                trim_heap()
+    if forms:
+        leave_files(model)
+        trim_heap()
     if any(isinstance(module, PackedExperts) for module in model.modules()):
         model.set_experts_implementation(IMPLEMENTATION)
     result = Prepared(dict(forms), (model_bytes(model), before), fallbacks)

@@ -98,6 +98,19 @@ def test_room_decides_how_many_weights_take_4_bits_and_is_not_exceeded(bits: int
 
 
 @needs_nibbles
+def test_room_may_be_given_to_a_model_that_is_prepared() -> None:
+    model = packed_model("qwen2_moe", bits=3)
+    prepare(model, 0.0)
+    assert SqueezedForm in forms(model)
+    made = {id(module.form) for module in model.modules() if isinstance(module, PackedLinear)}
+    prepare(model, 0.0)
+    assert {id(module.form) for module in model.modules() if isinstance(module, PackedLinear)} == made
+    prepare(model, UNLIMITED)
+    assert NibbleForm in forms(model)
+    assert SqueezedForm not in forms(model)
+
+
+@needs_nibbles
 def test_what_every_token_passes_takes_4_bits_before_experts() -> None:
     model = packed_model("mixtral", bits=8)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.speed.plan_speed import joules
 from benchmarks.studies import efficiency_plans as plans
-from benchmarks.studies.efficiency import Efficiency
-from benchmarks.studies.efficiency_report import faster, front, rate
+from benchmarks.studies.efficiency import EVERY, Case, Efficiency
+from benchmarks.studies.efficiency_report import faster, front, rate, report
 from moeq.allocation.constraints import Budget, Constraints
 from moeq.allocation.evidence import Evidence
 from moeq.allocation.plan import plan_cost
@@ -88,6 +88,44 @@ def test_ratios_are_medians_of_turns_and_rates_of_the_median_turn() -> None:
     assert rate(row, "prompt") == pytest.approx(8 / 3)
 
 
+def test_seeds_are_those_of_quality_and_types_of_llama_cpp_have_files_alone() -> None:
+    options = Efficiency.parser().parse_args(["--seeds", "4", "5", "--plans", *EVERY])
+    cases = set(Efficiency(options).cases())
+    assert {case.seed for case in cases if case.part == "quality"} == {4, 5}
+    assert {case.seed for case in cases if case.part != "quality"} == {4}
+    assert {part for part in ("quality", "packed", "files", "memory") if Case(4, part, "Q3_K and Q4_0") in cases} == {
+        "files",
+        "memory",
+    }
+    assert {case.plan for case in cases if case.part == "packed"} == set(plans.PLANS)
+
+
+def test_rows_that_are_no_super_blocks_are_on_4_bits() -> None:
+    weights = plans.shapes_of(plans.config_of(num_experts=8, num_hidden_layers=1))
+    found = plans.k_quants("q3_k", weights)
+    kinds = {(w.kind, w.linear): found[w.name].kind for w in weights}
+    assert kinds["routed", "up_proj"] == kinds["shared", "down_proj"] == kinds["attention", "q_proj"] == "q3_k"
+    assert kinds["routed", "down_proj"] == "full_range"
+    assert {grid.bits for grid in found.values() if grid.kind == "full_range"} == {4}
+
+
+def test_tables_have_the_mean_over_seeds_and_bytes_over_those_of_the_file() -> None:
+    rows = [
+        {
+            "part": "quality", "plan": "4 bits", "choices": {"w": 4}, "bits": 4.25, "large_bits": 4.25,
+            "milliseconds": 2.0, "domains": {"prose": {"kl": kl}, "python": {"kl": 3 * kl}},
+        }
+        for kl in (0.01, 0.02)
+    ]  # fmt: skip
+    sides = {"file": 100 << 20, "resident": 110 << 20, "peak": 150 << 20}
+    memory = {"part": "memory", "plan": "4 bits", "moeq": sides | {"tensors": 104 << 20}, "llama.cpp": sides}
+    refused = {"part": "memory", "plan": "mixed", "moeq": memory["moeq"], "refused": "two types"}
+    lines = report([*rows, memory, refused]).splitlines()
+    assert "| 4 bits | 4.25 | 0.0300 +- 0.0141 | 4.25 | 0 / 0 / 1 / 0 | 2.0 |" in lines
+    assert "| 4 bits | 100 | 1.04 | 1.10 | 1.50 | 100 | 1.10 | 1.50 |" in lines
+    assert "| mixed | 100 | 1.04 | 1.10 | 1.50 | - | - | - |" in lines
+
+
 def test_without_a_counter_no_energy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.speed.plan_speed.COUNTERS", tmp_path)
     assert joules() is None
@@ -103,6 +141,6 @@ def test_a_look_measures_every_part(tmp_path: Path) -> None:
     options = ["--plans", "bfloat16", "4 bits", "allocated per expert", "--prompt", "8", "--blocks", "1"]
     Efficiency.main(["--quick", "--folder", str(tmp_path / "rows"), "--json", str(tmp_path / "e.json"), *options])
     text = (tmp_path / "e.md").read_text()
-    assert text.count("\n| 4 bits |") == 4
+    assert text.count("\n| 4 bits |") == 5
     assert "Refused in GGUF: allocated per expert" in text
     assert (tmp_path / "e.png").is_file()

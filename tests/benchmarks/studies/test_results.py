@@ -10,6 +10,8 @@ from benchmarks.lab.study import Study
 from benchmarks.speed import evaluation, sampling, solve
 from benchmarks.studies.allocation import Allocation
 from benchmarks.studies.calibration_data import CalibrationData
+from benchmarks.studies.compressed_tensors import CompressedTensors
+from benchmarks.studies.efficiency import Efficiency
 from benchmarks.studies.gguf import Gguf
 from benchmarks.studies.mlx import Mlx
 from benchmarks.studies.peers import Peers
@@ -30,9 +32,12 @@ def read(stem: str) -> tuple[dict, str]:
         (Quantizers, "quantizers", {"peers": RESULTS / "peers.json"}),
         (Allocation, "allocation_reference", {"label": "reference", "folder": Path("runs")}),
         (Allocation, "allocation_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
+        (Efficiency, "efficiency", {}),
         (Peers, "peers", {}),
         (Gguf, "gguf", {"label": "reference", "folder": Path("runs")}),
         (Gguf, "gguf_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
+        (CompressedTensors, "compressed_tensors", {"label": "reference", "folder": Path("runs")}),
+        (CompressedTensors, "compressed_tensors_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
