@@ -79,7 +79,7 @@ class Mlx(Study[Case]):
         "those, too. "
         "moeq's folders have the widths and groups that the allocator chose among 2 to 6 and 8 bits in groups of 64 "
         "and 2 to 4 in groups of 128 (one survey, on the first set), full-range symmetric, by AGQ with refitted "
-        "routers, every value exact; rows before commit 44c4bf3 have ordinary symmetric grids. "
+        "routers, every value exact. "
         "Rows of mlx-lm's DWQ, where they stand, learned scales and offsets in 32 steps of 1,024 tokens "
         "at a rate of 5e-5, by dequantized products, since those with packed weights take a minute on this CPU; rows "
         "of its GPTQ, which knows 2, 4 and 8 bits, have one Hessian for all experts of a projection. Its AWQ knows no "
