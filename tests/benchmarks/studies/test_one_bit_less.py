@@ -79,8 +79,7 @@ def test_every_recipe_stands_beside_the_best_other_at_its_bits() -> None:
     lines = table([row("RTN", 3.0, 0.1)], [peer("x", 3, 0.04)]).strip().splitlines()[4:]
     assert lines == [
         "| 3 | 3.30 | RTN | 1 | 0.1000 | 0.1000 | 1.00 | 80.0 | 90.0 | 100.0 | 50 | 900 |",
-        "| 3 | - | x, on the mixture of the evaluated domains | 1 | 0.0400 | 0.0400 | 1.00 | 80.0 | 90.0 | - "
-        "| 5 | 7 |",
+        "| 3 | - | x, on the mixture of the evaluated domains | 1 | 0.0400 | 0.0400 | 1.00 | 80.0 | 90.0 | - | 5 | 7 |",
     ]
 
 
