@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from benchmarks.lab.allocated import make_survey
 from benchmarks.lab.files import MODELS, fit_file, tensor_bytes
 from benchmarks.lab.judge import file_bits
 from benchmarks.lab.sets import calibration_set
@@ -32,6 +33,7 @@ from benchmarks.peers.dense import QUANTIZED, load_folder, spelled
 from benchmarks.studies.compressed_tensors_arms import (
     BEST,
     BUDGETS,
+    CHOICES,
     GROUPS,
     LEARNED,
     OWN,
@@ -41,7 +43,6 @@ from benchmarks.studies.compressed_tensors_arms import (
     SURVEY,
     THEIRS,
     is_uniform,
-    make_survey,
     run_llmcompressor,
     steps_of,
 )
@@ -136,7 +137,7 @@ class CompressedTensors(Study[Case]):
         if quantizer in THEIRS:
             return run_llmcompressor(o.llmcompressor, o.model, quantizer, kind, seed, ids_NL, folder)
         if not is_uniform(kind):
-            make_survey(o.folder / SURVEY, self.yardstick.model, self.ids(0))
+            make_survey(o.folder / SURVEY, self.yardstick.model, self.ids(0), CHOICES)
         steps, settings = steps_of(quantizer, kind, seed, o.folder)
         return fit_file(ids_NL, steps, "compressed-tensors", folder, o.model, **settings)
 

@@ -7,19 +7,15 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.lab.allocated import DAMPING, allocated
 from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.kronecker_factors import KroneckerFactors
 from callbacks.learned_rounding import LearnedRounding
 from callbacks.router_calibration import RouterCalibration
-from moeq.allocation.plan import parse_choices
-from moeq.disk.atomic import write_json
-from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.survey.survey_spec import SurveySpec
-from moeq.survey.surveyor import survey_model
 
 OWN, OWN_LEARNED, OWN_BEST = "moeq", "moeq, learned", "moeq, two Hessians"
 RIVAL = "llm-compressor, GPTQ"
@@ -35,7 +31,6 @@ GROUPS = (32, 64, 128)
 BUDGETS = (4.125, 4.25, 4.5)
 LEARNED, BEST = ("W4 g64", "4.25"), (4.125,)
 CHOICES: tuple[int | str, ...] = ("4g0", "4g128", "4g64", "4g32", "8g0", "8g128", "8g64")
-DAMPING = 0.1
 SURVEY = "survey.json"
 SCRIPT = Path(__file__).resolve().parents[1] / "peers" / "quantize_llmcompressor.py"
 
@@ -56,31 +51,13 @@ def steps_of(quantizer: str, kind: str, seed: int, folder: Path) -> tuple[list[C
     """
     settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "grid": "full_range"}
     settings["group_size"] = int(kind.partition("g")[2]) if is_uniform(kind) else 64
-    plan = BitAllocation() if is_uniform(kind) else allocated(float(kind), folder / SURVEY)
+    plan = BitAllocation() if is_uniform(kind) else allocated(float(kind), folder / SURVEY, CHOICES, "vllm")
     steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
     if quantizer == OWN_BEST:
         steps.insert(0, KroneckerFactors(str(folder / "factors"), seed=seed))
     if quantizer != OWN:
         steps.append(LearnedRounding())
     return steps, settings
-
-
-def allocated(budget: float, survey: Path) -> BitAllocation:
-    """Schemes of least predicted divergence, of so many bits of a weight in the folder."""
-    return BitAllocation(
-        survey=str(survey), method="allocate", cost="fisher", budget=budget, budget_unit="average_bits",
-        choices=CHOICES, runtime="vllm",
-    )  # fmt: skip
-
-
-def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
-    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
-    if not path.is_file():
-        spec = SurveySpec(
-            costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-            grid=GridSpec(4, 64, symmetric=True, kind="full_range"),
-        )  # fmt: skip
-        write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 
 
 def run_llmcompressor(

@@ -22,6 +22,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from benchmarks.lab.allocated import make_survey
 from benchmarks.lab.files import MODELS, fit_file
 from benchmarks.lab.judge import Judge, file_bits
 from benchmarks.lab.llama_quantize import MIXTURES, importances, is_quantized, quantize_file
@@ -33,12 +34,12 @@ from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.studies.files_report import draw, report
 from benchmarks.studies.gguf_arms import (
     BUDGETS,
+    CHOICES,
     GRIDS,
     LEARNED,
     OWN,
     OWN_LEARNED,
     UNIFORM,
-    make_survey,
     run_autoround,
     steps_of,
 )
@@ -188,7 +189,7 @@ class Gguf(Study[Case]):
             return folder / NAME
         survey, ids_NL = self.options.folder / "survey.json", self.ids(case.seed)
         if case.kind not in (*UNIFORM, *GRIDS):
-            make_survey(survey, self.yardstick.model, self.ids(0))
+            make_survey(survey, self.yardstick.model, self.ids(0), CHOICES, group_size=32)
         steps, settings = steps_of(case.kind, survey, learned=case.quantizer == OWN_LEARNED)
         return fit_file(ids_NL, steps, "gguf", folder, self.options.model, **settings) / NAME
 

@@ -7,23 +7,18 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.lab.allocated import DAMPING, allocated
 from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.learned_rounding import LearnedRounding
 from callbacks.router_calibration import RouterCalibration
 from moeq.allocation.patterns import Pattern
-from moeq.allocation.plan import parse_choices
-from moeq.disk.atomic import write_json
 from moeq.quant.kinds import TABLES
-from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.survey.survey_spec import SurveySpec
-from moeq.survey.surveyor import survey_model
 
 OWN, OWN_LEARNED = "moeq", "moeq, learned"
-DAMPING = 0.1
 # Bits and group size of moeq's grid for a type.
 UNIFORM = {"Q2_0": (2, 64), "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}
 CHOICES: tuple[int | str, ...] = ("2g64", "q2_k", "q3_k", "q4_k", "iq4_nl", "4g32", "5g32", "8g32")
@@ -59,25 +54,11 @@ def steps_of(kind: str, survey: Path, *, learned: bool) -> tuple[list[Callback],
     else:
         # Latents move between evenly spaced levels.
         choices = tuple(choice for choice in CHOICES if not (learned and choice in TABLES))
-        plan = BitAllocation(
-            survey=str(survey), method="allocate", cost="fisher", budget=float(kind), budget_unit="average_bits",
-            choices=choices, runtime="llama.cpp",
-        )  # fmt: skip
+        plan = allocated(float(kind), survey, choices, "llama.cpp")
     steps: list[Callback] = [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
     if learned:
         steps.append(LearnedRounding())
     return steps, settings
-
-
-def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
-    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
-    if path.is_file():
-        return
-    spec = SurveySpec(
-        costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-        grid=GridSpec(4, 32, symmetric=True, kind="full_range"),
-    )  # fmt: skip
-    write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 
 
 def run_autoround(python: Path, model: str, kind: str, ids_NL: Tensor, dense: Path, folder: Path) -> Path:

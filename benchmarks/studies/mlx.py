@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.lab.allocated import DAMPING, allocated, make_survey
 from benchmarks.lab.files import MODELS, fit_file, tensor_bytes
 from benchmarks.lab.judge import Judge, file_bits
 from benchmarks.lab.sets import calibration_set
@@ -32,24 +33,18 @@ from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Texts, Yardstick
 from benchmarks.studies.files_report import draw, report
-from callbacks.bit_allocation import BitAllocation
 from callbacks.gptq import GPTQ
 from callbacks.hessian_calibration import HessianCalibration
 from callbacks.router_calibration import RouterCalibration
-from moeq.allocation.plan import parse_choices
 from moeq.disk.atomic import write_json, write_tensors
 from moeq.formats.mlx_config import completed
 from moeq.formats.mlx_known import find_family
-from moeq.quant.spec import GridSpec, SolveSpec
-from moeq.survey.survey_spec import SurveySpec
-from moeq.survey.surveyor import survey_model
 
 NUM_WINDOWS = 8  # per domain
 OWN, MLX_LM, DWQ, MLX_GPTQ = "moeq", "mlx-lm", "mlx-lm, DWQ", "mlx-lm, GPTQ"
 WIDTHS = {"2 bits": 2, "3 bits": 3, "4 bits": 4}
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 GROUP_SIZE = 64
-DAMPING = 0.1
 # 32 steps; with them the scales go as far, for their size, as in the 512 of 1e-6 that are mlx-lm's defaults.
 DWQ_PASSES, DWQ_RATE = 2, 5e-5
 # Bits of a weight in the folders of mlx-lm; mixed_3_4 and mixed_4_6, of 3.66 and 4.82, meet those of 3.5 and 4.5.
@@ -151,7 +146,8 @@ class Mlx(Study[Case]):
             write_learned(self.dense, folder, case, ids_NL)
             return folder
         survey = self.options.folder / "survey.json"
-        make_survey(survey, self.yardstick.model, calibration_set(self.yardstick, "corpus", 64, 0, survey.parent))
+        first_NL = calibration_set(self.yardstick, "corpus", 64, 0, survey.parent)
+        make_survey(survey, self.yardstick.model, first_NL, CHOICES, GROUP_SIZE)
         settings: dict[str, Any] = {"affinity_power": 1.0, "damping": DAMPING, "bits": 4, "grid": "full_range"}
         settings |= {"group_size": GROUP_SIZE, "model": self.options.model}
         return fit_file(ids_NL, steps_of(case.kind, survey), "mlx", folder, **settings)
@@ -165,21 +161,8 @@ class Mlx(Study[Case]):
 
 def steps_of(budget: str, survey: Path) -> list[Callback]:
     """Steps of moeq for a number of bits of a weight in the folder."""
-    plan = BitAllocation(
-        survey=str(survey), method="allocate", cost="fisher", budget=float(budget), budget_unit="average_bits",
-        choices=CHOICES, runtime="mlx",
-    )  # fmt: skip
+    plan = allocated(float(budget), survey, CHOICES, "mlx")
     return [plan, RouterCalibration(), HessianCalibration(), GPTQ()]
-
-
-def make_survey(path: Path, model: nn.Module, ids_NL: Tensor) -> None:
-    """Costs of every choice for every weight, made once, on one calibration set for all seeds."""
-    if not path.is_file():
-        spec = SurveySpec(
-            costs=("fisher",), choices=parse_choices(CHOICES, None), solve=SolveSpec(damping=DAMPING),
-            grid=GridSpec(4, GROUP_SIZE, symmetric=True, kind="full_range"),
-        )  # fmt: skip
-        write_json(path, survey_model(model, ids_NL.split(8), spec).to_json())
 
 
 def is_quantized(path: str) -> bool:
