@@ -6,7 +6,7 @@
 - `block`: experts of the shape of Qwen3-30B-A3B (128 of 768 x 2048, 8 for a token), which no cache holds.  bfloat16 is
   the faster of transformers' two implementations.  What the bytes allow is bfloat16's bytes over those of the form.
 - `weight`: one weight of 768 x 2048: up to how many rows the operation on 4 bits is faster than to make the weight and
-  multiply.
+  multiply, beside dense products in both dtypes.
 - `decode`: a model of 0.86 B parameters, token after token, beside bfloat16 and llama.cpp with the same codes (Q4_0).
 
 Sides run in turn.  Times are processor seconds, the smallest of the turns, since other work on the machine disturbs
@@ -136,7 +136,7 @@ def in_turn(sides: Mapping[str, Callable[[], object]], turns: int) -> dict[str, 
 
 
 def time_weight(shape: tuple[int, int], rows: int, turns: int) -> Row:
-    """Seconds of the operation, of the dequantized product, and of a dense one."""
+    """Seconds of the operation, of the dequantized product, and of dense ones."""
     form = NibbleForm.of(drawn_weight(*shape, PackedFormat(4, GROUP, symmetric=False)))
     dense_OI, x_MI = torch.randn(shape).bfloat16(), torch.randn(rows, shape[1]).bfloat16()
     return in_turn(
@@ -144,6 +144,7 @@ def time_weight(shape: tuple[int, int], rows: int, turns: int) -> Row:
             "operation": partial(form.by_operation, x_MI),
             "dequantized": partial(form.by_weight, x_MI),
             "bfloat16": partial(torch.nn.functional.linear, x_MI, dense_OI),
+            "float32": partial(torch.nn.functional.linear, x_MI.float(), dense_OI.float()),
         },
         turns,
     )
@@ -189,9 +190,9 @@ def block_table(rows: Sequence[Row]) -> str:
 
 def weight_table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    names = ("operation", "dequantized", "bfloat16")
+    names = [name for name in ("operation", "dequantized", "bfloat16", "float32") if name in rows[0]]
     lines = [[row["num"], *(f"{1e3 * min(row[name]):.2f}" for name in names)] for row in rows]
-    return markdown(["rows", "operation, ms", "dequantized, ms", "bfloat16, ms"], lines)
+    return markdown(["rows", *(f"{name}, ms" for name in names)], lines)
 
 
 if __name__ == "__main__":

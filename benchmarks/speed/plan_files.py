@@ -44,6 +44,22 @@ def write_files(config: PretrainedConfig, grids: Mapping[str, PackedFormat], fol
     return {"types": types}
 
 
+def write_mlx(config: PretrainedConfig, grids: Mapping[str, PackedFormat], folder: Path) -> Row:
+    """The folder ``mlx`` of a plan, or why there is none; its bytes.
+
+    Args: See ``write_files``.  A model in bfloat16 is the folder of transformers, which mlx-lm opens itself.
+    """
+    if grids:
+        export_of(packed_model(config, grids), folder)
+        try:
+            convert(folder / "export", "mlx", folder / "mlx")
+        except ValueError as error:
+            return {"refused": str(error)}
+    else:
+        dense_model(config).save_pretrained(folder / "mlx")
+    return {"bytes": sum(path.stat().st_size for path in (folder / "mlx").glob("*.safetensors"))}
+
+
 def open_in_moeq(export: Path) -> PreTrainedModel:
     """The model of a folder in transformers, in the forms that a machine multiplies by."""
     options: dict[str, Any] = {"dtype": "bfloat16", "experts_implementation": IMPLEMENTATION}

@@ -3,16 +3,15 @@
 Sides run in turn.  Times are processor seconds, which other work on the machine disturbs less than the clock.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from time import process_time
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.runtimes.llama_cpp import LlamaCpp
 from benchmarks.speed.packed_decode import PROMPT, step_seconds
 
 COUNTERS = Path("/sys/class/powercap")
@@ -20,11 +19,21 @@ COUNTERS = Path("/sys/class/powercap")
 Seconds = dict[str, dict[str, list[float]]]
 
 
-def in_turns(sides: Mapping[str, PreTrainedModel | LlamaCpp], tasks: Mapping[str, int], turns: int) -> Seconds:
+class Runtime(Protocol):
+    """A model that a runtime has opened and times itself: ``LlamaCpp``, ``MlxLm``."""
+
+    def step_seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:
+        """Processor seconds of each of some tokens after a prompt, of several sequences at once."""
+
+    def prompt_seconds(self, length: int) -> float:
+        """Processor seconds of reading one prompt."""
+
+
+def in_turns(sides: Mapping[str, PreTrainedModel | Runtime], tasks: Mapping[str, int], turns: int) -> Seconds:
     """Processor seconds of each task and side in every turn: of a step of decoding (a median), or of a whole prompt.
 
     Args:
-        sides: Models, in transformers or llama.cpp.
+        sides: Models, in transformers or another runtime.
         tasks: "decode N" with tokens to decode, "prompt" with tokens to read.
         turns: Each has every task of every side once.
     """
@@ -37,15 +46,15 @@ def in_turns(sides: Mapping[str, PreTrainedModel | LlamaCpp], tasks: Mapping[str
 
 
 @torch.no_grad()
-def _seconds(side: PreTrainedModel | LlamaCpp, task: str, num_tokens: int) -> float:
+def _seconds(side: PreTrainedModel | Runtime, task: str, num_tokens: int) -> float:
     kind, _, num = task.partition(" ")
-    if isinstance(side, LlamaCpp):
-        prompt = partial(side.prompt_seconds, num_tokens)
-        steps: Callable[[], list[float]] = lambda: side.step_seconds(int(num), PROMPT, num_tokens)  # noqa: E731
-    else:
-        prompt = partial(prompt_seconds, side, num_tokens)
-        steps = lambda: step_seconds(side, int(num), num_tokens)  # noqa: E731
-    return prompt() if kind == "prompt" else median(steps())
+    if isinstance(side, PreTrainedModel):
+        if kind == "prompt":
+            return prompt_seconds(side, num_tokens)
+        return median(step_seconds(side, int(num), num_tokens))
+    if kind == "prompt":
+        return side.prompt_seconds(num_tokens)
+    return median(side.step_seconds(int(num), PROMPT, num_tokens))
 
 
 def prompt_seconds(model: PreTrainedModel, length: int) -> float:

@@ -9,6 +9,7 @@
 - `files`: the same plan with fewer experts a block, written as moeq's packed folder and as a GGUF file: time of opening
   both, and the same tasks in llama.cpp beside its bfloat16.
 - `memory`: of such files, what a process of its own takes that opens one and decodes (``plan_memory.py``).
+- `mlx`: of such folders, the same tasks in mlx-lm on the CPU beside float32, as a check: its kernels are for GPUs.
 
 A row of a time holds both of its sides, which took turns, so parts may be run one after another (``--parts``).
 Llama.cpp's own types of 2 and 3 bits have files alone: what they are worth is in ``results/gguf.md``.
@@ -59,7 +60,7 @@ from moeq.disk.atomic import write_json
 from moeq.quant.spec import WeightShape
 from moeq.timing.measure import measure_times
 
-PARTS = ("quality", "packed", "files", "memory")
+PARTS = ("quality", "packed", "files", "memory", "mlx")
 OF_FILES = PARTS[2:]
 EVERY = (*PLANS, *K_QUANTS)
 SIZE = 3.25  # uniform 3 bits in groups of 64
@@ -117,7 +118,7 @@ class Efficiency(Study[Case]):
         return [
             Case(seed, part, plan)
             for part in seeds for seed in seeds[part] for plan in o.plans
-            if part in OF_FILES or plan not in K_QUANTS
+            if part in ("files", "memory") or plan not in K_QUANTS
         ]  # fmt: skip
 
     @cached_property
@@ -207,6 +208,8 @@ class Efficiency(Study[Case]):
         grids = {name: PackedFormat.of(grid) for name, grid in plan.items()}
         if case.part == "memory":
             return self.files.memory(grids)
+        if case.part == "mlx":
+            return self.files.times_in_mlx(grids, self.tasks, self.options.turns)
         return self.files.times(grids, self.tasks, self.options.turns)
 
     def report(self, rows: Sequence[Row]) -> str:

@@ -12,7 +12,8 @@ from transformers import Qwen2MoeConfig
 
 from benchmarks.lab.tables import Row
 from benchmarks.runtimes.llama_cpp import LlamaCpp
-from benchmarks.speed.plan_files import opened_in_llama, opened_in_moeq, write_files
+from benchmarks.runtimes.mlx_lm import MlxLm
+from benchmarks.speed.plan_files import opened_in_llama, opened_in_moeq, write_files, write_mlx
 from benchmarks.speed.plan_memory import SIDES, memory_of
 from benchmarks.speed.plan_speed import in_turns
 from benchmarks.studies.efficiency_plans import DENSE, GRID, config_of, shapes_of
@@ -55,6 +56,13 @@ class PlanFiles:
         """The file in bfloat16, open."""
         return LlamaCpp(self.dense / "gguf" / NAME)
 
+    @cached_property
+    def dense_in_mlx(self) -> MlxLm:
+        """The folder in bfloat16, open."""
+        with TemporaryDirectory() as folder:
+            write_mlx(self.config, {}, Path(folder))
+            return MlxLm(Path(folder) / "mlx")
+
     def times(self, grids: Grids, tasks: Mapping[str, int], turns: int) -> Row:
         """Seconds of opening, and of tasks in llama.cpp beside bfloat16; no grids are bfloat16 itself."""
         with self._written(grids) as (folder, found):
@@ -65,6 +73,20 @@ class PlanFiles:
             sides = {DENSE: self.dense_in_llama}
             if grids:
                 sides["plan"] = LlamaCpp(folder / "gguf" / NAME)
+            found |= {"prompt": tasks["prompt"], "seconds": in_turns(sides, tasks, turns)}
+            if grids:
+                sides["plan"].close()
+        return found
+
+    def times_in_mlx(self, grids: Grids, tasks: Mapping[str, int], turns: int) -> Row:
+        """Seconds of tasks in mlx-lm beside bfloat16."""
+        with TemporaryDirectory() as temporary:
+            found = write_mlx(self.config, grids, Path(temporary)) | {"experts": self.config.num_experts}
+            if "refused" in found:
+                return found
+            sides = {DENSE: self.dense_in_mlx}
+            if grids:
+                sides["plan"] = MlxLm(Path(temporary) / "mlx")
             found |= {"prompt": tasks["prompt"], "seconds": in_turns(sides, tasks, turns)}
             if grids:
                 sides["plan"].close()

@@ -13,6 +13,11 @@ _MEMORY = (
     "Bytes over those of the file, in a process of its own: tensors of the model; what is resident after opening and a "
     "few tokens; the most in between, pages of the file included; each without what the process had before."
 )
+_MLX = (
+    "A check that the files run, no more: its kernels for quantized weights are made for GPUs. Seconds are of all "
+    "threads; what is not quantized is in float32 on both sides, as MLX multiplies experts on a CPU in no other dtype."
+)
+_OF_ONE_SEED = ("packed", "files", "memory", "mlx")
 _SIDES = {
     "moeq": ("tensors / file", "resident / file", "peak / file"),
     "llama.cpp": ("resident / file", "peak / file"),
@@ -22,7 +27,7 @@ ENERGY = "Energy: no counter (`/sys/class/powercap`) on this machine."
 
 def report(rows: Sequence[Row]) -> str:
     """Markdown of the parts that were measured."""
-    parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in ("packed", "files", "memory")}
+    parts = {part: {row["plan"]: row for row in rows if row["part"] == part} for part in _OF_ONE_SEED}
     tables = ["## Size and quality", "", _quality_table(rows)]
     if parts["packed"]:
         tables += ["## In moeq's packed path", "", _speed_table(parts["packed"]), _energy(parts["packed"])]
@@ -35,6 +40,10 @@ def report(rows: Sequence[Row]) -> str:
         experts = next(iter(parts["memory"].values())).get("experts")
         tables += ["", "## Memory", "", f"Files have {experts} experts a block. {_MEMORY}", ""]
         tables += [_memory_table(parts["memory"]), _refused(parts["memory"])]
+    if parts["mlx"]:
+        experts = next(iter(parts["mlx"].values()))["experts"]
+        tables += ["", "## In mlx-lm, on the CPU", "", f"Files have {experts} experts a block. {_MLX}", ""]
+        tables += [_speed_table(parts["mlx"], "float32"), _refused(parts["mlx"], "MLX")]
     return "\n".join(tables)
 
 
@@ -69,18 +78,27 @@ def rate(row: Row, task: str) -> float:
     return float(num / median(sides.get("plan", sides["bfloat16"])))
 
 
-def _speed_table(found: Mapping[str, Row]) -> str:
+def _speed_table(found: Mapping[str, Row], dense: str = "bfloat16") -> str:
     first = next(row for row in found.values() if "seconds" in row)
     names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
-    head = ["plan", "MiB", *(title for name in names for title in (f"{name}: tokens/s", "times bfloat16"))]
+    head = ["plan", "MiB", *(title for name in names for title in (f"{name}: tokens/s", f"times {dense}"))]
     with_types, lines = any("types" in row for row in found.values()), []
     for plan, row in found.items():
         if "seconds" in row:
-            num_bytes = row["gguf_bytes"] if "gguf_bytes" in row else row["bytes"].get("plan", row["bytes"]["bfloat16"])
+            num_bytes = _num_bytes(row)
             pairs = ((f"{rate(row, task):.1f}", f"{faster(row, task):.2f}") for task in row["seconds"])
             cells = [figure for pair in pairs for figure in pair]
-            lines.append([plan, f"{num_bytes / 2**20:.0f}", *cells, *([_types(row) or "-"] if with_types else [])])
+            label = dense if plan == "bfloat16" else plan
+            lines.append([label, f"{num_bytes / 2**20:.0f}", *cells, *([_types(row) or "-"] if with_types else [])])
     return markdown([*head, *(["types, weights"] if with_types else [])], lines)
+
+
+def _num_bytes(row: Row) -> int:
+    """Of a plan's file, or of the model where none is written."""
+    if "gguf_bytes" in row:
+        return int(row["gguf_bytes"])
+    found = row["bytes"]
+    return int(found.get("plan", found["bfloat16"]) if isinstance(found, Mapping) else found)
 
 
 def _types(row: Row) -> str:
@@ -88,12 +106,12 @@ def _types(row: Row) -> str:
     return ", ".join(f"{num} {kind}" for kind, num in row.get("types", {}).items() if kind not in ("F32", "BF16"))
 
 
-def _refused(found: Mapping[str, Row]) -> str:
+def _refused(found: Mapping[str, Row], form: str = "GGUF") -> str:
     names = [plan for plan, row in found.items() if "refused" in row]
     if not names:
         return ""
     reason = next(row["refused"] for row in found.values() if "refused" in row)
-    return f"Refused in GGUF: {', '.join(names)}; such as: {reason}."
+    return f"Refused in {form}: {', '.join(names)}; such as: {reason}."
 
 
 def _energy(found: Mapping[str, Row]) -> str:

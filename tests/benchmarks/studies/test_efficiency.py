@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speed.plan_speed import joules
 from benchmarks.studies import efficiency_plans as plans
-from benchmarks.studies.efficiency import EVERY, Case, Efficiency
+from benchmarks.studies.efficiency import EVERY, PARTS, Case, Efficiency
 from benchmarks.studies.efficiency_report import faster, front, rate, report
 from moeq.allocation.constraints import Budget, Constraints
 from moeq.allocation.evidence import Evidence
@@ -93,10 +93,7 @@ def test_seeds_are_those_of_quality_and_types_of_llama_cpp_have_files_alone() ->
     cases = set(Efficiency(options).cases())
     assert {case.seed for case in cases if case.part == "quality"} == {4, 5}
     assert {case.seed for case in cases if case.part != "quality"} == {4}
-    assert {part for part in ("quality", "packed", "files", "memory") if Case(4, part, "Q3_K and Q4_0") in cases} == {
-        "files",
-        "memory",
-    }
+    assert {part for part in PARTS if Case(4, part, "Q3_K and Q4_0") in cases} == {"files", "memory"}
     assert {case.plan for case in cases if case.part == "packed"} == set(plans.PLANS)
 
 
@@ -136,11 +133,14 @@ def test_without_a_counter_no_energy_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a survey, and eight processes one after another
 def test_a_look_measures_every_part(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
+    pytest.importorskip("mlx_lm")
     options = ["--plans", "bfloat16", "4 bits", "allocated per expert", "--prompt", "8", "--blocks", "1"]
     Efficiency.main(["--quick", "--folder", str(tmp_path / "rows"), "--json", str(tmp_path / "e.json"), *options])
     text = (tmp_path / "e.md").read_text()
-    assert text.count("\n| 4 bits |") == 5
+    assert text.count("\n| 4 bits |") == 6
     assert "Refused in GGUF: allocated per expert" in text
+    assert "Refused in MLX: allocated per expert" in text
     assert (tmp_path / "e.png").is_file()
