@@ -10,6 +10,7 @@ from typing import Any
 
 from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family, grouped_heads
 from moeq.formats.gguf_metadata import deepseek_ocr, experts, sigmoid_routing
+from moeq.formats.gguf_qwen4 import images
 from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
 
 
@@ -37,6 +38,7 @@ _QWEN3_VL = Family(
 
 WRAPPERS: dict[str, Family] = {
     "qwen3_5_moe": _of("qwen3_5_moe_text"),
+    "qwen4_exp": replace(_of("qwen4_exp_text"), beside=images),
     "gemma4": _of("gemma4_text"),
     "internvl": _of("qwen3_moe"),
     "kimi_k25": _of("deepseek_v3"),
