@@ -139,6 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _MANY_INDEX_HEADS,
     "qwen4_exp_text": _QWEN4_EXP,
     "qwen4_exp": _QWEN4_EXP,
+    "glm5_next": {**_MANY_INDEX_HEADS, "qk_rope_head_dim": 0},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},

@@ -100,7 +100,11 @@ def _chunks(export: PackedExport, planned: Planned, mode: CarrierMode, shown: It
 def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
     plan = plan_file(export.model, export.grids, mode)
     path = folder / NAME
-    _, stored = read_file(path)
+    metadata, stored = read_file(path)
+    architecture = find_family(export.model).architecture
+    for key, numbers in _numbers(export).items():
+        if metadata.get(f"{architecture}.{key}") != numbers:
+            raise ExportMismatchError(f"{path} has other {key} than the model; export again")
     if wrong := sorted({each.name for each in plan} ^ stored.keys()):
         raise ExportMismatchError(f"{path} has other tensors than were written: {', '.join(wrong[:8])}; export again")
     error, types, num_bytes, numel = 0.0, Counter[str](), 0, 0

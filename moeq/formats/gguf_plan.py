@@ -21,8 +21,9 @@ from moeq.formats.language_model import is_beside, language_root
 from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
 from moeq.quant.carrier import CarrierMode
 
-# Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
-_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
+# Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions, what it adds, and what
+# mixes residual streams, as transformers computes it.
+_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm", "compressor_ape", "hc_attn_fn", "hc_ffn_fn")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 

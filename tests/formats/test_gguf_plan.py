@@ -161,6 +161,12 @@ _YARN_OF_LESS = {
                             "ple_layer_ids": [1, 2]}, "n-grams in one block"),
         ("qwen4_exp_text", {"ple_embed_dim": 32}, "as wide as the residual stream, and here they are 32 wide"),
         ("qwen4_exp_text", {"ngram_size": 9, "heads_per_ngram": 2}, "n-grams of 8 tokens at most"),
+        ("glm5_next", {"layer_types": ["full_attention"] * 2}, "delta rule beside blocks of attention"),
+        ("glm5_next", {"linear_num_heads": 8}, "as many heads of the delta rule as of attention"),
+        ("glm5_next", {"hc_mult": 3}, "four residual streams, and here they are 3"),
+        ("glm5_next", {"index_kpool": 1}, "pools of two tokens or more"),
+        ("glm5_next", {"index_kpool_always_select_tail": False}, "last tokens that are no whole pool"),
+        ("glm5_next", {"mlp_layer_types": ["sparse", "dense"]}, "dense blocks before all mixtures"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"]}, "every so-manieth block"),
         (
             "mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

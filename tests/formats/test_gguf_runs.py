@@ -53,6 +53,7 @@ OPTIONS: dict[str, Values] = {
     "glm_moe_dsa": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": _QWEN4,
+    "glm5_next": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
     "granitemoe_swa": {"sliding_window": 8},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
@@ -106,6 +107,14 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
     ("qwen4_exp_text", {"ple_layer_ids": [], "hc_count": 3, "linear_num_value_heads": 8, "tie_word_embeddings": True,
                         "indexer_head_dim": 32, "indexer_compress_ratio": 4, "indexer_budget": 12}),
     ("qwen4_exp_text", {"rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}}),
+    ("glm5_next", {"num_hidden_layers": 5, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 3, "n_shared_experts": 2,
+                   "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention",
+                                   "full_attention"],
+                   "indexer_types": ["full", "full", "shared", "full", "full"]}),
+    ("glm5_next", {"swiglu_limit": 0.3, "linear_lower_bound": None, "n_group": 2, "index_kpool": 4, "index_topk": 12}),
+    ("glm5_next", {"linear_lower_bound": -2.0, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+                   "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "v_head_dim": 32, "qk_nope_head_dim": 48,
+                   "kv_lora_rank": 24, "q_lora_rank": 40, "linear_head_dim": 32}),
     ("deepseek_ocr2", {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "num_experts_per_tok": 3}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
@@ -141,6 +150,26 @@ def _compare(family: str, options: Values, folder: Path) -> None:
     torch.testing.assert_close(found[0], theirs[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(found, theirs, atol=2e-3 if family in _BY_TABLE else 1e-4, rtol=0)
     torch.testing.assert_close(stepped, theirs, atol=2e-3 if family in _BY_TABLE else 1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen4_exp_text", {"indexer_budget": 64}), ("glm5_next", {"index_topk": 64})],
+)
+def test_what_stays_in_bfloat16_is_computed(family: str, options: Values, tmp_path: Path) -> None:
+    """llama.cpp ends where it has no operation on a type.
+
+    All experts and tokens are taken, so that roundings decide nothing.
+    """
+    some = ("layers.0.mlp.up_proj", "layers.0.linear_attn.in_proj_z")
+    options = {**OPTIONS[family], **options, "num_experts_per_tok": 8}
+    export, _ = write_packed(family, tmp_path, lambda name: (8, 32, True) if name.endswith(some) else None, **options)
+    convert(export, "gguf", tmp_path / "gguf")
+    file = LlamaCpp(tmp_path / "gguf" / "model.gguf")
+    found = file.logits(IDS)
+    file.close()
+    assert divergence(transformers_logits(export), found) < 1e-3
 
 
 @pytest.mark.parametrize(
