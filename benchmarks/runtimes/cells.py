@@ -124,12 +124,22 @@ _MISTRAL = {
 }  # fmt: skip
 # Two heads give many tokens a score of 0 alike, of which each runtime takes others.
 _MANY_INDEX_HEADS = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8}
+# One block of each kind, an indexer that leaves tokens out, n-grams in small tables.
+_QWEN4_EXP = {
+    "layer_types": ["linear_attention", "full_attention"], "output_gate_type": "sigmoid", "indexer_n_heads": 32,
+    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1], "heads_per_ngram": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"rope_parameters": _MISTRAL},
     "mistral3": {"rope_parameters": _MISTRAL},
     "deepseek_ocr2": {"num_key_value_heads": 4},
     "deepseek_v32": _MANY_INDEX_HEADS,
     "glm_moe_dsa": _MANY_INDEX_HEADS,
+    "qwen4_exp_text": _QWEN4_EXP,
+    "qwen4_exp": _QWEN4_EXP,
+    "glm5_next": {**_MANY_INDEX_HEADS, "qk_rope_head_dim": 0},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},

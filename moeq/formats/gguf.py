@@ -18,10 +18,10 @@ from moeq.export.origin import source_folder
 from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
-from moeq.formats.gguf_file import StoredTensor, read_file, write_file
+from moeq.formats.gguf_file import StoredTensor, Whole64, read_file, write_file
 from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_nvfp4 import scale_name
-from moeq.formats.gguf_plan import Planned, find_family, plan_file
+from moeq.formats.gguf_plan import Planned, find_family, number_keys, plan_file
 from moeq.formats.gguf_rope import Metadata
 from moeq.formats.gguf_tokenizer import tokenizer_metadata
 from moeq.formats.language_model import left_out
@@ -67,7 +67,7 @@ def _write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Prog
         "general.quantized_by": "moeq",
         "general.quantization_version": 2,
         **({"general.file_type": _FILE_KINDS[kind]} if kind in _FILE_KINDS else {}),
-        **{f"{architecture}.{key}": value for key, value in _describe(export.model).items()},
+        **{f"{architecture}.{key}": value for key, value in (_describe(export.model) | _numbers(export)).items()},
         **tokenizer_metadata(export.folder, export.model.config),
     }
     shown = iter(progress(range(len(plan)), "tensors of the file"))
@@ -100,7 +100,11 @@ def _chunks(export: PackedExport, planned: Planned, mode: CarrierMode, shown: It
 def _verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
     plan = plan_file(export.model, export.grids, mode)
     path = folder / NAME
-    _, stored = read_file(path)
+    metadata, stored = read_file(path)
+    architecture = find_family(export.model).architecture
+    for key, numbers in _numbers(export).items():
+        if metadata.get(f"{architecture}.{key}") != numbers:
+            raise ExportMismatchError(f"{path} has other {key} than the model; export again")
     if wrong := sorted({each.name for each in plan} ^ stored.keys()):
         raise ExportMismatchError(f"{path} has other tensors than were written: {', '.join(wrong[:8])}; export again")
     error, types, num_bytes, numel = 0.0, Counter[str](), 0, 0
@@ -180,6 +184,11 @@ def _describe(model: PreTrainedModel) -> Metadata:
     except ValueError as error:
         raise ValueError(f"gguf: {error}; export moeq or dense") from error
     return {key: value for key, value in keys.items() if value is not None}
+
+
+def _numbers(export: PackedExport) -> Metadata:
+    """Keys that are tensors of whole numbers in the model."""
+    return {key: Whole64(export.tensor(name).tolist()) for name, key in number_keys(export.model).items()}
 
 
 def _reader(kinds: set[str]) -> str:

@@ -12,6 +12,7 @@ from moeq.formats import gguf_gemma as gemma
 from moeq.formats import gguf_latent as latent
 from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
+from moeq.formats import gguf_qwen4 as qwen4
 from moeq.formats import gguf_recurrent as recurrent
 from moeq.formats import gguf_windows as windowed
 from moeq.formats.gguf_metadata import Describe
@@ -47,6 +48,7 @@ class Family:
         language_model: Of a wrapper, of which llama.cpp reads the language model alone: the family that this has to
             be. What is described, fixed and refused is of its configuration. "" where there is no wrapper.
         beside: Keys of what stands beside the language model, made of the wrapper's configuration.
+        numbers: Tensors of whole numbers that are keys of the file: what follows the number of the block, and the key.
     """
 
     architecture: str
@@ -58,6 +60,7 @@ class Family:
     refuses: Callable[[Any], str | None] = lambda config: None
     language_model: str = ""
     beside: Describe = lambda config: {}
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 def grouped_heads(config: Any) -> str | None:
@@ -225,6 +228,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm_moe_dsa": Family(
         "glm-dsa", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.glm_dsa,
+    ),
+    "qwen4_exp_text": Family(
+        "qwen4exp", qwen4.qwen4_exp, (SILU, NO_BIAS, ("norm_topk_prob", True), ("output_gate_type", "sigmoid")),
+        qwen4.QWEN4_EXP, names="qwen35moe", numbers=qwen4.HASHES, refuses=qwen4.problem,
     ),
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),

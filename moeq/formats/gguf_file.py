@@ -19,6 +19,11 @@ from torch import Tensor
 from moeq.disk.atomic import whole_file
 from moeq.formats.gguf_blocks import FILE_TYPES, Bytes
 
+
+class Whole64(list[int]):
+    """Whole numbers of 64 bits, for a key that needs them."""
+
+
 # Values of one tensor, some of its bytes after another.
 Chunks = Callable[[], Iterable[Bytes]]
 
@@ -45,7 +50,7 @@ def write_file(
         path: Of the file.
         architecture: Name that llama.cpp knows the model by.
         metadata: Keys and values: bool, int (32 bits, unsigned), float (32 bits), str, or lists of one of these; ints
-            of lists are signed.
+            of lists are signed, those of ``Whole64`` unsigned of 64 bits.
         tensors: What each holds, in the order of the file.
 
     Raises:
@@ -169,5 +174,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, Whole64):
+        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64)
     else:
         writer.add_array(key, value)

@@ -24,6 +24,7 @@ class Piece:
         columns: The same of in-features.
         shape: That it has; None is the one it had.
         values: Made of the values in place of rows.
+        of_block: Its name has the number of the block in front, where it is of a block.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Piece:
     columns: Tensor | None = None
     shape: tuple[int, ...] | None = None
     values: Callable[[Tensor], Tensor] | None = None
+    of_block: bool = True
 
     def of_codes(self, weight: QuantizedWeight) -> QuantizedWeight:
         """These rows and columns of a quantized weight; see ``check_groups``."""

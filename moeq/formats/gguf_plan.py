@@ -21,8 +21,9 @@ from moeq.formats.language_model import is_beside, language_root
 from moeq.formats.source import PackedExport, model_stacks, other_names, weight_shape
 from moeq.quant.carrier import CarrierMode
 
-# Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions.
-_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm")
+# Tensors that llama.cpp wants in float32 though they are matrices: routers, gates, convolutions, what it adds, and what
+# mixes residual streams, as transformers computes it.
+_FLOAT32 = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm", "compressor_ape", "hc_attn_fn", "hc_ffn_fn")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -105,8 +106,9 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
             kind = _one_type(stack, names, grids, piece, shape[1], mode, model.dtype)
             planned.append(_planned(piece, kind, tuple(names), "", shape))
             planned += _scales(planned[-1], config.model_type)
+    numbers = number_keys(model)
     for name in other_names(model):
-        if is_beside(model, name):
+        if is_beside(model, name) or name in numbers:
             continue
         shape, dtype = tuple(state[name].shape), state[name].dtype
         for piece in _pieces(config, family, root, name, "", shape):
@@ -116,6 +118,13 @@ def plan_file(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
         head = Piece(_HEAD)
         planned.append(Planned(_HEAD, embedding.stored, embedding.weights, embedding.tensor, head))
     return planned
+
+
+def number_keys(model: PreTrainedModel) -> dict[str, str]:
+    """Tensors of whole numbers that are keys of the file below the architecture's name, each with its key."""
+    found = find_family(model).numbers
+    ending = {name: next((each for each in found if name.endswith(f".{each}")), "") for name in other_names(model)}
+    return {name: found[each] for name, each in ending.items() if each}
 
 
 def _scales(planned: Planned, family: str) -> list[Planned]:
@@ -150,7 +159,7 @@ def _pieces(config: Any, family: Family, root: str, name: str, ending: str, shap
     number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
         for piece in make(config, shape):
-            yield replace(piece, name=f"blk.{number}.{piece.name}") if number else piece
+            yield replace(piece, name=f"blk.{number}.{piece.name}") if number and piece.of_block else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name
     found = _names(family.names or family.architecture, config.num_hidden_layers).get_name(

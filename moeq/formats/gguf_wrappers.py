@@ -8,6 +8,8 @@ embedding matter for images alone.
 from dataclasses import replace
 from typing import Any
 
+from moeq.formats import gguf_glm5 as glm5
+from moeq.formats import gguf_qwen4 as qwen4
 from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family, grouped_heads
 from moeq.formats.gguf_metadata import deepseek_ocr, experts, sigmoid_routing
 from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
@@ -37,6 +39,7 @@ _QWEN3_VL = Family(
 
 WRAPPERS: dict[str, Family] = {
     "qwen3_5_moe": _of("qwen3_5_moe_text"),
+    "qwen4_exp": replace(_of("qwen4_exp_text"), beside=qwen4.images),
     "gemma4": _of("gemma4_text"),
     "internvl": _of("qwen3_moe"),
     "kimi_k25": _of("deepseek_v3"),
@@ -50,6 +53,16 @@ WRAPPERS: dict[str, Family] = {
     ),
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_omni_moe_thinker": replace(_QWEN3_VL, language_model="qwen3_omni_moe_text"),
+    "glm5_next": Family(
+        "glm5-next",
+        glm5.glm5_next,
+        (SILU, NO_BIAS),
+        glm5.GLM5_NEXT,
+        own_head=True,
+        names="kimi-linear",
+        refuses=glm5.problem,
+        language_model="glm5_next_text",
+    ),
     "glm4v_moe": Family(
         "glm4moe", lambda config: sigmoid_routing(config) | sections(config), (SILU,), language_model="glm4v_moe_text"
     ),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.runtimes.cells import OPTIONS
 from moeq.disk.folder import MANIFEST
 from moeq.export.compare import ExportMismatchError
 from moeq.export.contents import read_contents
@@ -19,8 +20,8 @@ from moeq.formats import gguf as module
 from moeq.formats.convert import convert, proof
 from moeq.formats.gguf import FORMAT, NAME
 from moeq.formats.gguf_blocks import to_bytes
-from moeq.formats.gguf_file import FileTensor, read_file, write_file
-from moeq.formats.source import PackedExport
+from moeq.formats.gguf_file import FileTensor, Whole64, read_file, write_file
+from moeq.formats.source import PackedExport, open_packed
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight
 from tests.formats.gguf_models import Grid, write_packed
@@ -168,6 +169,32 @@ def test_a_file_whose_tensor_has_too_few_bytes_is_not_finished(tmp_path: Path) -
     with pytest.raises(ValueError, match="a has 16 bytes where 32 were declared"):
         write_file(tmp_path / NAME, "llama", {}, {"a": (tensor, lambda: [np.zeros(16, np.uint8)])})
     assert not list(tmp_path.iterdir())
+
+
+def test_whole_numbers_of_64_bits_are_read_as_they_were_written(tmp_path: Path) -> None:
+    numbers = [2**62 + 1, 0, 5]
+    write_file(tmp_path / NAME, "qwen4exp", {"qwen4exp.wide": Whole64(numbers), "qwen4exp.narrow": [1, 2]}, {})
+    fields = gguf.GGUFReader(tmp_path / NAME).fields
+    assert fields["qwen4exp.wide"].types[1] is gguf.GGUFValueType.UINT64
+    assert fields["qwen4exp.narrow"].types[1] is gguf.GGUFValueType.INT32
+    assert read_file(tmp_path / NAME)[0]["qwen4exp.wide"] == numbers
+
+
+def test_tensors_of_whole_numbers_are_keys_of_the_file_and_compared(tmp_path: Path) -> None:
+    """Tables of n-grams and what a token is multiplied with."""
+    export, _ = write_packed("qwen4_exp_text", tmp_path, grid_of, **OPTIONS["qwen4_exp_text"])
+    convert(export, "gguf", tmp_path / "gguf")
+    metadata, _ = read_file(tmp_path / "gguf" / NAME)
+    found = metadata["qwen4exp.ple.layer_multipliers"]
+    stored = tensors_of(export)["model.layers.0.ple.ple_embedding.layer_multipliers"]
+    assert found == stored.tolist()
+    assert max(found) > 2**32
+    raw = bytearray((tmp_path / "gguf" / NAME).read_bytes())
+    place = raw.index(found[0].to_bytes(8, "little"))
+    raw[place] ^= 1
+    (tmp_path / "gguf" / NAME).write_bytes(raw)
+    with pytest.raises(ExportMismatchError, match=r"has other ple.layer_multipliers than the model"):
+        FORMAT.verify(open_packed(export), tmp_path / "gguf", "exact", silent)
 
 
 def test_of_a_wrapper_the_language_model_is_written_and_the_rest_counted(tmp_path: Path) -> None:

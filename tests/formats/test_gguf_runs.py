@@ -19,6 +19,12 @@ _YARN: Values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "ori
 # Its queries grow with their position: once in 16 here.
 _MISTRAL: Values = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
                     "max_position_embeddings": 512}  # fmt: skip
+_QWEN4: Values = {
+    "layer_types": ["linear_attention", "full_attention"], "output_gate_type": "sigmoid", "indexer_n_heads": 32,
+    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1], "heads_per_ngram": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
@@ -45,6 +51,9 @@ OPTIONS: dict[str, Values] = {
     # Two heads give many tokens a score of 0 alike, of which each runtime takes others.
     "deepseek_v32": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
     "glm_moe_dsa": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": _QWEN4,
+    "glm5_next": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
     "granitemoe_swa": {"sliding_window": 8},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
@@ -93,12 +102,27 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                      "mlp_layer_types": ["dense", "sparse", "sparse"]}),
     ("mistral4", {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 2.0,
                   "first_k_dense_replace": 0}),
+    ("qwen4_exp_text", {"num_hidden_layers": 4, "ple_layer_ids": [3], "ngram_size": 5, "ple_conv_kernel_size": 3,
+                        "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]}),
+    ("qwen4_exp_text", {"ple_layer_ids": [], "hc_count": 3, "linear_num_value_heads": 8, "tie_word_embeddings": True,
+                        "indexer_head_dim": 32, "indexer_compress_ratio": 4, "indexer_budget": 12}),
+    ("qwen4_exp_text", {"rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}}),
+    ("glm5_next", {"num_hidden_layers": 5, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 3, "n_shared_experts": 2,
+                   "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention",
+                                   "full_attention"],
+                   "indexer_types": ["full", "full", "shared", "full", "full"]}),
+    ("glm5_next", {"swiglu_limit": 0.3, "linear_lower_bound": None, "n_group": 2, "index_kpool": 4, "index_topk": 12}),
+    ("glm5_next", {"linear_lower_bound": -2.0, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+                   "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "v_head_dim": 32, "qk_nope_head_dim": 48,
+                   "kv_lora_rank": 24, "q_lora_rank": 40, "linear_head_dim": 32}),
     ("deepseek_ocr2", {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "num_experts_per_tok": 3}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
                     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
 )  # fmt: skip
 _QUICK = ("mixtral", "deepseek_v3", "qwen3_vl_moe")
+# Tokens of the prompt before others are read one by one, beside what was kept of those before.
+_PROMPT = 13
 # llama.cpp reads this function of two families off a table in float16, whose steps others make elsewhere.
 _BY_TABLE = ("gemma4", "gemma4_text")
 
@@ -120,11 +144,32 @@ def _compare(family: str, options: Values, folder: Path) -> None:
     source, path = write_dense(family, folder, **options)
     theirs = transformers_logits(source, by_table=family in _BY_TABLE)
     file = LlamaCpp(path)
-    found = file.logits(IDS)
+    found, stepped = file.logits(IDS), file.logits(IDS, prompt=_PROMPT)
     file.close()
     # Float rounding: logits of these models reach 5, and a wrong order of rows or a key left out moves them by 1.
     torch.testing.assert_close(found[0], theirs[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(found, theirs, atol=2e-3 if family in _BY_TABLE else 1e-4, rtol=0)
+    torch.testing.assert_close(stepped, theirs, atol=2e-3 if family in _BY_TABLE else 1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen4_exp_text", {"indexer_budget": 64}), ("glm5_next", {"index_topk": 64})],
+)
+def test_what_stays_in_bfloat16_is_computed(family: str, options: Values, tmp_path: Path) -> None:
+    """llama.cpp ends where it has no operation on a type.
+
+    All experts and tokens are taken, so that roundings decide nothing.
+    """
+    some = ("layers.0.mlp.up_proj", "layers.0.linear_attn.in_proj_z")
+    options = {**OPTIONS[family], **options, "num_experts_per_tok": 8}
+    export, _ = write_packed(family, tmp_path, lambda name: (8, 32, True) if name.endswith(some) else None, **options)
+    convert(export, "gguf", tmp_path / "gguf")
+    file = LlamaCpp(tmp_path / "gguf" / "model.gguf")
+    found = file.logits(IDS)
+    file.close()
+    assert divergence(transformers_logits(export), found) < 1e-3
 
 
 @pytest.mark.parametrize(
