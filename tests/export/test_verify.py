@@ -95,7 +95,8 @@ def test_a_model_that_does_not_hold_the_dequantized_values_is_found_out(export: 
 
 def test_an_export_that_computes_something_else_is_found_out(export: tuple) -> None:
     model, quantized, folder = export
-    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    # Not a factor: the norm behind the only block takes that out again.
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output.roll(1, -1))
     with pytest.raises(ExportMismatchError, match=r"logits of .* although all tensors are equal"):
         verify_packed(folder, held(model, quantized), IDS)
     assert not verify_packed(folder, held(model, quantized), IDS, logit_tolerance=1e3).logits_equal
