@@ -124,12 +124,20 @@ _MISTRAL = {
 }  # fmt: skip
 # Two heads give many tokens a score of 0 alike, of which each runtime takes others.
 _MANY_INDEX_HEADS = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8}
+_DOTS3 = {
+    **_MANY_INDEX_HEADS, "sliding_window": 8, "n_group": 1, "layer_types": ["indexed_attention", "sliding_attention"],
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+    "swa_head_dim": 64, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"rope_parameters": _MISTRAL},
     "mistral3": {"rope_parameters": _MISTRAL},
     "deepseek_ocr2": {"num_key_value_heads": 4},
     "deepseek_v32": _MANY_INDEX_HEADS,
     "glm_moe_dsa": _MANY_INDEX_HEADS,
+    "dots3_note_text": _DOTS3,
+    "dots3_note": _DOTS3,
+    "minimax": {"rms_norm_eps": 1e-6},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},

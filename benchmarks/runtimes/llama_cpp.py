@@ -96,8 +96,13 @@ class LlamaCpp:
             raise RuntimeError("".join(line for line in _said if "error" in line).strip())
         self._vocabulary = library.llama_model_get_vocab(self._model)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits of all positions of one sequence, [T, V], with keys and values in float32."""
+    def logits(self, ids: Tensor, *, prompt: int | None = None) -> Tensor:
+        """Logits of all positions of one sequence, [T, V], with keys and values in float32.
+
+        Args:
+            ids: Tokens, [T].
+            prompt: How many of them are read at once, before the others one by one; None is all.
+        """
         library, count = self._library, len(ids)
         parameters = library.llama_context_default_params()
         if (parameters.batch, parameters.cache_keys, parameters.cache_values) != (2048, 1, 1):
@@ -109,18 +114,19 @@ class LlamaCpp:
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
             raise RuntimeError("".join(_said[-5:]).strip())
-        batch = library.llama_batch_init(count, 0, 1)
-        batch.count = count
-        for place, token in enumerate(ids.tolist()):
-            batch.token[place], batch.position[place], batch.logits[place] = token, place, 1
-            batch.num_sequences[place], batch.sequence[place][0] = 1, 0
-        if library.llama_decode(context, batch):
-            raise RuntimeError("".join(_said[-5:]).strip())
-        shape = (count, library.llama_vocab_n_tokens(self._vocabulary))
-        found = torch.from_numpy(np.ctypeslib.as_array(library.llama_get_logits(context), shape).copy())
+        batch, found = library.llama_batch_init(count, 0, 1), []
+        for places in (range(prompt or count), *([place] for place in range(prompt or count, count))):
+            batch.count = len(places)
+            for row, place in enumerate(places):
+                batch.token[row], batch.position[row], batch.logits[row] = int(ids[place]), place, 1
+                batch.num_sequences[row], batch.sequence[row][0] = 1, 0
+            if library.llama_decode(context, batch):
+                raise RuntimeError("".join(_said[-5:]).strip())
+            shape = (len(places), library.llama_vocab_n_tokens(self._vocabulary))
+            found.append(torch.from_numpy(np.ctypeslib.as_array(library.llama_get_logits(context), shape).copy()))
         library.llama_batch_free(batch)
         library.llama_free(context)
-        return found
+        return torch.cat(found)
 
     def step_seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:
         """Processor seconds of each of some tokens after a prompt, of several sequences at once, on one thread."""
