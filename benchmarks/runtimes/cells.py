@@ -127,7 +127,7 @@ _MANY_INDEX_HEADS = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8}
 _DOTS3 = {
     **_MANY_INDEX_HEADS, "sliding_window": 8, "n_group": 1, "layer_types": ["indexed_attention", "sliding_attention"],
     "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
-    "swa_head_dim": 64, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32,
+    "swa_head_dim": 64, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32, "qk_rope_head_dim": 32,
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"rope_parameters": _MISTRAL},
