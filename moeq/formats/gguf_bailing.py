@@ -32,6 +32,7 @@ def bailing(config: Any) -> Metadata:
         rope(config, turned)
         | groups(config)
         | {
+            "rope.dimension_count": turned,  # whatever partial_rotary_factor says, which is of other heads
             "attention.head_count_kv": [1 if kind == "full_attention" else 0 for kind in config.layer_types],
             "attention.kv_lora_rank": config.kv_lora_rank,
             "attention.key_length": config.kv_lora_rank + turned,

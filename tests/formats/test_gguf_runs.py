@@ -114,7 +114,7 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                         "mlp_layer_types": ["dense", "dense", "sparse"], "rope_parameters": _YARN}),
     ("bailing_hybrid", {"tie_word_embeddings": True, "n_shared_experts": 2, "norm_topk_prob": False,
                         "mlp_layer_types": ["sparse", "sparse"], "short_conv_kernel_size": 3,
-                        "qk_rope_head_dim": 8, "v_head_dim": 32}),
+                        "qk_rope_head_dim": 8, "v_head_dim": 32, "partial_rotary_factor": 0.5}),
     ("dots3_note_text", {"num_hidden_layers": 4, "n_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False,
                          "layer_types": ["sliding_attention", "indexed_attention"] * 2, "n_shared_experts": 2,
                          "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}),
