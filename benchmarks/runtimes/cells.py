@@ -131,6 +131,11 @@ _QWEN4_EXP = {
     "ple_layer_ids": [1], "heads_per_ngram": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
+_DOTS3 = {
+    **_MANY_INDEX_HEADS, "sliding_window": 8, "n_group": 1, "layer_types": ["indexed_attention", "sliding_attention"],
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+    "swa_head_dim": 64, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32, "qk_rope_head_dim": 32,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"rope_parameters": _MISTRAL},
     "mistral3": {"rope_parameters": _MISTRAL},
@@ -140,6 +145,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4_EXP,
     "qwen4_exp": _QWEN4_EXP,
     "glm5_next": {**_MANY_INDEX_HEADS, "qk_rope_head_dim": 0},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": _DOTS3,
+    "minimax": {"rms_norm_eps": 1e-6},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},

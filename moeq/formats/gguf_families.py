@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeq.formats import gguf_bailing as bailing
+from moeq.formats import gguf_dots3 as dots3
 from moeq.formats import gguf_gemma as gemma
 from moeq.formats import gguf_latent as latent
+from moeq.formats import gguf_lightning as lightning
 from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_qwen4 as qwen4
@@ -236,5 +239,17 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),
         mamba.NEMOTRON,
+    ),
+    "minimax": Family(
+        "minimax-01", lightning.minimax,
+        (SILU, _NO_WINDOW, ("full_attn_beta_factor", 1), ("linear_attn_beta_factor", 1), ("mlp_beta_factor", 1)),
+        lightning.MINIMAX, names="minimax-m2", refuses=lightning.problem,
+    ),
+    "bailing_hybrid": Family(
+        "bailingmoe3", bailing.bailing, (SILU, NO_BIAS, ("kda_safe_gate", True), ("rms_norm_eps", 1e-6)),
+        bailing.BAILING, names="kimi-linear", refuses=bailing.problem,
+    ),
+    "dots3_note_text": Family(
+        "dots3note", dots3.dots3, (SILU, NO_BIAS), dots3.DOTS3, names="glm-dsa", refuses=dots3.problem,
     ),
 }  # fmt: skip

@@ -26,7 +26,7 @@ def common(config: Any) -> Metadata:
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None),  # None where all blocks are mixtures
         "vocab_size": config.vocab_size,
-        "attention.head_count": config.num_attention_heads,
+        "attention.head_count": block.num_attention_heads,
         "attention.head_count_kv": block.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
@@ -218,3 +218,9 @@ def num_dense(config: Any) -> int:
     if kinds is not None:
         return int(next((i for i, kind in enumerate(kinds) if kind == "sparse"), len(kinds)))
     return int(getattr(config, "first_k_dense_replace", 0))
+
+
+def dense_later(config: Any) -> str | None:
+    """Why blocks without experts are elsewhere than at the beginning; None where they are not."""
+    later = "dense" in list(config.mlp_layer_types)[num_dense(config) :]
+    return "blocks without experts at the beginning alone (mlp_layer_types)" if later else None

@@ -151,6 +151,12 @@ def renamed(name: str) -> Pieces:
     return lambda config, shape: [Piece(name)]
 
 
+def nothing(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Of a tensor that llama.cpp makes of the configuration."""
+    del config, shape
+    return []
+
+
 def made(name: str, values: Callable[[Tensor], Tensor]) -> Pieces:
     """Values made of it, in float32."""
     return lambda config, shape: [Piece(name, values=lambda tensor: values(tensor.float()))]

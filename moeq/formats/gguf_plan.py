@@ -158,7 +158,8 @@ def _pieces(config: Any, family: Family, root: str, name: str, ending: str, shap
     blocks = f"{root}layers."
     number, _, inside = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", name)
     if make := family.pieces.get(inside):
-        for piece in make(config, shape):
+        # A family whose blocks differ has numbers and sizes of heads by block.
+        for piece in make(config.per_layer_config[int(number)] if number else config, shape):
             yield replace(piece, name=f"blk.{number}.{piece.name}") if number and piece.of_block else piece
         return
     known = f"model.layers.{number}.{inside}" if number else name

@@ -121,8 +121,14 @@ def one_full_in_some(config: Any) -> str | None:
     return None if same and any(full) else "full attention in every so-manieth block (layer_types)"
 
 
-def _projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
-    """Kimi Linear: a convolution of queries, keys and values together."""
+def both_kinds(config: Any) -> str | None:
+    """Why llama.cpp would end at a model that lacks a kind of blocks; None where it has both."""
+    both = {"linear_attention", "full_attention"} <= set(config.layer_types)
+    return None if both else "full attention in some blocks and linear attention in others (layer_types)"
+
+
+def projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
+    """Kimi Linear and Ling 3.0: a convolution of queries, keys and values together."""
     width = shape[0] // 3
 
     def part(index: int) -> Callable[[Tensor], Tensor]:
@@ -134,7 +140,7 @@ def _projections(config: Any, shape: tuple[int, ...]) -> Sequence[Piece]:
 
 KIMI: Mapping[str, Pieces] = {
     "self_attn.kv_b_proj": latent_parts,
-    "self_attn.conv1d.weight": _projections,
+    "self_attn.conv1d.weight": projections,
     "self_attn.forget_gate.f_a_proj": renamed("ssm_f_a.weight"),
     "self_attn.forget_gate.f_b_proj": renamed("ssm_f_b.weight"),
     "self_attn.forget_gate.dt_bias": renamed("ssm_dt.bias"),

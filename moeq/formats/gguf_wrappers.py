@@ -44,6 +44,7 @@ WRAPPERS: dict[str, Family] = {
     "internvl": _of("qwen3_moe"),
     "kimi_k25": _of("deepseek_v3"),
     "mistral3": _of("mistral4"),
+    "dots3_note": _of("dots3_note_text"),
     "deepseek_ocr2": Family(
         "deepseek2-ocr",
         deepseek_ocr,

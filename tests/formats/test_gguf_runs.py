@@ -26,6 +26,13 @@ _QWEN4: Values = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 _WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+# Two heads of an indexer give many tokens a score of 0 alike, of which each runtime takes others.
+_DOTS3: Values = {
+    "index_n_heads": 32, "index_head_dim": 64, "index_topk": 8, "sliding_window": 8, "n_group": 1,
+    "layer_types": ["indexed_attention", "sliding_attention"], "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 40,
+    "swa_qk_nope_head_dim": 24, "swa_v_head_dim": 8,
+}  # fmt: skip
 
 
 def _of_kinds(full: float, sliding: float, turned: float = 1.0) -> Values:
@@ -55,6 +62,10 @@ OPTIONS: dict[str, Values] = {
     "qwen4_exp": _QWEN4,
     "glm5_next": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8},
     "granitemoe_swa": {"sliding_window": 8},
+    # The norm of lightning attention has an epsilon of 1e-6 in transformers, llama.cpp has one for all norms.
+    "minimax": {"rms_norm_eps": 1e-6},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": _DOTS3,
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 # Further options that change what is written or how it is computed.
@@ -117,6 +128,20 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                    "kv_lora_rank": 24, "q_lora_rank": 40, "linear_head_dim": 32}),
     ("deepseek_ocr2", {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "num_experts_per_tok": 3}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
+    ("minimax", {"num_hidden_layers": 4, "tie_word_embeddings": True, "head_dim": 32, "full_attn_alpha_factor": 2.0,
+                 "linear_attn_alpha_factor": 2.0, "mlp_alpha_factor": 2.0, "rope_parameters": _YARN,
+                 "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]}),
+    ("bailing_hybrid", {"n_group": 2, "num_hidden_layers": 3, "head_dim": 32, "kda_lower_bound": -2.0,
+                        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+                        "mlp_layer_types": ["dense", "dense", "sparse"], "rope_parameters": _YARN}),
+    ("bailing_hybrid", {"tie_word_embeddings": True, "n_shared_experts": 2, "norm_topk_prob": False,
+                        "mlp_layer_types": ["sparse", "sparse"], "short_conv_kernel_size": 3,
+                        "qk_rope_head_dim": 8, "v_head_dim": 32, "partial_rotary_factor": 0.5}),
+    ("dots3_note_text", {"num_hidden_layers": 4, "n_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False,
+                         "layer_types": ["sliding_attention", "indexed_attention"] * 2, "n_shared_experts": 2,
+                         "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}),
+    ("dots3_note_text", {"index_head_dim": 128, "index_topk": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+                         "mlp_layer_types": ["sparse", "sparse"]}),
     ("exaone_moe", {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": _WINDOWS[1:] + _WINDOWS[:1],
                     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
 )  # fmt: skip

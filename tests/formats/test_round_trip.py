@@ -30,7 +30,7 @@ FEW = ("qwen2_moe", "deepseek_v3")  # in each check; the others are slow
 KNOWN = {"gguf": gguf_families.FAMILIES | gguf_wrappers.WRAPPERS, "mlx": mlx_known.KNOWN}
 WALKED = (
     *SUPPORTED, "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "gemma4", "internvl", "kimi_k25", "mistral3",
-    "deepseek_ocr2", "qwen3_omni_moe_thinker", "qwen4_exp", "glm5_next",
+    "deepseek_ocr2", "qwen3_omni_moe_thinker", "qwen4_exp", "glm5_next", "dots3_note",
 )  # fmt: skip
 _FUSED = "lies with all experts in one tensor of the source's files"
 _UNSEEN = "GPTQModel was not seen to read"
@@ -43,7 +43,7 @@ _IN_ONE = {
 # What these refuse, and why.
 REFUSED: dict[str, dict[str, str]] = {
     "mlx": dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "with 1 added, which bfloat16 rounds"),
-    "compressed-tensors": _IN_ONE,
+    "compressed-tensors": {**_IN_ONE, "dots3_note": "fc1.weight would be written twice"},  # of its vision tower
     "gptq": {
         **{family: reason for family, reason in _IN_ONE.items() if family != "qwen3_vl_moe"},
         **dict.fromkeys(
@@ -56,6 +56,7 @@ REFUSED: dict[str, dict[str, str]] = {
                 "qwen3_omni_moe_thinker",
                 "qwen4_exp",
                 "glm5_next",
+                "dots3_note",
             ),
             _UNSEEN,
         ),
