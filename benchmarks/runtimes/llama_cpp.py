@@ -83,6 +83,12 @@ def _library() -> Any:
     return library
 
 
+def _parts(ids: Tensor, first: int) -> list[tuple[int, Tensor]]:
+    """Where tokens begin that are read at once: some, then one after another."""
+    starts = [0, *range(first, len(ids))]
+    return [(start, ids[start:end]) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
 class LlamaCpp:
     """A file that llama.cpp has opened; raises RuntimeError with what it said where it refuses."""
 
@@ -96,8 +102,13 @@ class LlamaCpp:
             raise RuntimeError("".join(line for line in _said if "error" in line).strip())
         self._vocabulary = library.llama_model_get_vocab(self._model)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits of all positions of one sequence, [T, V], with keys and values in float32."""
+    def logits(self, ids: Tensor, prompt: int | None = None) -> Tensor:
+        """Logits of all positions of one sequence, [T, V], with keys and values in float32.
+
+        Args:
+            ids: Of the sequence, [T].
+            prompt: How many are read at once, the others one by one; None is all.
+        """
         library, count = self._library, len(ids)
         parameters = library.llama_context_default_params()
         if (parameters.batch, parameters.cache_keys, parameters.cache_values) != (2048, 1, 1):
@@ -109,17 +120,24 @@ class LlamaCpp:
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
             raise RuntimeError("".join(_said[-5:]).strip())
+        first = count if prompt is None else prompt
+        found = [self._read(context, part, start) for start, part in _parts(ids, first)]
+        library.llama_free(context)
+        return torch.cat(found)
+
+    def _read(self, context: Any, ids: Tensor, start: int) -> Tensor:
+        """Logits of the next tokens of a sequence, [T, V], of which ``start`` were read."""
+        library, count = self._library, len(ids)
         batch = library.llama_batch_init(count, 0, 1)
         batch.count = count
         for place, token in enumerate(ids.tolist()):
-            batch.token[place], batch.position[place], batch.logits[place] = token, place, 1
+            batch.token[place], batch.position[place], batch.logits[place] = token, start + place, 1
             batch.num_sequences[place], batch.sequence[place][0] = 1, 0
         if library.llama_decode(context, batch):
             raise RuntimeError("".join(_said[-5:]).strip())
         shape = (count, library.llama_vocab_n_tokens(self._vocabulary))
         found = torch.from_numpy(np.ctypeslib.as_array(library.llama_get_logits(context), shape).copy())
         library.llama_batch_free(batch)
-        library.llama_free(context)
         return found
 
     def step_seconds(self, sequences: int, prompt: int, num_tokens: int) -> list[float]:

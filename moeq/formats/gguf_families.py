@@ -13,6 +13,7 @@ from moeq.formats import gguf_latent as latent
 from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_recurrent as recurrent
+from moeq.formats import gguf_streams as streams
 from moeq.formats import gguf_windows as windowed
 from moeq.formats.gguf_metadata import Describe
 from moeq.formats.gguf_pieces import (
@@ -225,6 +226,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm_moe_dsa": Family(
         "glm-dsa", keys.indexed, (SILU, NO_BIAS, ("rope_interleave", True)), _LATENT, refuses=latent.glm_dsa,
+    ),
+    "deepseek_v4": Family(
+        "deepseek4", streams.deepseek_v4,
+        (SILU, ("mlp_bias", False), ("scoring_func", "sqrtsoftplus"), ("hc_mult", 4)), streams.DEEPSEEK_V4,
+        own_head=True, names="deepseek2", refuses=streams.deepseek_v4_problem,
+    ),
+    "hy_v4": Family(
+        "hy_v4", streams.hy_v4, (SILU, NO_BIAS), streams.HY_V4, own_head=True, names="glm-dsa",
+        refuses=streams.hy_v4_problem,
     ),
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),

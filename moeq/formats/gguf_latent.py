@@ -24,10 +24,13 @@ def mistral4(config: Any) -> str | None:
 
 def indexed(config: Any) -> str | None:
     """DeepSeek-V3.2: llama.cpp turns heads of the indexer by Hadamard matrices of 64 rows or more, or ends."""
+    return wide_heads(config) or _other_magnitude(config)
+
+
+def wide_heads(config: Any) -> str | None:
+    """An indexer whose heads are no multiples of 64 wide, with which llama.cpp ends."""
     size = config.index_head_dim
-    if size % 64:
-        return f"heads of the indexer are multiples of 64, and here they are {size} wide"
-    return _other_magnitude(config)
+    return f"heads of the indexer are multiples of 64, and here they are {size} wide" if size % 64 else None
 
 
 def glm_dsa(config: Any) -> str | None:

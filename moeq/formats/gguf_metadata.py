@@ -58,10 +58,14 @@ def qwen2_moe(config: Any) -> Metadata:
 
 def deepseek(config: Any) -> Metadata:
     """DeepSeek-V2: latent attention, as one group of keys and values as wide as what they are made of."""
+    return latent_rope(config, config.qk_rope_head_dim) | latent(config)
+
+
+def latent(config: Any) -> Metadata:
+    """Sizes of latent attention, and experts beside it."""
     turned = config.qk_rope_head_dim
     rank = {} if config.q_lora_rank is None else {"attention.q_lora_rank": config.q_lora_rank}
     return {
-        **latent_rope(config, turned),
         **rank,
         "attention.head_count_kv": 1,
         "attention.kv_lora_rank": config.kv_lora_rank,
@@ -111,8 +115,13 @@ def deepseek_ocr(config: Any) -> Metadata:
 
 def indexed(config: Any) -> Metadata:
     """DeepSeek-V3.2 and GLM-5: the same, with indexers that choose which tokens are looked at, for later blocks too."""
+    return deepseek_v3(config) | indexer(config)
+
+
+def indexer(config: Any) -> Metadata:
+    """Indexers of latent attention."""
     kinds = getattr(config, "indexer_types", None)
-    return deepseek_v3(config) | {
+    return {
         "attention.indexer.head_count": config.index_n_heads,
         "attention.indexer.key_length": config.index_head_dim,
         "attention.indexer.top_k": config.index_topk,
@@ -209,3 +218,9 @@ def num_dense(config: Any) -> int:
     if kinds is not None:
         return int(next((i for i, kind in enumerate(kinds) if kind == "sparse"), len(kinds)))
     return int(getattr(config, "first_k_dense_replace", 0))
+
+
+def dense_later(config: Any) -> str | None:
+    """Why blocks without experts are elsewhere than at the beginning; None where they are not."""
+    later = "dense" in list(config.mlp_layer_types)[num_dense(config) :]
+    return "blocks without experts at the beginning alone (mlp_layer_types)" if later else None
