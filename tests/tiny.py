@@ -64,6 +64,10 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
             noise = torch.randn(tensor.shape, generator=generator) * (0.15 if tensor.ndim >= 2 else 0.05)
             around_one = "norm" in name or name.endswith("_scale")
             tensor.copy_(1 + noise if around_one else noise)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):  # zero unless filled: one expert for all, several times
+                chances = torch.rand(len(table), config.n_routed_experts, generator=generator)
+                table.copy_(chances.topk(table.shape[1]).indices)
     return model.eval().requires_grad_(False)
 
 

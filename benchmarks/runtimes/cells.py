@@ -18,7 +18,7 @@ UNQUANTIZED = "unquantized"
 GridOf = Callable[[str, int], GridSpec | None]
 # Last parts of names.  llama.cpp has the columns of ``linear_attn.out_proj`` in another order, which takes groups of 32
 # apart in models as small as these.
-_KEPT = ("lm_head", "gate", "wg", "router", "shared_expert_gate", "linear_attn.out_proj")
+_KEPT = ("lm_head", "gate", "wg", "router", "shared_expert_gate", "weights_proj", "linear_attn.out_proj")
 _OUTPUTS = ("o_proj", "out_proj", "dense")  # of attention: no runtime merges them with another linear
 _MULTIPLE = 32
 
@@ -148,6 +148,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "dots3_note": _DOTS3,
     "minimax": {"rms_norm_eps": 1e-6},
+    # A block of each kind: llama.cpp ends without one that has an indexer.
+    "deepseek_v4": {
+        "index_n_heads": 32,
+        "index_head_dim": 64,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    },
+    "hy_v4": _MANY_INDEX_HEADS | {"rms_norm_eps": 1e-6},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_moe": {"norm_topk_prob": True},
     "internvl": {"norm_topk_prob": True},

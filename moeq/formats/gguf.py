@@ -17,7 +17,7 @@ from moeq.export.finished import Progress
 from moeq.export.origin import source_folder
 from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
-from moeq.formats.gguf_blocks import Bytes, floats, rounding_bound, to_bytes
+from moeq.formats.gguf_blocks import Bytes, plain, rounding_bound, to_bytes
 from moeq.formats.gguf_file import StoredTensor, Whole64, read_file, write_file
 from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_nvfp4 import scale_name
@@ -88,7 +88,7 @@ def _chunks(export: PackedExport, planned: Planned, mode: CarrierMode, shown: It
     next(shown)
     if not planned.has_blocks:
         for values in planned.values(export):
-            yield floats(planned.stored.kind, values)
+            yield plain(planned.stored.kind, values)
         return
     for name in planned.weights:
         try:

@@ -47,14 +47,15 @@ class FileType:
 
 
 FILE_TYPES: dict[str, FileType] = {
-    "F32": FileType(0, 1, 4), "F16": FileType(1, 1, 2), "BF16": FileType(30, 1, 2), "Q2_0": FileType(42, 64, 18),
+    "F32": FileType(0, 1, 4), "F16": FileType(1, 1, 2), "BF16": FileType(30, 1, 2), "I32": FileType(26, 1, 4),
+    "Q2_0": FileType(42, 64, 18),
     "Q4_0": FileType(2, 32, 18), "Q4_1": FileType(3, 32, 20), "Q5_0": FileType(6, 32, 22), "Q5_1": FileType(7, 32, 24),
     "Q8_0": FileType(8, 32, 34), "Q2_K": FileType(10, 256, 84), "Q3_K": FileType(11, 256, 110),
     "Q4_K": FileType(12, 256, 144), "Q5_K": FileType(13, 256, 176), "Q6_K": FileType(14, 256, 210),
     "IQ4_NL": FileType(20, 32, 18), "MXFP4": FileType(39, 32, 17), "NVFP4": FileType(40, 64, 36),
 }  # fmt: skip
 _TABLE_TYPES = ("IQ4_NL", "MXFP4", "NVFP4")
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 # Of a float16: the largest relative rounding, and the largest absolute one of a number below its normal ones.
 RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
 
@@ -64,11 +65,12 @@ def quantized_type(grid: PackedFormat, in_features: int, mode: CarrierMode) -> s
     return choose_carrier("gguf", grid.spec, in_features, mode).name
 
 
-def float_type(dtype: torch.dtype) -> str:
-    """Type that holds every value of a dtype; raises ValueError for one that is no float of 16 or 32 bits."""
-    if dtype not in _FLOATS:
+def plain_type(dtype: torch.dtype) -> str:
+    """Type that holds the values of a dtype: floats of 16 or 32 bits, and indices; raises ValueError for others."""
+    dtype = torch.int32 if dtype == torch.int64 else dtype
+    if dtype not in _PLAIN:
         raise ValueError(f"GGUF holds no {dtype}")
-    return _FLOATS[dtype]
+    return _PLAIN[dtype]
 
 
 def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "exact") -> Bytes:
@@ -83,7 +85,7 @@ def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "e
         ValueError: The type does not hold the codes, or the scales.
     """
     if isinstance(weight, Tensor):
-        return floats(kind, weight)
+        return plain(kind, weight)
     if weight.super_scales is not None:
         blocks: Bytes = k_blocks(weight, kind.lower()).numpy()
         return blocks
@@ -95,9 +97,9 @@ def to_bytes(kind: str, weight: QuantizedWeight | Tensor, mode: CarrierMode = "e
     return _BLOCKS[kind](regroup(weight, FILE_TYPES[kind].block), mode)
 
 
-def floats(kind: str, values: Tensor) -> Bytes:
-    """Values as F32, F16 or BF16, uint8 with the bytes of the last dimension in its place."""
-    dtype = next(dtype for dtype, name in _FLOATS.items() if name == kind)
+def plain(kind: str, values: Tensor) -> Bytes:
+    """Values as F32, F16, BF16 or I32, uint8 with the bytes of the last dimension in its place."""
+    dtype = next(dtype for dtype, name in _PLAIN.items() if name == kind)
     return _bytes_of(values.to(dtype))
 
 

@@ -5,7 +5,6 @@ family is run by ``tests/formats/test_gguf_runs.py``; one that was not run is no
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from moeq.formats import gguf_bailing as bailing
@@ -17,8 +16,9 @@ from moeq.formats import gguf_mamba as mamba
 from moeq.formats import gguf_metadata as keys
 from moeq.formats import gguf_qwen4 as qwen4
 from moeq.formats import gguf_recurrent as recurrent
+from moeq.formats import gguf_streams as streams
 from moeq.formats import gguf_windows as windowed
-from moeq.formats.gguf_metadata import Describe
+from moeq.formats.gguf_family import ALL_SPARSE, NO_BIAS, SILU, Family, Fixed
 from moeq.formats.gguf_pieces import (
     Pieces,
     expert_biases,
@@ -30,40 +30,6 @@ from moeq.formats.gguf_pieces import (
     turned_queries,
     vector,
 )
-
-# (option, the value that llama.cpp computes with, whatever a file says)
-Fixed = tuple[str, Any]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of transformers is told to llama.cpp.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        describe: Keys beyond the common ones.
-        fixed: Options that llama.cpp has no key for, each with the one value that it computes with; an option that a
-            configuration lacks has it.
-        pieces: Of tensors that do not go as they are: by what follows the number of the block.
-        own_head: llama.cpp does not take the embedding for a head that is missing.
-        names: Architecture whose names of tensors it has, where the package does not know it; "" is its own.
-        refuses: What else a configuration may have that llama.cpp computes otherwise; None where it has nothing.
-        language_model: Of a wrapper, of which llama.cpp reads the language model alone: the family that this has to
-            be. What is described, fixed and refused is of its configuration. "" where there is no wrapper.
-        beside: Keys of what stands beside the language model, made of the wrapper's configuration.
-        numbers: Tensors of whole numbers that are keys of the file: what follows the number of the block, and the key.
-    """
-
-    architecture: str
-    describe: Describe
-    fixed: tuple[Fixed, ...]
-    pieces: Mapping[str, Pieces] = field(default_factory=dict)
-    own_head: bool = False
-    names: str = ""
-    refuses: Callable[[Any], str | None] = lambda config: None
-    language_model: str = ""
-    beside: Describe = lambda config: {}
-    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 def grouped_heads(config: Any) -> str | None:
@@ -98,10 +64,7 @@ def _one_full_in(number: int) -> Callable[[Any], str | None]:
     return problem
 
 
-SILU: Fixed = ("hidden_act", "silu")
-NO_BIAS: Fixed = ("attention_bias", False)
 _NO_WINDOW: Fixed = ("sliding_window", None)
-ALL_SPARSE: tuple[Fixed, ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 _NEIGHBOURS: Mapping[str, Pieces] = {
     "self_attn.q_proj": turned_queries("attn_q.weight"),
     "self_attn.k_proj": turned_keys("attn_k.weight"),
@@ -235,6 +198,15 @@ FAMILIES: dict[str, Family] = {
     "qwen4_exp_text": Family(
         "qwen4exp", qwen4.qwen4_exp, (SILU, NO_BIAS, ("norm_topk_prob", True), ("output_gate_type", "sigmoid")),
         qwen4.QWEN4_EXP, names="qwen35moe", numbers=qwen4.HASHES, refuses=qwen4.problem,
+    ),
+    "deepseek_v4": Family(
+        "deepseek4", streams.deepseek_v4,
+        (SILU, ("mlp_bias", False), ("scoring_func", "sqrtsoftplus"), ("hc_mult", 4)), streams.DEEPSEEK_V4,
+        own_head=True, names="deepseek2", refuses=streams.deepseek_v4_problem,
+    ),
+    "hy_v4": Family(
+        "hy_v4", streams.hy_v4, (SILU, NO_BIAS), streams.HY_V4, own_head=True, names="glm-dsa",
+        refuses=streams.hy_v4_problem,
     ),
     "nemotron_h": Family(
         "nemotron_h_moe", mamba.nemotron, (("mlp_hidden_act", "relu2"), NO_BIAS, ("mlp_bias", False)),

@@ -102,6 +102,8 @@ class StoredTensor:
         rows = self.rows if index is None else self.rows[index]
         if self.kind == "Q2_0":
             return dequantize_q2_0(torch.from_numpy(np.array(rows)))
+        if self.kind == "I32":  # which the package dequantizes not
+            return torch.from_numpy(np.array(rows, dtype=np.float32))
         number = gguf.GGMLQuantizationType(FILE_TYPES[self.kind].number)
         return torch.from_numpy(np.array(gguf.dequantize(rows, number), dtype=np.float32))
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.packed_weight import PackedFormat
-from moeq.formats.gguf_blocks import FILE_TYPES, float_type, quantized_type
-from moeq.formats.gguf_families import FAMILIES, Family
+from moeq.formats.gguf_blocks import FILE_TYPES, plain_type, quantized_type
+from moeq.formats.gguf_families import FAMILIES
+from moeq.formats.gguf_family import Family
 from moeq.formats.gguf_file import FileTensor
 from moeq.formats.gguf_nvfp4 import check_scaled, global_scale, scale_name
 from moeq.formats.gguf_pieces import Piece
@@ -198,7 +199,7 @@ def _one_type(
 
 
 def _kept_type(piece: Piece, dtype: torch.dtype) -> str:
-    return "F32" if any(part in piece.name for part in _FLOAT32) else float_type(dtype)
+    return "F32" if any(part in piece.name for part in _FLOAT32) else plain_type(dtype)
 
 
 @cache

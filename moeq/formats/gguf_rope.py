@@ -26,7 +26,7 @@ def rope(config: Any, head: int) -> Metadata:
         return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(values["factor"])}
     if kind == "yarn":
         _check_magnitude(values)
-        return keys | _yarn(config, values)
+        return keys | yarn(config, values)
     raise ValueError(f"rotary scaling of kind {kind} is not written; default, linear and yarn are")
 
 
@@ -64,20 +64,27 @@ def latent_rope(config: Any, head: int) -> Metadata:
     if not all_dim or scale != all_dim or values.get("attention_factor") is not None:
         raise ValueError("llama.cpp computes yarn with mscale equal to mscale_all_dim, and this model differs")
     keys: Metadata = {"rope.dimension_count": head, "rope.freq_base": float(values["rope_theta"])}
-    return keys | _yarn(config, values) | {"rope.scaling.yarn_log_multiplier": 0.1 * float(all_dim)}
+    return keys | yarn(config, values) | {"rope.scaling.yarn_log_multiplier": 0.1 * float(all_dim)}
 
 
-def _yarn(config: Any, values: dict[str, Any]) -> Metadata:
+def yarn(config: Any, values: dict[str, Any]) -> Metadata:
+    """Keys of yarn with a factor; raises ValueError for a range that llama.cpp would compute otherwise."""
     if not values.get("truncate", True):
         raise ValueError("llama.cpp rounds the range of yarn to whole dimensions, and the model does not (truncate)")
+    betas = tuple(float(values.get(name) or usual) for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    if betas != (32.0, 1.0):
+        raise ValueError(
+            "llama.cpp computes yarn with beta_fast: 32 and beta_slow: 1, whatever a file says, and this model has "
+            f"{betas[0]:g} and {betas[1]:g}"
+        )
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(values["factor"]),
         "rope.scaling.original_context_length": int(
             values.get("original_max_position_embeddings") or config.max_position_embeddings
         ),
-        "rope.scaling.yarn_beta_fast": float(values.get("beta_fast") or 32.0),
-        "rope.scaling.yarn_beta_slow": float(values.get("beta_slow") or 1.0),
+        "rope.scaling.yarn_beta_fast": betas[0],
+        "rope.scaling.yarn_beta_slow": betas[1],
     }
 
 

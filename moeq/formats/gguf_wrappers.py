@@ -10,7 +10,8 @@ from typing import Any
 
 from moeq.formats import gguf_glm5 as glm5
 from moeq.formats import gguf_qwen4 as qwen4
-from moeq.formats.gguf_families import ALL_SPARSE, FAMILIES, NO_BIAS, SILU, Family, grouped_heads
+from moeq.formats.gguf_families import FAMILIES, grouped_heads
+from moeq.formats.gguf_family import ALL_SPARSE, NO_BIAS, SILU, Family
 from moeq.formats.gguf_metadata import deepseek_ocr, experts, sigmoid_routing
 from moeq.formats.gguf_rope import Metadata, sections, sections_in_turn
 

@@ -14,7 +14,10 @@ from moeq.quant.spec import QuantizedWeight
 # Bits, group size, symmetric: every width that files use, groups and whole rows, with and without zero points.
 GRIDS = ((3, 8, False), (4, None, True), (2, 16, False), (8, None, False), (3, 32, True))
 E2M1 = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
-ROUTERS = ("lm_head", "gate", "router", "shared_expert_gate", "proj", "per_layer_input_gate", "per_layer_projection")
+ROUTERS = (
+    "lm_head", "gate", "router", "shared_expert_gate", "proj", "per_layer_input_gate", "per_layer_projection",
+    "weights_proj",
+)  # fmt: skip
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 

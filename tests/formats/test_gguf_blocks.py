@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat
-from moeq.formats.gguf_blocks import FILE_TYPES, quantized_type, rounding_bound, to_bytes
+from moeq.formats.gguf_blocks import FILE_TYPES, plain, plain_type, quantized_type, rounding_bound, to_bytes
 from moeq.formats.gguf_file import dequantize_q2_0
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight
@@ -151,6 +151,14 @@ def test_floats_keep_their_bits(kind: str, dtype: torch.dtype) -> None:
     values = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     raw = to_bytes(kind, values)
     assert torch.equal(torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])).to(dtype), values)
+
+
+def test_indices_are_whole_numbers_of_32_bits() -> None:
+    indices = torch.tensor([[0, 7], [300, 2**24 + 1]])
+    assert plain_type(indices.dtype) == "I32"
+    assert plain("I32", indices).tobytes() == indices.numpy().astype("<i4").tobytes()
+    with pytest.raises(ValueError, match=r"GGUF holds no torch.bool"):
+        plain_type(torch.bool)
 
 
 def test_widths_and_groups_without_a_type_are_refused() -> None:

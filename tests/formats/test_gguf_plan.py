@@ -121,6 +121,10 @@ _YARN_OF_LESS = {
     "mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
+_TURNED = _DEFAULT | {"partial_rotary_factor": 0.125}
+_LINEAR = {"rope_type": "linear", "factor": 2.0}
+_RATES = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 128}
+
 
 @pytest.mark.parametrize(
     ("family", "options", "message"),
@@ -194,6 +198,19 @@ _YARN_OF_LESS = {
         ("dots3_note", {"rope_parameters": dict.fromkeys(("indexed_attention", "sliding_attention"), _YARN_OF_LESS)},
          "rotary positions without scaling"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"]}, "every so-manieth block"),
+        ("deepseek_v4", {"layer_types": ["heavily_compressed_attention"] * 3}, "an indexer in some block"),
+        ("deepseek_v4", {"compress_rates": _RATES}, "and here some are of 8 tokens"),
+        ("deepseek_v4", {"mlp_layer_types": ["moe", "hash_moe", "moe"]}, "bound to tokens in the first blocks alone"),
+        ("deepseek_v4", {"index_head_dim": 32}, "multiples of 64, and here they are 32 wide"),
+        ("deepseek_v4", {"hc_mult": 2}, "hc_mult: 4, and this model has 2"),
+        ("deepseek_v4", {"scoring_func": "sigmoid"}, "scoring_func: sqrtsoftplus, and this model has sigmoid"),
+        ("deepseek_v4", {"rope_parameters": {"main": _TURNED, "compress": _TURNED | _YARN_OF_LESS}}, "it is None"),
+        ("deepseek_v4", {"rope_parameters": {"main": _TURNED, "compress": _TURNED | _LINEAR}}, "scaling, or with yarn"),
+        ("deepseek_v4", {"rope_parameters": {"main": _TURNED, "compress": _DEFAULT}}, "as many turned dimensions"),
+        ("hy_v4", {"mlp_layer_types": ["sparse", "dense"]}, "without experts at the beginning alone"),
+        ("hy_v4", {"swiglu_limit": 0.0}, "limited by more than 0, and here by 0.0"),
+        ("deepseek_v4", {"swiglu_limit": -1.0}, "limited by more than 0, and here by -1.0"),
+        ("hy_v4", {"rope_parameters": {**_YARN_OF_LESS, "mscale": None}}, "without a magnitude of yarn"),
         (
             "mixtral", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "kind dynamic",
@@ -213,6 +230,7 @@ def test_an_option_that_llama_cpp_computes_otherwise_is_refused(
         ({"attention_factor": 2.0}, "attention_factor: 1.13863, and this model has 2"),
         ({"mscale": 1.0, "mscale_all_dim": 1.0}, "without mscale"),
         ({"truncate": False}, "rounds the range of yarn"),
+        ({"beta_slow": 0.5}, "beta_fast: 32 and beta_slow: 1, whatever a file says, and this model has 32 and 0.5"),
     ],
 )
 def test_a_yarn_that_llama_cpp_computes_otherwise_is_refused(more: dict[str, Any], message: str) -> None:

@@ -66,6 +66,15 @@ OPTIONS: dict[str, Values] = {
     "minimax": {"rms_norm_eps": 1e-6},
     "dots3_note_text": _DOTS3,
     "dots3_note": _DOTS3,
+    "deepseek_v4": {
+        "index_n_heads": 32,
+        "index_head_dim": 64,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    },
+    # llama.cpp normalizes queries and latents with the epsilon of the other norms, transformers with 1e-6.
+    "hy_v4": {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 8, "rms_norm_eps": 1e-6},
     "afmoe": {"num_hidden_layers": 4, "layer_types": _WINDOWS, "mup_enabled": True, "route_scale": 2.0},
 }
 # Further options that change what is written or how it is computed.
@@ -127,6 +136,15 @@ VARIANTS: tuple[tuple[str, Values], ...] = (
                    "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "v_head_dim": 32, "qk_nope_head_dim": 48,
                    "kv_lora_rank": 24, "q_lora_rank": 40, "linear_head_dim": 32}),
     ("deepseek_ocr2", {"routed_scaling_factor": 2.0, "n_shared_experts": 2, "num_experts_per_tok": 3}),
+    ("deepseek_v4", {"swiglu_limit": 0.3, "hc_sinkhorn_iters": 5, "hc_eps": 1e-2, "o_groups": 4, "sliding_window": 8,
+                     "routed_scaling_factor": 3.0, "tie_word_embeddings": True, "index_head_dim": 128}),
+    ("deepseek_v4", {"num_hidden_layers": 2, "mlp_layer_types": ["moe", "moe"], "partial_rotary_factor": 0.5,
+                     "layer_types": ["compressed_sparse_attention"] * 2,
+                     "rope_parameters": {**_YARN, "attention_factor": 1.0}}),
+    ("hy_v4", {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"], "swiglu_limit": 0.3, "hc_mult": 3,
+               "mlp_layer_types": ["dense", "dense", "sparse"], "hc_magnitude": 1.3, "hc_eps": 1e-2}),
+    ("hy_v4", {"mlp_layer_types": ["sparse", "sparse"], "n_group": 2, "norm_topk_prob": False, "n_shared_experts": 2,
+               "tie_word_embeddings": True, "rope_parameters": _YARN, "v_head_dim": 32, "qk_nope_head_dim": 48}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
     ("minimax", {"num_hidden_layers": 4, "tie_word_embeddings": True, "head_dim": 32, "full_attn_alpha_factor": 2.0,
                  "linear_attn_alpha_factor": 2.0, "mlp_alpha_factor": 2.0, "rope_parameters": _YARN,
@@ -163,6 +181,19 @@ def test_every_family_gives_the_logits_of_transformers(family: str, tmp_path: Pa
 @pytest.mark.parametrize(("family", "options"), VARIANTS)
 def test_options_that_a_file_can_say_are_computed(family: str, options: Values, tmp_path: Path) -> None:
     _compare(family, OPTIONS.get(family, {}) | options, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
+def test_what_is_written_after_a_prompt_looks_back_as_in_transformers(family: str, tmp_path: Path) -> None:
+    """Beyond two compressed keys of 128 tokens, windows, and what an indexer chooses."""
+    ids = torch.randint(1, 257, (300,), generator=torch.Generator().manual_seed(5))
+    source, path = write_dense(family, tmp_path, **OPTIONS[family])
+    theirs = transformers_logits(source, ids)
+    file = LlamaCpp(path)
+    found = file.logits(ids, prompt=130)
+    file.close()
+    torch.testing.assert_close(found, theirs, atol=1e-4, rtol=0)
 
 
 def _compare(family: str, options: Values, folder: Path) -> None:
