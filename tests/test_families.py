@@ -37,7 +37,8 @@ from tests.same_bytes import assert_no_block_stayed, assert_same_bytes
 from tests.test_main import fit
 from tests.tiny import save_tiny, tiny_model
 
-pytestmark = pytest.mark.slow
+# All families are quantized before the first test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 WIDTHS = (2, 3, 4, 8)
 PROBE = torch.arange(1, 60).reshape(1, -1)
 
