@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moeq.checkpoint.model_class import model_class  # noqa: E402
-from moeq.formats import gguf_families, gguf_wrappers, gptq, mlx_families, mlx_wrappers  # noqa: E402
+from moeq.formats import gguf_families, gguf_wrappers, gptq, mlx_families, mlx_rearranged, mlx_wrappers  # noqa: E402
 from moeq.models.adapter import Adapter  # noqa: E402
 from moeq.models.families import HAND_ON, OTHER_EXPERTS  # noqa: E402
 from moeq.models.rotation import RotationSpec, rotate  # noqa: E402
@@ -85,7 +85,7 @@ REASONS = {
     "ernie4_5_vl_moe": "its files number the experts of text and those of images through, and only text is calibrated",
 }
 # Runtimes whose files are written for families that were run there.
-RUNTIMES = {"llama.cpp": gguf_families.FAMILIES, "MLX": mlx_families.FAMILIES}
+RUNTIMES = {"llama.cpp": gguf_families.FAMILIES, "MLX": mlx_families.FAMILIES | mlx_rearranged.REARRANGED}
 OF_WRAPPERS = {"llama.cpp": gguf_wrappers.WRAPPERS, "MLX": mlx_wrappers.WRAPPERS, "GPTQModel": gptq.WRAPPERS}
 UNTESTED = {
     "qwen3_omni_moe": "no forward pass of text; a folder with its thinker alone (`qwen3_omni_moe_thinker`) works",

@@ -126,13 +126,14 @@ def owned_weights(parameter: str, key: str, experts: dict[str, nn.Module], leave
 def packed_conversions(conversions: list[Any], leaves: dict[str, str]) -> list[Any]:
     """Conversions between a packed checkpoint and a packed model.
 
-    Experts stay apart, so that the converters that merge them go, and each projection is renamed instead.
+    Experts stay apart, so that the converters that merge them go, and each projection is renamed instead.  Those that
+    merge other linears of the same names leave experts alone.
 
     Args:
         conversions: transformers' conversions for the dense model, in loading direction.
         leaves: File names of the expert projections, see ``expert_leaves``.
     """
-    kept = [c for c in conversions if not (isinstance(c, WeightConverter) and _merges_experts(c))]
+    kept = [_of_no_expert(c) for c in conversions if not (isinstance(c, WeightConverter) and _merges_experts(c))]
     renamed = [
         WeightRenaming(rf"(\.experts\.\d+)\.{leaf}\.", rf"\1\.{projection}\.")
         for projection, leaf in leaves.items()
@@ -164,6 +165,17 @@ def _narrowed(conversion: Any) -> Any:
     if isinstance(conversion, WeightRenaming) and list(conversion.source_patterns) == ["blocks"]:
         return WeightRenaming("vision_tower.blocks", "vision_tower.layers")
     return conversion
+
+
+def _of_no_expert(conversion: Any) -> Any:
+    """A conversion; a converter of linears whose patterns are also in names of single experts passes over these."""
+    names = [f".experts.0.{projection}.weight" for projection in PROJECTIONS]
+    patterns = list(conversion.source_patterns)
+    if not isinstance(conversion, WeightConverter) or not any(re.search(p, name) for p in patterns for name in names):
+        return conversion
+    # The number of an expert stands before its projection.
+    apart = [rf"(?<!\d){pattern}" for pattern in patterns]
+    return conversion.copy(apart, list(conversion.target_patterns), operations=conversion.operations)
 
 
 def _merges_experts(converter: Any) -> bool:

@@ -9,14 +9,12 @@ What mlx-lm's classes do not read is left out: draft layers, which the configura
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeq.checkpoint.packed_weight import PackedFormat
@@ -27,18 +25,18 @@ from moeq.formats.card import Card
 from moeq.formats.carriers import check_alike, choose_carriers, count_types, expert_blocks
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.hf_folder import Piece, check_pieces, fill_folder, kept_pieces, renamed, report
-from moeq.formats.language_model import is_beside, left_out
+from moeq.formats.language_model import left_out
 from moeq.formats.mlx_config import completed
 from moeq.formats.mlx_family import MlxFamily
 from moeq.formats.mlx_known import check_norms, find_family
-from moeq.formats.mlx_reader import check_stacks
-from moeq.formats.source import PackedExport, stacks
-from moeq.quant.carrier import Carrier, CarrierMode, recentre, regroup
-from moeq.quant.packing import num_words, pack
-from moeq.quant.spec import QuantizedWeight
+from moeq.formats.mlx_modules import Held, find_modules, merged_units, renamed_path
+from moeq.formats.mlx_pieces import changed, dense_piece, quantized_piece
+from moeq.formats.mlx_reader import check_modules
+from moeq.formats.source import PackedExport
+from moeq.quant.carrier import Carrier, CarrierMode
 
 _REASON = "MLX holds all experts of a projection of a block in one tensor"
-_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
+_MERGED = "they are one linear of mlx-lm's class"
 _TEXT_ALONE = "Images and sound: the folder holds the language model alone, which is what mlx-lm reads."
 _NORMS = "Exact agreement with what was measured: norms are 1 + weight, and rounded to the dtype of the files."
 _APART = "dequantized (mlx-lm takes it apart)"
@@ -52,11 +50,11 @@ def check(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: Carri
 def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> None:
     """Fill an empty folder; see ``Format``."""
     family, carriers = find_family(export.model), _carriers(export.model, export.grids, mode)
-    paths = _paths(export, family)
-    pieces = _kept(export, family, carriers, paths)
-    for path, names in paths.items():
-        if names[0] in carriers:
-            pieces.append(_stack(export, path, names, carriers[names[0]]))
+    modules = find_modules(export, family)
+    pieces = _kept(export, family, carriers, modules)
+    for path, held in modules.items():
+        if held.names[0] in carriers:
+            pieces.append(quantized_piece(export, path, held, carriers[held.names[0]]))
     model, own_head = export.model, _has_head(export.model)
     if not family.has_tied_head and not own_head:
         inside = family.language_model and not family.written_as
@@ -64,7 +62,7 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
     has_head = own_head or not family.has_tied_head
     config = completed(json.loads(json.dumps(export.config)), model.config, family, has_head=has_head)
     announce_no_draft(config)
-    quantization = _quantization(paths, carriers)
+    quantization = _quantization(modules, carriers)
     config |= {"quantization": quantization, "quantization_config": quantization}
     fill_folder(export, folder, pieces, config, _card(export, carriers), progress)
 
@@ -72,9 +70,10 @@ def write(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progr
 def verify(export: PackedExport, folder: Path, mode: CarrierMode, progress: Progress) -> FormatReport:
     """Read the folder back by MLX in float32, or in numpy where MLX is not installed (it does not run everywhere)."""
     family, carriers = find_family(export.model), _carriers(export.model, export.grids, mode)
-    paths = _paths(export, family)
-    found = check_stacks(export, folder, {p: n for p, n in paths.items() if n[0] in carriers}, mode, progress)
-    num_other = check_pieces(folder, _kept(export, family, carriers, paths))
+    modules = find_modules(export, family)
+    quantized = {path: held for path, held in modules.items() if held.names[0] in carriers}
+    found = check_modules(export, folder, quantized, mode, progress)
+    num_other = check_pieces(folder, _kept(export, family, carriers, modules))
     num_bits = num_weights = 0
     for name in export.grids:
         rows, columns = export.shape(name)
@@ -102,101 +101,25 @@ def _carriers(model: PreTrainedModel, grids: Mapping[str, PackedFormat], mode: C
     for unit in expert_blocks(model):
         for leaf in dict.fromkeys(name.rpartition(".")[2] for name in unit):
             check_alike(carriers, [name for name in unit if name.endswith(f".{leaf}")], _REASON)
+    for unit in merged_units(model, family):
+        check_alike(carriers, unit, _MERGED)
     return {name: c for name, c in carriers.items() if name.rpartition(".")[2] not in family.taken_apart}
 
 
-def _paths(export: PackedExport, family: MlxFamily) -> dict[str, Sequence[str]]:
-    """Canonical names of what is one module of mlx-lm, by its path there."""
-    found = {}
-    for names in stacks(export).values():
-        if is_beside(export.model, names[0]):
-            continue
-        key, leaf = export.key(names[0]), names[0].rpartition(".")[2]
-        path = _EXPERT.sub(f".{family.experts}.{family.leaves.get(leaf, leaf)}", key)
-        found[_renamed(path, family)] = names
-    return found
-
-
-def _renamed(path: str, family: MlxFamily) -> str:
-    for old, new in family.renamed.items():
-        path = path.replace(old, new)
-    return path
-
-
 def _kept(
-    export: PackedExport, family: MlxFamily, carriers: Mapping[str, Carrier], paths: Mapping[str, Sequence[str]]
+    export: PackedExport, family: MlxFamily, carriers: Mapping[str, Carrier], modules: Mapping[str, Held]
 ) -> list[Piece]:
     """Everything that is not quantized there: experts as stacks, linears that are taken apart by their values."""
     made: list[Piece] = []
-    experts: list[str] = []
-    for path, names in paths.items():
-        if names[0] in carriers or (len(names) == 1 and names[0] not in export.grids):
+    taken: list[str] = []
+    for path, held in modules.items():
+        if held.names[0] in carriers or (held.is_whole and held.names[0] not in export.grids):
             continue
-        experts += names
-        made.append(_dense_stack(export, f"{path}.weight", names))
-    others = kept_pieces(export, without=[*left_out(export), *export.keys_of(experts)])
-    return made + [_changed(renamed(piece, lambda key: _renamed(key, family)), family) for piece in others]
-
-
-def _changed(piece: Piece, family: MlxFamily) -> Piece:
-    """A piece with what its class holds otherwise."""
-    changes = {key: change for key in piece.declared if (change := family.change(key)) is not None}
-    if not changes:
-        return piece
-    declared = dict(piece.declared)
-    for key, change in changes.items():
-        declared[key] = Declared(declared[key].dtype, tuple(change(torch.empty(declared[key].shape)).shape))
-    return Piece(
-        declared, lambda: {k: changes[k](tensor) if k in changes else tensor for k, tensor in piece.make().items()}
-    )
-
-
-def _dense_stack(export: PackedExport, key: str, names: Sequence[str]) -> Piece:
-    shape, dtype = export.shape(names[0]), export.dtype(names[0])
-
-    def make() -> dict[str, Tensor]:
-        if len(names) == 1:
-            return {key: export.weight(names[0])}
-        stacked_EOI = torch.empty(len(names), *shape, dtype=dtype)
-        for index, weight_OI in enumerate(export.weights(names)):
-            stacked_EOI[index] = weight_OI
-        return {key: stacked_EOI}
-
-    return Piece({key: Declared(dtype, shape if len(names) == 1 else (len(names), *shape))}, make)
-
-
-def _stack(export: PackedExport, path: str, names: Sequence[str], carrier: Carrier) -> Piece:
-    (rows, columns), dtype = export.shape(names[0]), export.dtype(names[0])
-    front = () if len(names) == 1 else (len(names),)
-    groups = columns // (carrier.group_size or columns)
-    declared = {
-        f"{path}.weight": Declared(torch.uint32, (*front, rows, num_words(columns, carrier.bits))),
-        f"{path}.scales": Declared(dtype, (*front, rows, groups)),
-        f"{path}.biases": Declared(dtype, (*front, rows, groups)),
-    }
-
-    def make() -> dict[str, Tensor]:
-        # torch copies int32, not uint32.
-        made = {
-            key: torch.empty(each.shape, dtype=torch.int32 if each.dtype == torch.uint32 else each.dtype)
-            for key, each in declared.items()
-        }
-        for index, name in enumerate(names):
-            for target, part in zip(made.values(), _affine(export.quantized(name), carrier), strict=True):
-                (target[index] if front else target).copy_(part)
-        return {key: tensor.view(declared[key].dtype) for key, tensor in made.items()}
-
-    return Piece(declared, make)
-
-
-def _affine(weight: QuantizedWeight, carrier: Carrier) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes (int32), scales and biases of one weight."""
-    if weight.zero_point_OG is None or carrier.bits > weight.bits:
-        weight = recentre(weight, carrier.bits)
-    weight = regroup(weight, carrier.group_size)
-    zero_OG = 2 ** (carrier.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG.float()
-    bias_OG = (-zero_OG * weight.scale_OG.float()).to(weight.scale_OG.dtype)
-    return pack(weight.codes_OI, carrier.bits), weight.scale_OG, bias_OG
+        taken += held.names
+        made.append(dense_piece(export, path, held))
+    others = kept_pieces(export, without=[*left_out(export), *export.keys_of(taken)])
+    config = export.model.config.get_text_config()
+    return made + [changed(renamed(piece, lambda key: renamed_path(key, family, config)), family) for piece in others]
 
 
 def _has_head(model: PreTrainedModel) -> bool:
@@ -213,9 +136,9 @@ def _untied_head(export: PackedExport, path: str) -> Piece:
     return Piece({key: Declared(stored.dtype, stored.shape)}, lambda: {key: stored.read()})
 
 
-def _quantization(paths: Mapping[str, Sequence[str]], carriers: Mapping[str, Carrier]) -> dict[str, Any]:
+def _quantization(modules: Mapping[str, Held], carriers: Mapping[str, Carrier]) -> dict[str, Any]:
     """``quantization`` of config.json: the most frequent type, and every module that has another, or none."""
-    types = {path: carriers.get(names[0]) for path, names in paths.items()}
+    types = {path: carriers.get(held.names[0]) for path, held in modules.items()}
     first = Counter(carrier for carrier in types.values() if carrier is not None).most_common(1)[0][0]
     others = {path: carrier and _as_read(carrier) for path, carrier in types.items() if carrier != first}
     return {**_as_read(first), **{path: values or False for path, values in others.items()}}
@@ -244,7 +167,9 @@ def _card(export: PackedExport, carriers: Mapping[str, Carrier]) -> Card:
 def _limits(export: PackedExport) -> tuple[str, ...]:
     family = find_family(export.model)
     limits = (_TEXT_ALONE,) if family.language_model else ()
-    return (*limits, _NORMS) if family.one_added and export.model.dtype != torch.float32 else limits
+    return (
+        (*limits, _NORMS) if (family.one_added or family.adds_one) and export.model.dtype != torch.float32 else limits
+    )
 
 
 FORMAT = Format("mlx", check, write, verify, serve)

@@ -24,6 +24,10 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_
             return {**single, **text, "model_type": family.written_as}
         beside = {key: make(config) for key, make in family.made_beside.items()}
         return {**beside, **values, "text_config": text}
+    if family.inside_of:
+        text = completed(values, config, replace(family, inside_of=""), has_head=has_head)
+        single = {key: value for key, value in text.items() if not isinstance(value, dict)}
+        return {**single, "model_type": family.inside_of, "text_config": text}
     rope = rope_of(config)
     added: dict[str, Any] = {}
     if rope.get("rope_type", "default") != "default":
@@ -34,4 +38,6 @@ def completed(values: Mapping[str, Any], config: Any, family: MlxFamily, *, has_
         added[key] = rope[key] if key in rope else getattr(config, key, None)
     missing = {key: value for key, value in added.items() if key not in values}
     made = {key: make(config) for key, make in family.made.items()}
+    if family.written_as:
+        made["model_type"] = family.written_as
     return {**values, **missing, **made, "tie_word_embeddings": not has_head}

@@ -40,12 +40,12 @@ def irregular(config: Any) -> str | None:
     return None if regular else "full attention in every so-manieth block (layer_types)"
 
 
-def _turned(config: Any) -> float:
+def turned(config: Any) -> float:
     """Share of a head's dimensions that turn."""
     return float(rope_of(config).get("partial_rotary_factor", 1.0))
 
 
-def _channels(conv: Tensor) -> Tensor:
+def channels(conv: Tensor) -> Tensor:
     """A convolution of channels, [C, 1, K], as [C, K, 1]."""
     return conv.movedim(2, 1).contiguous()
 
@@ -73,7 +73,7 @@ ONE_ADDED = (
     ".input_layernorm.weight", ".post_attention_layernorm.weight", "model.norm.weight", ".q_norm.weight",
     ".k_norm.weight",
 )  # fmt: skip
-CONVOLUTION = {".conv1d.weight": _channels}
+CONVOLUTION = {".conv1d.weight": channels}
 LATENT = MlxFamily(
     computed={**SILU, "rope_interleave": (True,)}, has_tied_head=False, taken_apart=("kv_b_proj",)
 )  # fmt: skip
@@ -101,7 +101,7 @@ FAMILIES: dict[str, MlxFamily] = {
     ),
     "qwen3_next": MlxFamily(
         keys=("num_experts", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step", "head_dim"),
-        made={"full_attention_interval": full_attention_interval, "partial_rotary_factor": _turned},
+        made={"full_attention_interval": full_attention_interval, "partial_rotary_factor": turned},
         computed={**SILU, "attention_bias": (False,)}, changed=CONVOLUTION, refuses=irregular, one_added=ONE_ADDED,
     ),
     "olmoe": MlxFamily(keys=("num_experts",), computed={**SILU, "clip_qkv": (None,)}),
@@ -126,7 +126,7 @@ FAMILIES: dict[str, MlxFamily] = {
         rope_types=("yarn",),
     ),
     "glm4_moe": _GLM,
-    "solar_open": replace(_GLM, made={"first_k_dense_replace": lambda config: 0, "partial_rotary_factor": _turned}),
+    "solar_open": replace(_GLM, made={"first_k_dense_replace": lambda config: 0, "partial_rotary_factor": turned}),
     "dots1": MlxFamily(experts="experts", computed={**SILU, **_ALL_FULL}),
     "exaone_moe": MlxFamily(
         keys=("layer_types", "sliding_window", "num_experts", "head_dim"), computed=SILU,
@@ -152,7 +152,7 @@ FAMILIES: dict[str, MlxFamily] = {
     ),
     "minimax_m2": MlxFamily(
         made={
-            "rotary_dim": lambda config: int(config.head_dim * _turned(config)),
+            "rotary_dim": lambda config: int(config.head_dim * turned(config)),
             "shared_intermediate_size": lambda config: 0,
         },
         computed=SILU,
@@ -199,7 +199,7 @@ FAMILIES: dict[str, MlxFamily] = {
                 "kda_layers": [i + 1 for i, kind in enumerate(config.layer_types) if kind == "linear_attention"],
             },
         },
-        computed={**SILU, "q_lora_rank": (None,)}, taken_apart=("kv_b_proj",), changed={"_conv.conv.weight": _channels},
+        computed={**SILU, "q_lora_rank": (None,)}, taken_apart=("kv_b_proj",), changed={"_conv.conv.weight": channels},
     ),
     "afmoe": MlxFamily(experts="experts", computed=SILU),
     "gemma4_text": MlxFamily(

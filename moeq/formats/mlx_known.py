@@ -5,24 +5,30 @@ from transformers import PreTrainedModel
 
 from moeq.formats.mlx_families import FAMILIES
 from moeq.formats.mlx_family import MlxFamily, rope_types
+from moeq.formats.mlx_rearranged import REARRANGED
 from moeq.formats.mlx_wrappers import WRAPPERS
 from moeq.quant.carrier import CarrierMode
 
-KNOWN: dict[str, MlxFamily] = FAMILIES | WRAPPERS
+KNOWN: dict[str, MlxFamily] = FAMILIES | REARRANGED | WRAPPERS
+# What mlx-lm computes of families that it opens.
+OTHERWISE: dict[str, str] = {
+    "jamba": "it weights the chosen experts by a softmax over their logits alone, and the model by one over all experts"
+}
 
 
 def check_norms(model: PreTrainedModel, family: MlxFamily, mode: CarrierMode) -> None:
-    """Raise ValueError where norms of a file are rounded, and nothing may be.
+    """Raise ValueError where norms are rounded, in the files or when they are used, and nothing may be.
 
     Args:
         model: Dense model.
         family: Its.
         mode: "native" allows it.
     """
-    if family.one_added and mode == "exact" and model.dtype != torch.float32:
+    if (family.one_added or family.adds_one) and mode == "exact" and model.dtype != torch.float32:
+        how = "holds norms of {} with 1 added" if family.one_added else "adds 1 to norms of {} when it uses them"
         raise ValueError(
-            f"mlx-lm holds norms of {model.config.model_type} with 1 added, which {str(model.dtype)[6:]} rounds (by up "
-            "to 1 / 256); choose carrier: native, as mlx-lm's own converter does, or gguf"
+            f"mlx-lm {how.format(model.config.model_type)}, which {str(model.dtype)[6:]} rounds (by up to 1 / 256); "
+            "choose carrier: native, as mlx-lm's own converter does, or gguf"
         )
 
 
@@ -36,8 +42,9 @@ def find_family(model: PreTrainedModel) -> MlxFamily:
     family = KNOWN.get(name)
     if family is None or family.language_model not in ("", config.model_type):
         of = f" of {config.model_type}" if family else ""
+        why = f" ({OTHERWISE[name]})" if name in OTHERWISE else ""
         raise ValueError(
-            f"mlx-lm is not known to read {name}{of} rightly; it does {', '.join(KNOWN)}: choose gguf or "
+            f"mlx-lm is not known to read {name}{of} rightly{why}; it does {', '.join(KNOWN)}: choose gguf or "
             "compressed-tensors"
         )
     for key, values in family.computed.items():

@@ -4,7 +4,7 @@ A row is one stream of bits, the lowest bit of each code first; ``value = code *
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from moeq.disk.folder import weight_files
 from moeq.export.compare import raise_for
 from moeq.export.finished import Progress
 from moeq.formats.carriers import version_of
+from moeq.formats.mlx_modules import Held
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.spec import QuantizedWeight
@@ -61,15 +62,15 @@ class Found:
     largest_error: float
 
 
-def check_stacks(
-    export: PackedExport, folder: Path, paths: Mapping[str, Sequence[str]], mode: CarrierMode, progress: Progress
+def check_modules(
+    export: PackedExport, folder: Path, modules: Mapping[str, Held], mode: CarrierMode, progress: Progress
 ) -> Found:
     """Compare every quantized weight of a folder with the packed export.
 
     Args:
         export: The packed export.
         folder: That was written.
-        paths: Canonical names of what each quantized module of mlx-lm holds.
+        modules: What each quantized module of mlx-lm holds, by its path there.
         mode: In "native" the rounding of biases is allowed.
         progress: Shows how many modules are read.
 
@@ -77,15 +78,17 @@ def check_stacks(
         ExportMismatchError: A weight differs by more than the format's rounding.
     """
     read, reader = _mlx_reader(folder) if find_spec("mlx") else _numpy_reader(folder)
-    modules, largest = list(paths), 0.0
+    paths, largest = list(modules), 0.0
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))["quantization"]
-    for index in progress(range(len(modules)), "reading"):
-        path, names = modules[index], paths[modules[index]]
+    for index in progress(range(len(paths)), "reading"):
+        path, held = paths[index], modules[paths[index]]
         values = config.get(path, config)
-        real_EOI = read(path, values["bits"], values["group_size"])
-        for ours_OI, name in zip(real_EOI.unbind() if real_EOI.ndim == 3 else [real_EOI], names, strict=True):
+        real = read(path, values["bits"], values["group_size"])
+        num_rows = [export.shape(name)[0] for name in held.names]
+        for number, (ours_OI, name) in enumerate(zip(held.places(real, num_rows), held.names, strict=True)):
             quantized = export.quantized(name)
-            theirs_OI, scale_OG = dequantize_codes(quantized), quantized.scale_OG.float().abs()
+            theirs_OI = held.take(number, dequantize_codes(quantized))
+            scale_OG = held.take(number, quantized.scale_OG).float().abs()
             scale_OI = scale_OG.repeat_interleave(theirs_OI.shape[1] // scale_OG.shape[1], 1)
             error = float(((ours_OI.to(theirs_OI.dtype).float() - theirs_OI.float()).abs() / scale_OI).max())
             raise_for(folder, "weights", [name] if error > _allowed(quantized, mode) else [])

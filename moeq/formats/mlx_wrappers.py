@@ -19,6 +19,7 @@ from moeq.formats.mlx_families import (
     num_dense,
 )
 from moeq.formats.mlx_family import MlxFamily
+from moeq.formats.mlx_rearranged import MINIMAX_M3
 
 # Where wrappers have their language model, in files and in mlx-lm.
 _INSIDE = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
@@ -51,6 +52,7 @@ WRAPPERS: dict[str, MlxFamily] = {
         FAMILIES["glm4_moe"], renamed=_ALONE, made={"head_dim": head_dim}, language_model="glm4v_moe_text",
         written_as="glm4_moe",
     ),
+    "minimax_m3_vl": MlxFamily(language_model="minimax_m3_vl_text", **MINIMAX_M3),
     "deepseek_ocr2": MlxFamily(
         renamed=_ALONE, language_model="deepseek_ocr2_text", written_as="deepseek", has_tied_head=False,
         made={"first_k_dense_replace": num_dense, "moe_layer_freq": lambda config: 1},

@@ -49,6 +49,21 @@ def test_packed_names_survive_saving_and_loading(family: str) -> None:
         assert key == name
 
 
+def test_converters_of_dense_linears_pass_over_single_experts() -> None:
+    model = tiny_model("minimax_m3_vl")
+    converters = packed_conversions(dense_conversions(model), expert_leaves(model))
+    found = {}
+    for path in ("mlp.", "mlp.shared_experts.", "mlp.experts.3."):
+        key = f"model.language_model.layers.0.{path}gate_proj.weight"
+        for converter in converters:
+            key, _ = converter.rename_source_key(key)
+        found[path] = key.rpartition(".layers.0.")[2]
+    assert found == {
+        "mlp.": "mlp.gate_up_proj.weight", "mlp.shared_experts.": "mlp.shared_experts.gate_up_proj.weight",
+        "mlp.experts.3.": "mlp.experts.3.gate_proj.weight",
+    }  # fmt: skip
+
+
 def test_every_projection_of_every_expert_has_a_name() -> None:
     model = tiny_model("qwen2_moe")
     names = weight_names(model)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moeq.formats import mlx_reader
 from moeq.formats.convert import convert
 from moeq.formats.mlx import FORMAT
 from moeq.formats.mlx_known import KNOWN
+from moeq.formats.mlx_rearranged import REARRANGED
 from moeq.formats.source import open_packed
 from tests.formats.packed import (
     Grid,
@@ -33,7 +35,7 @@ from tests.formats.packed import (
 # In each check; the others are slow.
 FEW = ("qwen2_moe", "mixtral", "deepseek_v3", "qwen3_vl_moe")
 # Parts of the keys of what stands beside a language model.
-BESIDE = ("visual", "vision", "projector", "audio_tower", "sam_model", "qwen2_model", "view_seperator")
+BESIDE = ("patch_merge", "visual", "vision", "projector", "audio_tower", "sam_model", "qwen2_model", "view_seperator")
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32,
     "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
@@ -48,7 +50,18 @@ SHARES = {
     for kind, base in (("full_attention", 5e6), ("sliding_attention", 1e4))
 }
 OTHER_SHARES = SHARES | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+# Of three blocks of four tokens or more each query sees its own and one more.
+CHOSEN_BLOCKS = {
+    "layer_types": ["minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 8,
+}  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {
+        "num_hidden_layers": 5, "layer_types": [*["linear_attention"] * 3, "full_attention", "full_attention"],
+        "mlp_layer_types": ["dense", *["sparse"] * 4], "n_group": 4, "topk_group": 2,
+    },
+    "ernie4_5_moe": {"num_hidden_layers": 3, "moe_layer_end_index": 2},
+    "minimax_m3_vl": CHOSEN_BLOCKS,
+    "minimax_m3_vl_text": CHOSEN_BLOCKS,
     "mistral4": {"rope_parameters": MISTRAL, "n_group": 2},
     "mistral3": {"rope_parameters": MISTRAL},
     "deepseek_v32": {**MANY_INDEX_HEADS, "rope_parameters": YARN},
@@ -69,32 +82,71 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def mlx_logits(folder: Path, num_tokens: int = 24) -> Tensor:
+def mlx_logits(folder: Path, num_tokens: int = 24, prompt: int | None = None) -> Tensor:
+    """Of all tokens at once, or of a prompt and then of one token after another."""
     mx = pytest.importorskip("mlx.core", reason="MLX has no build for this system")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     model, _ = utils.load_model(folder)
-    return torch.from_numpy(np.array(model(mx.array(np.arange(1, num_tokens + 1)[None])).astype(mx.float32)))[0]
+    ids = mx.array(np.arange(1, num_tokens + 1)[None])
+    if prompt is None:
+        return torch.from_numpy(np.array(model(ids).astype(mx.float32)))[0]
+    caches = pytest.importorskip("mlx_lm.models.cache")
+    cache, ends = caches.make_prompt_cache(model), [0, *range(prompt, num_tokens + 1)]
+    parts = [model(ids[:, start:end], cache=cache) for start, end in pairwise(ends)]
+    return torch.from_numpy(np.array(mx.concatenate(parts, axis=1).astype(mx.float32)))[0]
+
+
+def grid_by_kind(name: str) -> Grid | None:
+    """Down projections on 2 bits, experts of block 0 on 3 with zero points, others kept, the rest on 8 bits."""
+    if not is_expert(name):
+        return (8, None, True)
+    if name.endswith("down_proj"):
+        return (2, 32, True)
+    return (3, 32, False) if ".layers.0." in name else None
 
 
 @pytest.mark.parametrize(
     "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in KNOWN]
 )
 def test_mlx_lm_gives_the_logits_of_the_dequantized_model(family: str, tmp_path: Path) -> None:
-    def grid_of(name: str) -> Grid | None:
-        """Down projections on 2 bits, experts of block 0 on 3 with zero points, others kept, the rest on 8 bits."""
-        if not is_expert(name):
-            return (8, None, True)
-        if name.endswith("down_proj"):
-            return (2, 32, True)
-        return (3, 32, False) if ".layers.0." in name else None
-
-    made = write_tiny_packed(family, tmp_path, grid_of, dtype=torch.float32, **OVERRIDES.get(family, {}))
+    made = write_tiny_packed(family, tmp_path, grid_by_kind, dtype=torch.float32, **OVERRIDES.get(family, {}))
     report = convert(made.folder, "mlx", tmp_path / "mlx")
     assert report.num_quantized == len(made.quantized)
     assert report.largest_error < 1e-4
     assert (mlx_logits(tmp_path / "mlx") - logits_of(made.model)).abs().max() < 1e-4
     beside = [key for key in tensors_of(made.folder) if any(part in key for part in BESIDE)]
     assert report.num_left_out == len(beside)
+
+
+@pytest.mark.parametrize("experts_alone", [False, True])
+@pytest.mark.parametrize("family", ["minimax_m3_vl", *(pytest.param(f, marks=pytest.mark.slow) for f in REARRANGED)])
+def test_what_is_split_merged_and_reordered_gives_the_logits_token_by_token(
+    family: str, experts_alone: bool, tmp_path: Path
+) -> None:
+    def grid_of(name: str) -> Grid | None:
+        return grid_by_kind(name) if is_expert(name) or not experts_alone else None
+
+    made = write_tiny_packed(family, tmp_path, grid_of, dtype=torch.float32, **OVERRIDES[family])
+    convert(made.folder, "mlx", tmp_path / "mlx")
+    assert (mlx_logits(tmp_path / "mlx", 40, prompt=9) - logits_of(made.model, 40)).abs().max() < 1e-4
+
+
+def test_rows_of_one_weight_are_those_of_two_modules_bit_for_bit(tmp_path: Path) -> None:
+    made = write_tiny_packed("minimax_m3_vl", tmp_path, lambda name: (3, 32, False))
+    report = convert(made.folder, "mlx", tmp_path / "mlx", carrier="native")
+    assert report.num_quantized == len(made.quantized)
+    tensors, said = tensors_of(tmp_path / "mlx"), config_of(tmp_path / "mlx")["quantization"]
+    for path, name in (("mlp", "mlp"), ("block_sparse_moe.shared_experts", "mlp.shared_experts")):
+        block = int(name != "mlp")
+        halves = [
+            mlx_reader.dequantize_bits(
+                *(tensors[f"language_model.model.layers.{block}.{path}.{leaf}.{part}"] for part in
+                  ("weight", "scales", "biases")), said["bits"],
+            )
+            for leaf in ("gate_proj", "up_proj")
+        ]  # fmt: skip
+        ours = made.model.get_parameter(f"model.language_model.layers.{block}.{name}.gate_up_proj.weight").float()
+        assert (torch.cat(halves) - ours).abs().max() < 2**-6 * ours.abs().max()
 
 
 @pytest.mark.parametrize("reader", ["mlx", "numpy"])
@@ -209,6 +261,12 @@ def test_the_configuration_names_every_module_that_is_not_as_most_are(
     assert values["model.layers.0.self_attn.q_proj"] is False
 
 
+def test_linears_that_are_one_there_need_one_grid(tmp_path: Path) -> None:
+    made = write_tiny_packed("ernie4_5_moe", tmp_path, lambda name: (8 if name.endswith("v_proj") else 4, 32, True))
+    with pytest.raises(ValueError, match=r"v_proj is affine8 .*: they are one linear of mlx-lm's class"):
+        convert(made.folder, "mlx", tmp_path / "mlx")
+
+
 def test_transformers_refuses_the_folder(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
     convert(tiny("qwen2_moe", "3 bits").folder, "mlx", tmp_path / "mlx")
     with pytest.raises(ValueError, match="quant_method"):
@@ -238,7 +296,19 @@ def test_a_changed_bit_is_found(tiny: Callable[..., Tiny], tmp_path: Path) -> No
         ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, False, "blocks share what one has chosen"),
         ("mimo_v2_flash", {"rope_parameters": OTHER_SHARES}, False, "blocks with a window have another"),
         ("unlimited_ocr", {}, False, "mlx-lm is not known to read unlimited_ocr rightly"),
-        ("ernie4_5_moe", {}, False, "mlx-lm is not known to read ernie4_5_moe rightly"),
+        (
+            "jamba",
+            {"mamba_dt_rank": 32},
+            False,
+            r"mlx-lm is not known to read jamba rightly \(it weights",
+        ),
+        ("ernie4_5_moe", {"moe_k": 1}, False, "the probability of a single expert as its weight"),
+        ("ernie4_5_moe", {"use_bias": True}, False, "use_bias: True of ernie4_5_moe"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, False, "experts in every block from one on"),
+        ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_end_index": 1}, False, "in every block from one on"),
+        ("bailing_hybrid", {"layer_types": ["full_attention", "linear_attention"]}, False, "every so-manieth block"),
+        ("bailing_hybrid", {"kda_safe_gate": False}, False, "kda_safe_gate: False of bailing_hybrid"),
+        ("minimax_m3_vl", {}, False, "adds 1 to norms of minimax_m3_vl when it uses them, which bfloat16 rounds"),
         (
             "qwen3_moe",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},

@@ -42,7 +42,10 @@ _IN_ONE = {
 }
 # What these refuse, and why.
 REFUSED: dict[str, dict[str, str]] = {
-    "mlx": dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "with 1 added, which bfloat16 rounds"),
+    "mlx": {
+        **dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "with 1 added, which bfloat16 rounds"),
+        "minimax_m3_vl_text": "adds 1 to norms of minimax_m3_vl_text when it uses them, which bfloat16 rounds",
+    },
     "compressed-tensors": {**_IN_ONE, "dots3_note": "fc1.weight would be written twice"},  # of its vision tower
     "gptq": {
         **{family: reason for family, reason in _IN_ONE.items() if family != "qwen3_vl_moe"},
