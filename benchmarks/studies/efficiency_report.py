@@ -79,7 +79,9 @@ def rate(row: Row, task: str) -> float:
 
 
 def _speed_table(found: Mapping[str, Row], dense: str = "bfloat16") -> str:
-    first = next(row for row in found.values() if "seconds" in row)
+    first = next((row for row in found.values() if "seconds" in row), None)
+    if first is None:  # all plans are refused
+        return ""
     names = [f"{task} {first['prompt']}" if task == "prompt" else task for task in first["seconds"]]
     head = ["plan", "MiB", *(title for name in names for title in (f"{name}: tokens/s", f"times {dense}"))]
     with_types, lines = any("types" in row for row in found.values()), []

@@ -123,6 +123,11 @@ def test_tables_have_the_mean_over_seeds_and_bytes_over_those_of_the_file() -> N
     assert "| mixed | 100 | 1.04 | 1.10 | 1.50 | - | - | - |" in lines
 
 
+def test_a_part_whose_plans_are_all_refused_says_why() -> None:
+    text = report([{"part": "mlx", "plan": "mixed", "experts": 8, "refused": "two grids in one tensor"}])
+    assert "Refused in MLX: mixed; such as: two grids in one tensor." in text
+
+
 def test_without_a_counter_no_energy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.speed.plan_speed.COUNTERS", tmp_path)
     assert joules() is None
