@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl
 
 LINE = 1.24  # of heights of labels, on a logarithmic axis
+TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 SAME = 1e-4  # nats: the model itself, which a logarithmic axis has no place for
 _MEMORY = (
     "Bytes over those of the file, in a process of its own: tensors of the model; what is resident after opening and a "
@@ -172,20 +173,26 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         who: {plan: (1 / faster(row, "decode 1"), kl[plan]) for plan, row in found.items() if kl.get(plan, 0) > SAME}
         for who, found in (("moeq", packed), ("llama.cpp", llama))
     }
-    for (name, points), marker in zip(series.items(), "os", strict=True):
-        _scatter(left, points, name, marker, 0.02)
+    # Labels of one to the right, of the other to the left: both have points at the same heights.
+    for (name, points), marker, place in zip(series.items(), "os", (1.04, 0.96), strict=True):
+        _scatter(left, points, name, marker, place)
     if times := [x for points in series.values() for x, _ in points.values()]:
-        left.set_xlim(min(times) - 0.05, max(times) + 0.3)
+        ticks = [time for time in TICKS if min(times) / 3 < time < 2 * max(times)]
+        left.set_xscale("log")
+        left.set_xlim(min(times) / 4, max(times) * 2.2)
+        left.set_xticks(ticks, [f"{time:g}" for time in ticks])
+        left.minorticks_off()
     sizes = {plan: (seeds[0]["bits"], kl[plan]) for plan, seeds in _by_plan(rows).items() if seeds[0]["bits"] < 16}
-    _scatter(right, sizes, "all plans", "o", 0.25)
-    right.set_xlim(2, 9.2)
+    _scatter(right, sizes, "all plans", "o", 1.06)
+    right.set_xlim(2, 9.6)
     left.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="time of a token, one sequence (bfloat16 = 1)", ylabel="mean KL, nats", yscale="log")
     right.set(xlabel="bits per weight, scales included", ylabel="mean KL, nats", yscale="log")
     figure.savefig(path, dpi=100)
 
 
-def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, marker: str, offset: float) -> None:
+def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, marker: str, place: float) -> None:
+    """Points with their front and names, these at ``place`` times the abscissa: to the right above 1, else left."""
     if not points:
         return
     names = front(points)
@@ -194,7 +201,8 @@ def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], label: str, m
     for name, height in zip(sorted(points, key=lambda name: points[name][1]), _label_heights(points), strict=True):
         x, y = points[name]
         style = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0}
-        axes.annotate(name, (x, y), xytext=(x + offset, height), va="center", fontsize=7, arrowprops=style)
+        side = "left" if place > 1 else "right"
+        axes.annotate(name, (x, y), xytext=(x * place, height), ha=side, va="center", fontsize=7, arrowprops=style)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
