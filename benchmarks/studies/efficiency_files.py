@@ -58,7 +58,7 @@ class PlanFiles:
 
     @cached_property
     def dense_in_mlx(self) -> MlxLm:
-        """The folder in bfloat16, open."""
+        """The folder in bfloat16, open in float32."""
         with TemporaryDirectory() as folder:
             write_mlx(self.config, {}, Path(folder))
             return MlxLm(Path(folder) / "mlx")
@@ -79,7 +79,7 @@ class PlanFiles:
         return found
 
     def times_in_mlx(self, grids: Grids, tasks: Mapping[str, int], turns: int) -> Row:
-        """Seconds of tasks in mlx-lm beside bfloat16."""
+        """Seconds of tasks in mlx-lm beside the model without grids, both in float32 where nothing is quantized."""
         with TemporaryDirectory() as temporary:
             found = write_mlx(self.config, grids, Path(temporary)) | {"experts": self.config.num_experts}
             if "refused" in found:

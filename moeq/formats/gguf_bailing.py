@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeq.formats.gguf_mamba import column
-from moeq.formats.gguf_metadata import SIGMOID, dense_later, groups, num_dense
+from moeq.formats.gguf_metadata import SIGMOID, dense_later, groups
 from moeq.formats.gguf_pieces import Piece, Pieces, latent_parts, made, renamed
-from moeq.formats.gguf_recurrent import both_kinds, projections
+from moeq.formats.gguf_recurrent import both_kinds, delta_and_latent, projections
 from moeq.formats.gguf_rope import Metadata, rope
 
 
@@ -27,23 +27,13 @@ BAILING: Mapping[str, Pieces] = {
 
 def bailing(config: Any) -> Metadata:
     """Ling 3.0."""
-    turned = config.qk_rope_head_dim
     return (
-        rope(config, turned)
+        rope(config, config.qk_rope_head_dim)
         | groups(config)
         | {
-            "rope.dimension_count": turned,  # whatever partial_rotary_factor says, which is of other heads
-            "attention.head_count_kv": [1 if kind == "full_attention" else 0 for kind in config.layer_types],
-            "attention.kv_lora_rank": config.kv_lora_rank,
-            "attention.key_length": config.kv_lora_rank + turned,
-            "attention.value_length": config.kv_lora_rank,
-            "attention.key_length_mla": config.qk_nope_head_dim + turned,
-            "attention.value_length_mla": config.v_head_dim,
-            "ssm.conv_kernel": config.linear_conv_kernel_dim,
-            "kda.head_dim": config.linear_head_dim,
+            **delta_and_latent(config),
             "kda.safe_gate": True,
             "kda.gate_lower_bound": float(config.kda_lower_bound),
-            "leading_dense_block_count": num_dense(config),
             "expert_count": config.num_local_experts,
             "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_shared_count": config.n_shared_experts,

@@ -148,9 +148,9 @@ KIMI: Mapping[str, Pieces] = {
 }
 
 
-def kimi(config: Any) -> Metadata:
-    """Kimi Linear: the delta rule with a decay per channel, and latent attention without positions."""
-    turned = config.qk_rope_head_dim
+def delta_and_latent(config: Any) -> Metadata:
+    """Kimi Linear and Ling 3.0: the delta rule in some blocks, latent attention in others, dense blocks first."""
+    turned = config.qk_rope_head_dim  # whatever partial_rotary_factor says, which is of other heads
     return {
         "attention.head_count_kv": [1 if kind == "full_attention" else 0 for kind in config.layer_types],
         "attention.kv_lora_rank": config.kv_lora_rank,
@@ -162,6 +162,13 @@ def kimi(config: Any) -> Metadata:
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "kda.head_dim": config.linear_head_dim,
         "leading_dense_block_count": num_dense(config),
+    }
+
+
+def kimi(config: Any) -> Metadata:
+    """Kimi Linear: the delta rule with a decay per channel, and latent attention without positions."""
+    return {
+        **delta_and_latent(config),
         "expert_count": config.num_experts,
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_count": config.num_shared_experts,
