@@ -1,4 +1,6 @@
-"""Two hand-written forward/backward pairs that make bfloat16 training of a small MoE on a CPU several times faster.
+"""Two hand-written forward/backward pairs that make training of a small MoE on a CPU several times faster.
+
+Products are in bfloat16 where autocast is, in float32 elsewhere (a CPU without bfloat16 products emulates them).
 
 ``routed_swiglu`` runs the routed experts: tokens are sorted by expert into segments padded to a multiple of
 ``SEGMENT`` rows, because the CPU matrix library compiles and caches one kernel per shape and the number of tokens of
@@ -16,6 +18,10 @@ SEGMENT = 64
 CHUNK = 512
 
 
+def _product_dtype() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
 class _RoutedSwiGLU(torch.autograd.Function):
     """Legend: T tokens, K experts per token, E experts, D model width, F expert width, P rows of padded segments."""
 
@@ -29,9 +35,10 @@ class _RoutedSwiGLU(torch.autograd.Function):
         row = torch.arange(flat.numel()) + (start - counts.cumsum(0) + counts)[flat[order]]
         token = order // ids_TK.shape[1]
         segments = list(zip(start.tolist(), (start + padded).tolist(), strict=True))
-        gate_up, down = gate_up.bfloat16(), down.bfloat16()
-        x_PD = torch.zeros(int(padded.sum()), x_TD.shape[1], dtype=torch.bfloat16)
-        x_PD.index_copy_(0, row, x_TD.bfloat16().index_select(0, token))
+        dtype = _product_dtype()
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
+        x_PD = torch.zeros(int(padded.sum()), x_TD.shape[1], dtype=dtype)
+        x_PD.index_copy_(0, row, x_TD.to(dtype).index_select(0, token))
         h_P2F = _segmented_mm(x_PD, gate_up.mT, segments)
         gate, up = h_P2F.chunk(2, 1)
         act_PF = F.silu(gate) * up
@@ -47,7 +54,7 @@ class _RoutedSwiGLU(torch.autograd.Function):
         x_PD, h_P2F, act_PF, y, weights, gate_up, down, row, token, order = ctx.saved_tensors
         grad = grads[0].float().index_select(0, token)
         d_weights = torch.empty(order.numel()).index_copy_(0, order, (grad * y).sum(1)).view(ctx.weights_shape)
-        dy_PD = torch.zeros_like(x_PD).index_copy_(0, row, (grad * weights).bfloat16())
+        dy_PD = torch.zeros_like(x_PD).index_copy_(0, row, (grad * weights).to(x_PD.dtype))
         d_act = _segmented_mm(dy_PD, down, ctx.segments)
         gate, up = h_P2F.chunk(2, 1)
         sigmoid = torch.sigmoid(gate)
@@ -86,14 +93,15 @@ def routed_swiglu(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-        x_TD, weight = x_TD.bfloat16(), weight_VD.bfloat16()
+        dtype = _product_dtype()
+        x_TD, weight = x_TD.to(dtype), weight_VD.to(dtype)
         dx, dw, loss = torch.empty_like(x_TD), torch.zeros_like(weight_VD), torch.zeros(())
         for a in range(0, len(x_TD), CHUNK):
             x, target = x_TD[a : a + CHUNK], target_T[a : a + CHUNK].unsqueeze(1)
             log_prob = (x @ weight.t()).float().log_softmax(1)
             loss -= log_prob.gather(1, target).sum()
             grad = log_prob.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0))
-            grad = grad.mul_(1 / len(x_TD)).bfloat16()
+            grad = grad.mul_(1 / len(x_TD)).to(dtype)
             torch.mm(grad, weight, out=dx[a : a + CHUNK])
             dw += grad.t() @ x
         ctx.save_for_backward(dx, dw)

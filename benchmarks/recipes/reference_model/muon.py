@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 
-def orthogonalize(momentum: Tensor, num_steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix of each [..., O, I] matrix, by a quintic Newton-Schulz iteration in bfloat16."""
-    x = momentum.bfloat16()
+def orthogonalize(momentum: Tensor, dtype: torch.dtype, num_steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix of each [..., O, I] matrix, by a quintic Newton-Schulz iteration in ``dtype``."""
+    x = momentum.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -27,11 +27,13 @@ def orthogonalize(momentum: Tensor, num_steps: int = 5) -> Tensor:
 
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with ``num_splits`` > 0 are stepped by Muon (their rows split in that many equal matrices:
-    2 for a fused gate and up), the others by AdamW.  Every group has its own ``lr`` and ``weight_decay``.
+    2 for a fused gate and up), the others by AdamW.  Every group has its own ``lr`` and ``weight_decay``; Muon's
+    products are in ``product_dtype``.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "num_splits": 0})
+    def __init__(self, groups: Iterable[dict[str, Any]], product_dtype: torch.dtype) -> None:
+        defaults = {"lr": 1e-3, "weight_decay": 0.0, "num_splits": 0, "product_dtype": product_dtype}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -53,7 +55,7 @@ def _muon_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any])
     momentum.lerp_(gradient, 0.05)
     matrices = gradient.lerp(momentum, 0.95).unflatten(-2, (group["num_splits"], -1))
     rows, columns = matrices.shape[-2:]
-    return orthogonalize(matrices).mul_(max(1.0, rows / columns) ** 0.5).flatten(-3, -2)
+    return orthogonalize(matrices, group["product_dtype"]).mul_(max(1.0, rows / columns) ** 0.5).flatten(-3, -2)
 
 
 def _adamw_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -26,6 +26,8 @@ from benchmarks.recipes.reference_model.corpus import (
 )
 from benchmarks.recipes.reference_model.fast_layers import linear_cross_entropy, routed_swiglu
 from benchmarks.recipes.reference_model.muon import MuonAdamW
+from moeq.kernels.compute_dtype import ComputeDType
+from moeq.kernels.compute_dtype import compute_dtype as resolve_compute_dtype
 
 ALL_EXPERTS_FUNCTIONS.register("routed_swiglu", routed_swiglu)
 MIXTURE = {"prose": 0.42, "python": 0.30, "gsm8k": 0.13, "arithmetic": 0.15}
@@ -120,9 +122,11 @@ class ReferenceMoE(pl.LightningModule):
         num_experts_per_tok: int = 2,
         vocab_size: int = 4096,
         family: Literal["qwen2_moe", "mixtral"] = "qwen2_moe",
+        compute_dtype: ComputeDType = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.product_dtype = resolve_compute_dtype(compute_dtype, torch.bfloat16)
         config = FAMILIES[family](
             vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             num_experts_per_tok=num_experts_per_tok, tie_word_embeddings=True, max_position_embeddings=1024,
@@ -132,10 +136,10 @@ class ReferenceMoE(pl.LightningModule):
         self.model.set_experts_implementation("routed_swiglu")
 
     def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.product_dtype == torch.bfloat16):
             out = self.model.model(ids[:, :-1], output_router_logits=True)
-        hidden_TD = out.last_hidden_state.flatten(0, 1)
-        loss = linear_cross_entropy(hidden_TD, self.model.lm_head.weight, ids[:, 1:].flatten())
+            hidden_TD = out.last_hidden_state.flatten(0, 1)
+            loss = linear_cross_entropy(hidden_TD, self.model.lm_head.weight, ids[:, 1:].flatten())
         balance = torch.stack([balance_loss(x, self.hparams["num_experts_per_tok"]) for x in out.router_logits]).mean()
         self.log_dict({"train/loss": loss, "train/balance": balance}, prog_bar=True)
         return loss + self.hparams["balance"] * balance
@@ -149,7 +153,8 @@ class ReferenceMoE(pl.LightningModule):
         lrs = {0: h["adam_lr"], 1: h["muon_lr"], 2: h["muon_lr"]}
         decays = {0: 0.0, 1: h["weight_decay"], 2: h["weight_decay"]}
         optimizer = MuonAdamW(
-            {"params": p, "lr": lrs[s], "weight_decay": decays[s], "num_splits": s} for s, p in groups.items()
+            ({"params": p, "lr": lrs[s], "weight_decay": decays[s], "num_splits": s} for s, p in groups.items()),
+            self.product_dtype,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

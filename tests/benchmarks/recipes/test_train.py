@@ -6,11 +6,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from benchmarks.recipes.reference_model import save
+from benchmarks.recipes.reference_model.fast_layers import linear_cross_entropy
 from benchmarks.recipes.reference_model.train import ReferenceMoE
 from tests.tiny import tiny_tokenizer
 
@@ -32,17 +34,46 @@ def experts_and_gradients(model: Any, implementation: str, routed: tuple[Tensor,
     return [out_TD.detach(), *torch.autograd.grad(out_TD, leaves, grad_TD)]
 
 
-def test_routed_experts_of_mixtral_equal_the_eager_ones(generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("in_bfloat16", "bound"), [(False, 1e-5), (True, 0.01)])
+def test_routed_experts_of_mixtral_equal_the_eager_ones(
+    generator: torch.Generator, in_bfloat16: bool, bound: float
+) -> None:
     model = recipe().model
     hidden_TD, grad_TD = (torch.randn(150, 256, generator=generator) for _ in range(2))
     # The last expert gets no token at all.
     weights_TK, ids_TK = torch.rand(150, 7, generator=generator).topk(2)
     routed = (hidden_TD, ids_TK, weights_TK / weights_TK.sum(1, keepdim=True))
     expected = experts_and_gradients(model, "eager", routed, grad_TD)
-    actual = experts_and_gradients(model, "routed_swiglu", routed, grad_TD)
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        actual = experts_and_gradients(model, "routed_swiglu", routed, grad_TD)
     for ours, theirs in zip(actual, expected, strict=True):
-        # bfloat16 products against float32 ones.
-        assert float((ours - theirs).norm()) < 0.01 * float(theirs.norm())
+        assert float((ours - theirs).norm()) < bound * float(theirs.norm())
+
+
+@pytest.mark.parametrize(("in_bfloat16", "bound"), [(False, 1e-5), (True, 0.01)])
+def test_the_loss_of_the_head_is_cross_entropy(generator: torch.Generator, in_bfloat16: bool, bound: float) -> None:
+    hidden_TD = torch.randn(700, 16, generator=generator, requires_grad=True)
+    head_VD = torch.randn(40, 16, generator=generator, requires_grad=True)
+    target_T = torch.randint(40, (700,), generator=generator)
+    loss = F.cross_entropy(hidden_TD @ head_VD.T, target_T)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (hidden_TD, head_VD))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        loss = linear_cross_entropy(hidden_TD, head_VD, target_T)
+    actual = [loss.detach(), *torch.autograd.grad(loss, (hidden_TD, head_VD))]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert float((ours - theirs).norm()) < bound * float(theirs.norm())
+
+
+@pytest.mark.parametrize(("compute_dtype", "expected"), [("float32", torch.float32), ("stored", torch.bfloat16)])
+def test_products_of_a_step_have_the_dtype_that_was_asked_for(
+    compute_dtype: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    module, seen = recipe(compute_dtype=compute_dtype), []
+    monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
+    module.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    module.training_step(torch.randint(VOCABULARY, (1, 9), generator=generator), 0).backward()
+    assert seen == [expected]
+    assert {group["product_dtype"] for group in module.configure_optimizers()["optimizer"].param_groups} == {expected}
 
 
 def test_router_logits_are_those_before_the_softmax(generator: torch.Generator) -> None:
