@@ -19,8 +19,7 @@ MODELS = {
     "reference": "the bundled model",
     "Mixtral": (
         "a model of Mixtral's layout (4 blocks of 8 experts, hidden size 256), trained by the recipe of the bundled "
-        "one for 1,500 steps (benchmarks/recipes/reference_model/config_mixtral.yaml with --model.num_steps 1500 "
-        "--trainer.max_epochs 15)"
+        "one for 1,500 steps (make mixtral-model)"
     ),
 }
 
