@@ -11,7 +11,9 @@ other file (llama.cpp refuses AutoRound's file of a tied model, which has no hea
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -43,7 +45,9 @@ def main() -> None:
             setattr(gguf.MODEL_ARCH, name, name)
     # Nor does it know the bundled tokenizer; that of the dense file is the one that counts.
     get_conversion(model_path=options.model)
-    sys.modules["conversion.base"].TextModel.get_vocab_base_pre = lambda *_: "smollm"
+    text_model = sys.modules["conversion.base"].TextModel
+    text_model.get_vocab_base_pre = lambda *_: "smollm"
+    split_stacks(sys.modules["conversion.llama"].LlamaModel, text_model.modify_tensors)
     ids_NL = load_file(options.ids)["ids"]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     rounding = AutoRound(
@@ -55,6 +59,30 @@ def main() -> None:
         rounding.quantize_and_save(folder, format=f"gguf:{options.type}")
         made = next(Path(folder).rglob("*.gguf"))
         write(options.dense, gguf.GGUFReader(made), options.output)
+
+
+def split_stacks(converter: Any, convert: Callable[..., Iterator[tuple[str, torch.Tensor]]]) -> None:
+    """Teach a converter the stacks of experts that AutoRound makes of a Mixtral; it knows single experts alone.
+
+    Args:
+        converter: Class whose ``modify_tensors`` is replaced.
+        convert: What it does with a tensor that needs no change.
+    """
+    known = converter.modify_tensors
+
+    def modify_tensors(
+        self: Any, tensor: torch.Tensor, name: str, block: int | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        parts = {"down": tensor}
+        if name.endswith("mlp.experts.gate_up_proj"):
+            parts = dict(zip(("gate", "up"), tensor.chunk(2, -2), strict=True))
+        elif not name.endswith("mlp.experts.down_proj"):
+            yield from known(self, tensor, name, block)
+            return
+        for part, rows in parts.items():
+            yield from convert(self, rows.contiguous(), f"{name.rpartition('.')[0]}.{part}_proj.weight", block)
+
+    converter.modify_tensors = modify_tensors
 
 
 def write(dense: Path, made: gguf.GGUFReader, output: Path) -> None:
