@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, log
 from pathlib import Path
 from statistics import fmean
 
@@ -10,6 +10,8 @@ from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl, worst_k
 
 SLACK = 1.002  # two files are of equal size within this: their names and metadata differ by some bytes
 TICKS = (2.5, 3, 3.5, 4, 4.25, 4.5, 5, 6, 8)  # bits, of figures
+MIN_GAP = 0.07  # of the axis, between two of them
+UNQUANTIZED = 16  # bits
 GOAL_RIVAL, GOAL_OTHERS = 0.40, 0.25
 
 
@@ -111,20 +113,31 @@ def _kl(one: File) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Divergence by bits, both axes logarithmic: every file, and the best ones of each quantizer joined by a line."""
+    """Divergence by bits, both axes logarithmic: every file, and the best ones of each quantizer joined by a line.
+
+    What is not quantized stands in the table alone: it would take half of either axis.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes, found = figure.subplots(), files(rows)
+    axes, found = figure.subplots(), [one for one in files(rows) if one.bits < UNQUANTIZED]
     for quantizer, group in grouped(found, lambda one: one.quantizer).items():
         best = [one for one in group if not any(other.kl < one.kl for other in group if other.bits <= one.bits)]
         (line,) = axes.plot([one.bits for one in best], [one.kl for one in best], label=quantizer)
         axes.plot([one.bits for one in group], [one.kl for one in group], "o", color=line.get_color(), markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="bits of a quantized weight in the file", ylabel="mean KL, nats")
-    low, high = min(one.bits for one in found), max(one.bits for one in found)
-    ticks = [bits for bits in TICKS if low * 0.95 <= bits <= high * 1.05]
+    ticks = readable_ticks(min(one.bits for one in found), max(one.bits for one in found))
     axes.set_xticks(ticks, [f"{bits:g}" for bits in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
+
+
+def readable_ticks(low: float, high: float) -> list[float]:
+    """Those of ``TICKS`` between two numbers of bits whose labels do not touch on a logarithmic axis."""
+    found: list[float] = []
+    for bits in (bits for bits in TICKS if low * 0.95 <= bits <= high * 1.05):
+        if not found or log(bits / found[-1]) >= MIN_GAP * log(high / low):
+            found.append(bits)
+    return found

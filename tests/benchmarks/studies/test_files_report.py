@@ -1,8 +1,14 @@
 """Tables of the studies of files."""
 
+from itertools import pairwise
+from math import log
+from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.files_report import best, files, report
+import matplotlib.image
+import pytest
+
+from benchmarks.studies.files_report import MIN_GAP, best, draw, files, readable_ticks, report
 
 
 def row(quantizer: str, kind: str, num_bytes: int, kl: float, seed: int = 0) -> dict[str, Any]:
@@ -44,3 +50,19 @@ def test_every_file_has_one_row_of_its_seeds_in_the_order_of_sizes() -> None:
     lines = report(ROWS, ("moeq",), "rival").split("## Every file\n\n")[1].splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["Q2", "four", "Q4", "4.5", "5"]
     assert lines[3] == "| moeq | 4.5 | 4.000 | 1001 | 2 | 0.6000 +- 0.1414 | 0.9000 | 1.000 | 1.000 | 50.0 |"
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.4, 8.5), (4.1, 4.6), (3.0, 3.0)])
+def test_labels_of_an_axis_do_not_touch_and_lie_on_it(low: float, high: float) -> None:
+    ticks = readable_ticks(low, high)
+    assert ticks
+    assert all(0.95 * low <= bits <= 1.05 * high for bits in ticks)
+    gaps = [log(b / a) for a, b in pairwise(ticks)]
+    assert all(gap >= MIN_GAP * log(high / low) for gap in gaps)
+
+
+def test_a_figure_is_of_what_is_quantized(tmp_path: Path) -> None:
+    draw(ROWS, tmp_path / "without.png")
+    draw([*ROWS, {**row("unquantized", "BF16", 4000, 1e-5), "bits": 16.0}], tmp_path / "with.png")
+    without, with_it = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("without", "with"))
+    assert (without == with_it).all()
