@@ -135,7 +135,7 @@ class LearnedCosts(Study[Case]):
         path: Path = self.options.folder / f"survey-{seed}.json"
         if not path.is_file():
             spec = SurveySpec(
-                costs=("fisher",), choices=parse_choices(list(WIDTHS), None), solve=SolveSpec(damping=DAMPING),
+                costs=("fisher",), choices=parse_choices(list(WIDTHS), GROUP), solve=SolveSpec(damping=DAMPING),
                 grid=GridSpec(4, GROUP), seed=seed,
             )  # fmt: skip
             ids_NL = calibration_set(self.yardstick, "corpus", NUM_WINDOWS, seed, self.options.folder)
