@@ -13,6 +13,7 @@ from benchmarks.studies.calibration_data import CalibrationData
 from benchmarks.studies.compressed_tensors import CompressedTensors
 from benchmarks.studies.efficiency import Efficiency
 from benchmarks.studies.gguf import Gguf
+from benchmarks.studies.learned_costs import LearnedCosts
 from benchmarks.studies.mlx import Mlx
 from benchmarks.studies.one_bit_less import OneBitLess
 from benchmarks.studies.peers import Peers
@@ -41,6 +42,7 @@ def read(stem: str) -> tuple[dict, str]:
         (CompressedTensors, "compressed_tensors_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
+        (LearnedCosts, "learned_costs", {}),
         (OneBitLess, "one_bit_less", {"peers": [RESULTS / "peers.json"]}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
         (Writers, "writers_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
