@@ -85,12 +85,12 @@ class LearnedCosts(Study[Case]):
         parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5], help="code bits per weight")
 
     def cases(self) -> list[Case]:
-        o = self.options
-        uniform = [(seed, Case(seed, "uniform", float(bits))) for seed in o.seeds for bits in WIDTHS]
-        plans = [
-            (seed, Case(seed, costs, bits)) for seed in o.seeds for bits in o.budgets for costs in (SOLVED, LEARNED)
-        ]
-        return [case for seed in o.seeds for of, case in uniform + plans if of == seed]
+        """Seed by seed, what the plans of a seed read before them."""
+        cases = []
+        for seed in self.options.seeds:
+            cases += [Case(seed, "uniform", float(bits)) for bits in WIDTHS]
+            cases += [Case(seed, costs, bits) for bits in self.options.budgets for costs in (SOLVED, LEARNED)]
+        return cases
 
     @cached_property
     def yardstick(self) -> Yardstick:
