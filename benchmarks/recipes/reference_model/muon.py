@@ -6,6 +6,7 @@ Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networ
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], product_dtype: torch.dtype) -> None:
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "num_splits": 0, "product_dtype": product_dtype}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "num_splits": 0})
+        # Not of the groups, which a checkpoint brings along: another processor may continue in another dtype.
+        self.product_dtype = product_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -42,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = _muon_update if group["num_splits"] else _adamw_update
+            update = partial(_muon_update, dtype=self.product_dtype) if group["num_splits"] else _adamw_update
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -50,12 +52,12 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def _muon_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _muon_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> Tensor:
     momentum = state.setdefault("momentum", torch.zeros_like(gradient))
     momentum.lerp_(gradient, 0.05)
     matrices = gradient.lerp(momentum, 0.95).unflatten(-2, (group["num_splits"], -1))
     rows, columns = matrices.shape[-2:]
-    return orthogonalize(matrices, group["product_dtype"]).mul_(max(1.0, rows / columns) ** 0.5).flatten(-3, -2)
+    return orthogonalize(matrices, dtype).mul_(max(1.0, rows / columns) ** 0.5).flatten(-3, -2)
 
 
 def _adamw_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

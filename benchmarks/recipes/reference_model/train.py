@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2MoeConfig
@@ -26,8 +27,7 @@ from benchmarks.recipes.reference_model.corpus import (
 )
 from benchmarks.recipes.reference_model.fast_layers import linear_cross_entropy, routed_swiglu
 from benchmarks.recipes.reference_model.muon import MuonAdamW
-from moeq.kernels.compute_dtype import ComputeDType
-from moeq.kernels.compute_dtype import compute_dtype as resolve_compute_dtype
+from moeq.kernels import compute_dtype as dtypes
 
 ALL_EXPERTS_FUNCTIONS.register("routed_swiglu", routed_swiglu)
 MIXTURE = {"prose": 0.42, "python": 0.30, "gsm8k": 0.13, "arithmetic": 0.15}
@@ -122,11 +122,11 @@ class ReferenceMoE(pl.LightningModule):
         num_experts_per_tok: int = 2,
         vocab_size: int = 4096,
         family: Literal["qwen2_moe", "mixtral"] = "qwen2_moe",
-        compute_dtype: ComputeDType = "auto",
+        compute_dtype: dtypes.ComputeDType = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.product_dtype = resolve_compute_dtype(compute_dtype, torch.bfloat16)
+        self.product_dtype = dtypes.compute_dtype(compute_dtype, torch.bfloat16)
         config = FAMILIES[family](
             vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             num_experts_per_tok=num_experts_per_tok, tie_word_embeddings=True, max_position_embeddings=1024,
@@ -134,6 +134,9 @@ class ReferenceMoE(pl.LightningModule):
         )  # fmt: skip
         self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         self.model.set_experts_implementation("routed_swiglu")
+
+    def on_fit_start(self) -> None:
+        rank_zero_info(f"Products of the model and of Muon are in {str(self.product_dtype).removeprefix('torch.')}")
 
     def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.product_dtype == torch.bfloat16):

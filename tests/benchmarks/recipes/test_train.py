@@ -73,7 +73,7 @@ def test_products_of_a_step_have_the_dtype_that_was_asked_for(
     module.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     module.training_step(torch.randint(VOCABULARY, (1, 9), generator=generator), 0).backward()
     assert seen == [expected]
-    assert {group["product_dtype"] for group in module.configure_optimizers()["optimizer"].param_groups} == {expected}
+    assert module.configure_optimizers()["optimizer"].product_dtype == expected
 
 
 def test_router_logits_are_those_before_the_softmax(generator: torch.Generator) -> None:
