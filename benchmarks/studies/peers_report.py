@@ -17,6 +17,8 @@ Data: `mixture` a quarter of each evaluated domain (what only an oracle knows), 
 `prose` WikiText-2. KL: divergence from the original in nats per token, mean of the four domains and the worst; mean
 +- standard deviation over seeds. Router: share of (token, block) pairs that go to the same experts. Seconds are those
 of one thread on a machine that did other work; CPU s are not disturbed by it, loading and saving are in neither.
+Processors without bfloat16 products (avx2 alone) take some ten times the seconds for quantizers that compute in
+bfloat16; a row with seeds of both kinds has their mean.
 Broken: experts with a constant weight or one that is not finite. Zeroed columns: input columns of weights that were
 not zero. Changed: routers and other weights that should not change. The last three are sums over seeds. What the
 names of the quantizers mean: [`benchmarks/peers/README.md`](../peers/README.md). Every result that
