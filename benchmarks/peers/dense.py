@@ -161,14 +161,14 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def spelled(found: Collection[str], module: str, part: str) -> str:
-    """What a linear of the original's files is called where one of its tensors is found.
+    """What a module of the original's files is called where one of its tensors is found.
 
-    That is the same name, or with transformers' names of the projections of Mixtral's experts (llm-compressor saves
-    them so), or with that of their block, too (in the model).
+    That is the same name, or with transformers' names of the projections of Mixtral's experts (llm-compressor and
+    AutoRound save them so), or with that of their block, too (in the model, and in GPTQModel's files).
 
     Args:
         found: Keys of a folder, or of the model in memory.
-        module: The linear in the original's files.
+        module: The module in the original's files.
         part: Last part of the key: "weight_packed".
 
     Raises:
@@ -187,19 +187,20 @@ def write_dense(options: argparse.Namespace, found: Mapping[str, Tensor], report
 
     Args:
         options: Of ``parse``.
-        found: All weights of the peer's model under the names of the checkpoint, quantized ones dequantized.  A weight
+        found: All weights of the peer's model under names that ``spelled`` knows, quantized ones dequantized.  A weight
             that is not quantized is written as the peer left it, so that changed routers are seen by who measures.
         report: Goes to ``report.json``.
 
     Raises:
-        ValueError: A weight is missing, or has another shape.
+        ValueError: A weight is there under no name that is known, or has another shape.
     """
     dense = {}
     for name, original in load_folder(options.model).items():
-        if name not in found or found[name].shape != original.shape:
-            shape = tuple(found[name].shape) if name in found else "missing"
-            raise ValueError(f"{name} of the peer is {shape}, the original's is {tuple(original.shape)}; map its names")
-        dense[name] = found[name].to(original.dtype).contiguous()
+        module, _, part = name.rpartition(".")
+        weight = found[f"{spelled(found, module, part)}.{part}"]
+        if weight.shape != original.shape:
+            raise ValueError(f"{name} of the peer is {tuple(weight.shape)}, the original's is {tuple(original.shape)}")
+        dense[name] = weight.to(original.dtype).contiguous()
     report.num_quantized = sum(bool(QUANTIZED.fullmatch(name)) for name in dense)
     options.output.mkdir(parents=True)
     for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):

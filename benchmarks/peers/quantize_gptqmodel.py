@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
-from dense import QUANTIZED, load_folder, load_ids, parse, read_gptq, start_report, write_dense
+from dense import QUANTIZED, load_folder, load_ids, parse, read_gptq, spelled, start_report, write_dense
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import ExpertsRoutingBypass, MoEConfig
 
@@ -49,10 +49,12 @@ def main() -> None:
     found = dict(packed)
     for name in filter(QUANTIZED.fullmatch, load_folder(options.model)):
         module = name.removesuffix(".weight")
-        if f"{module}.qweight" in packed:
-            found[name] = read_gptq(packed, module, options.bits, zero_offset=1)
-        else:
+        try:
+            saved = spelled(packed, module, "qweight")
+        except ValueError:
             report.notes.append(f"left as it was: {module}")
+        else:
+            found[name] = read_gptq(packed, saved, options.bits, zero_offset=1)
     write_dense(options, found, report)
 
 
