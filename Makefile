@@ -1,7 +1,9 @@
 # Each target does everything from a bare checkout: it makes .venv, installs the tested versions and runs.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
-# Bytecode is written by what imports a module first, which takes less than compiling all that is installed.
+# Bytecode is written by what imports a module first, which takes less than compiling all that is installed.  Where the
+# environment forbids it, every process would compile what it imports: a third of the time that one takes to start.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip install -qq --disable-pip-version-check --no-compile
 CONSTRAINTS ?= constraints.txt
 # One thread for each worker, one worker for each core; a worker holds up to 2 GiB.
