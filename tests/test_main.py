@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from main import main
+from moeq.quant.learned import LearnedSpec
 from moeq.report.results import read_results
 from moeq.survey.kronecker_spec import KroneckerSpec
 from moeq.tasks.registry import GROUPS, expand, task_names
@@ -90,6 +91,7 @@ def fit_and_draw(config: Path, model: Path, folder: Path, *options: str) -> None
     with (
         patch.object(TuningSpec, "__post_init__", few_tokens),
         patch.object(KroneckerSpec, "__post_init__", few_tokens),
+        patch.object(LearnedSpec, "__post_init__", few_steps),
     ):
         main(
             [
@@ -103,6 +105,11 @@ def few_tokens(spec: TuningSpec | KroneckerSpec) -> None:
     """Few tokens for what the original writes beside its calibration data, whatever a configuration asks for."""
     for name, value in {"num_sequences": 8, "length": 16, "batch_size": 2}.items():
         object.__setattr__(spec, name, value)
+
+
+def few_steps(spec: LearnedSpec) -> None:
+    """Few steps of learned rounding, whatever a configuration asks for."""
+    object.__setattr__(spec, "num_steps", 4)
 
 
 def fit(config: Path, model: Path, folder: Path, *options: str) -> None:
