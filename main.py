@@ -22,7 +22,7 @@ options of one callback or datamodule, by its class name, which is also its clas
 
 most used options (after --config FILE):
   --model.name NAME         hub id or folder; --model.reference NAME: the original, for validate
-  --model.bits N            2 to 8; --model.group_size N; --model.affinity_power 0|1|2
+  --model.bits N            1 to 8; --model.group_size N; --model.affinity_power 0|1|2
   --data.tasks '[mmlu]'     tasks of validate (docs/tasks.md); --data.data_dir DIR; --data.num_documents N
   --trainer.devices N       with --trainer.strategy moeq_ddp: several ranks
   --print_config            show the whole configuration and stop

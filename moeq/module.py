@@ -70,7 +70,7 @@ class MoEQuantModule(L.LightningModule):
         reference: Hub id or folder of the original, to compare with in validate.
         reference_mode: Where the original waits for the comparison: "memory" beside the model, "disk" runs it first and
             keeps its logits in the run folder; "auto" takes the disk where the two do not fit.
-        bits: Bits per weight, 2 to 8.
+        bits: Bits per weight, 1 to 8.
         group_size: In-features that share a scale; null is one scale per output channel.
         symmetric: Symmetric grids, without zero points.
         grid: "uniform" groups of the three options above; "full_range" for symmetric ones whose scales have a sign, so

@@ -70,11 +70,11 @@ class Choice:
         return cls(int(bits), int(group_size or 0) or None)
 
     def grid(self, like: GridSpec) -> GridSpec:
-        """The grid of this choice, symmetric or full-range (unless its kind says) and clipped as ``like``."""
+        """The grid of this choice; symmetric or full-range, unless its kind or one bit says, and clipped as another."""
         if self.kind != "uniform":
             return GridSpec.of_kind(self.kind, clip_search=like.clip_search)
-        kind = "uniform" if like.is_named else like.kind
-        return GridSpec(self.bits, self.group_size, like.symmetric, like.clip_search, kind)
+        kind = "uniform" if like.is_named or self.bits == 1 else like.kind
+        return GridSpec(self.bits, self.group_size, like.symmetric or self.bits == 1, like.clip_search, kind)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of so many weights divide into its groups, or super-blocks."""

@@ -220,6 +220,8 @@ def why_no_nibbles(
     """Why the operation on 4 bits does not take a weight."""
     if reason := why_no_planes(grid, shape):
         return reason
+    if grid.bits == 1:
+        return "levels that are no whole numbers"
     if (dtype, weight_dtype) != (torch.bfloat16, torch.bfloat16):
         return "not in bfloat16"
     if shape[0] % ROWS or (grid.group_size or shape[1]) % GROUP_SIZES[-1]:

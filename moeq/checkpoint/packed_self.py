@@ -34,7 +34,7 @@ def packed_self(adapter: Adapter, bits: int) -> PreTrainedModel:
 
     Args:
         adapter: Of a model of transformers, in memory or streamed; its blocks are made resident in turn.
-        bits: Of every weight, 2 to 8.
+        bits: Of every weight, 1 to 8.
 
     Returns:
         A model in evaluation mode on the device of the blocks.  What lies outside of the blocks is shared.

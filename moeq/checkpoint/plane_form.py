@@ -16,7 +16,7 @@ from moeq.kernels.bit_planes import MULTIPLE, join_planes, split_planes
 from moeq.kernels.compute_dtype import has_bfloat16_products
 from moeq.kernels.workspace import reused
 from moeq.quant.kinds import NAMED
-from moeq.quant.spec import QuantizedWeight
+from moeq.quant.spec import QuantizedWeight, middle
 
 # Weights that are dequantized at once, so that what is between stays in the cache of a core.
 CHUNK = 1 << 17
@@ -135,8 +135,8 @@ def make_weight(
 def dequantize_chunk(code: Tensor, zero: Tensor | None, scale: Tensor, bits: int, out: Tensor) -> None:
     """``(code - zero) scale``, rounded to the dtype of the scales, as ``moeq.quant.grid.dequantize_weight`` gives it.
 
-    Levels are whole numbers of at most 8 bits and exact in every dtype; one product of two numbers of that dtype is
-    rounded once.
+    Levels are whole numbers of at most 8 bits, or halves, and exact in every dtype; one product of two numbers of that
+    dtype is rounded once.
 
     Args:
         code: uint8, contiguous; overwritten.
@@ -146,7 +146,9 @@ def dequantize_chunk(code: Tensor, zero: Tensor | None, scale: Tensor, bits: int
         out: Written; any dtype that holds the values.
     """
     values = out if out.dtype == scale.dtype else reused("values", tuple(code.shape), scale.dtype)
-    if bits == 8 and zero is not None:  # differences of more than int8 holds
+    if bits == 1:
+        values.copy_(code).sub_(middle(1))
+    elif bits == 8 and zero is not None:  # differences of more than int8 holds
         values.copy_(code).sub_(zero.to(scale.dtype))
     else:
         code.sub_(2 ** (bits - 1) if zero is None else zero)

@@ -18,7 +18,7 @@ from moeq.export.origin import source_folder
 from moeq.formats.card import Card, write_card
 from moeq.formats.format import Format, FormatReport
 from moeq.formats.gguf_blocks import Bytes, plain, rounding_bound, to_bytes
-from moeq.formats.gguf_file import StoredTensor, Whole64, read_file, write_file
+from moeq.formats.gguf_file import OWN, StoredTensor, Whole64, read_file, write_file
 from moeq.formats.gguf_metadata import common
 from moeq.formats.gguf_nvfp4 import scale_name
 from moeq.formats.gguf_plan import Planned, find_family, number_keys, plan_file
@@ -28,7 +28,7 @@ from moeq.formats.language_model import left_out
 from moeq.formats.source import PackedExport
 from moeq.quant.carrier import CarrierMode
 from moeq.quant.kinds import NAMED
-from moeq.quant.spec import QuantizedWeight
+from moeq.quant.spec import QuantizedWeight, middle
 
 NAME = "model.gguf"
 # Numbers of llama.cpp for a file most of whose weights have a type; it shows them and does not read by them.
@@ -165,7 +165,7 @@ def _rounded(path: Path, theirs: Tensor, weight: QuantizedWeight, name: str) -> 
     """Largest error in scales of values whose scales or offsets were rounded, which is bounded."""
     spread = weight.codes_OI.shape[1] // weight.scale_OG.shape[1]
     scale_OI = weight.scale_OG.float().repeat_interleave(spread, 1)
-    zero: Any = 2 ** (weight.bits - 1)
+    zero: Any = middle(weight.bits)
     if weight.zero_point_OG is not None:
         zero = weight.zero_point_OG.float().repeat_interleave(spread, 1)
     error_OI = (theirs - (weight.codes_OI.float() - zero) * scale_OI).abs()
@@ -195,7 +195,8 @@ def _reader(kinds: set[str]) -> str:
     from importlib.metadata import version
 
     known = f"gguf {version('gguf')}"
-    return f"{known} (Q2_0, which it does not know, by moeq's own)" if "Q2_0" in kinds else known
+    own = " and ".join(sorted(kinds & OWN.keys()))
+    return f"{known} ({own}, which it does not dequantize, by moeq's own)" if own else known
 
 
 FORMAT = Format(

@@ -3,7 +3,7 @@
 A block is some consecutive in-features of one row: a float16 scale d, for some types a float16 offset m, and codes q.
 
     Q2_0  64 of d (q - 1)      Q4_0  32 of d (q - 8)      Q5_0  32 of d (q - 16)      Q8_0  32 of d q, q signed
-    Q4_1  32 of d q + m        Q5_1  32 of d q + m
+    Q4_1  32 of d q + m        Q5_1  32 of d q + m        Q1_0  128 of d (2 q - 1)
 
     IQ4_NL  32 of d level[q], 16 levels      MXFP4  32 of 2^(e - 128) level[q], an exponent e of 8 bits, e2m1 twofold
 
@@ -26,7 +26,7 @@ from moeq.formats.e2m1 import exponents, sign_magnitudes
 from moeq.formats.gguf_kquants import k_blocks
 from moeq.formats.gguf_nvfp4 import nvfp4_blocks
 from moeq.quant.carrier import CarrierMode, choose_carrier, recentre, regroup
-from moeq.quant.spec import QuantizedWeight
+from moeq.quant.spec import QuantizedWeight, middle
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -48,7 +48,7 @@ class FileType:
 
 FILE_TYPES: dict[str, FileType] = {
     "F32": FileType(0, 1, 4), "F16": FileType(1, 1, 2), "BF16": FileType(30, 1, 2), "I32": FileType(26, 1, 4),
-    "Q2_0": FileType(42, 64, 18),
+    "Q1_0": FileType(41, 128, 18), "Q2_0": FileType(42, 64, 18),
     "Q4_0": FileType(2, 32, 18), "Q4_1": FileType(3, 32, 20), "Q5_0": FileType(6, 32, 22), "Q5_1": FileType(7, 32, 24),
     "Q8_0": FileType(8, 32, 34), "Q2_K": FileType(10, 256, 84), "Q3_K": FileType(11, 256, 110),
     "Q4_K": FileType(12, 256, 144), "Q5_K": FileType(13, 256, 176), "Q6_K": FileType(14, 256, 210),
@@ -58,6 +58,7 @@ _TABLE_TYPES = ("IQ4_NL", "MXFP4", "NVFP4")
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 # Of a float16: the largest relative rounding, and the largest absolute one of a number below its normal ones.
 RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
+_PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)  # of the bits of a byte
 
 
 def quantized_type(grid: PackedFormat, in_features: int, mode: CarrierMode) -> str:
@@ -113,7 +114,7 @@ def _symmetric(bits: int, pack: Callable[[Tensor], Tensor]) -> Callable[[Quantiz
 
     def make(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
         centred = recentre(weight, bits)
-        scale_OB = _half(weight, mode)
+        scale_OB = _half(centred, mode)
         return _join([scale_OB if bits > 2 else -scale_OB], pack(_blocks(centred.codes_OI, weight)))
 
     return make
@@ -129,6 +130,14 @@ def _with_offset(bits: int, pack: Callable[[Tensor], Tensor]) -> Callable[[Quant
         return _join([_half(weight, mode), offset_OB], pack(_blocks(weight.codes_OI, weight)))
 
     return make
+
+
+def _signs(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
+    """Blocks of Q1_0: half of the scale, and signs, eight a byte from the lowest bit on."""
+    if weight.bits != 1:
+        raise ValueError(f"{weight.bits} bits are more than signs")
+    octets_OBN = (_blocks(weight.codes_OI, weight).unflatten(2, (-1, 8)) * _PLACES).sum(3, dtype=torch.uint8)
+    return _join([_half(recentre(weight, 2), mode)], octets_OBN)
 
 
 def _by_table(weight: QuantizedWeight, mode: CarrierMode) -> Bytes:
@@ -149,7 +158,7 @@ def _half(weight: QuantizedWeight, mode: CarrierMode) -> Tensor:
     half_OB = scale_OB.half()
     if torch.equal(half_OB.float(), scale_OB):
         return half_OB
-    zero = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG.unsqueeze(2)
+    zero = middle(weight.bits) if weight.zero_point_OG is None else weight.zero_point_OG.unsqueeze(2)
     used_OB = (_blocks(weight.codes_OI, weight) != zero).any(2)
     if not bool((half_OB.isfinite() | ~used_OB).all()):
         raise ValueError("a scale is above 65504, the largest of float16")
@@ -176,8 +185,7 @@ def _halves(codes_OBS: Tensor) -> Tensor:
 
 def _fifths(codes_OBS: Tensor) -> Tensor:
     """The fifth bits of 32 codes in four bytes, then four bits each."""
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    bits = (codes_OBS >> 4).unflatten(2, (4, 8)) * place
+    bits = (codes_OBS >> 4).unflatten(2, (4, 8)) * _PLACES
     return torch.cat([bits.sum(3, dtype=torch.uint8), _halves(codes_OBS)], 2)
 
 
@@ -204,7 +212,7 @@ def _bytes_of(values: Tensor) -> Bytes:
 
 
 _BLOCKS: dict[str, Callable[[QuantizedWeight, CarrierMode], Bytes]] = {
-    "Q2_0": _symmetric(2, _quarters), "Q4_0": _symmetric(4, _halves), "Q5_0": _symmetric(5, _fifths),
+    "Q1_0": _signs, "Q2_0": _symmetric(2, _quarters), "Q4_0": _symmetric(4, _halves), "Q5_0": _symmetric(5, _fifths),
     "Q8_0": _symmetric(8, _signed), "Q4_1": _with_offset(4, _halves), "Q5_1": _with_offset(5, _fifths),
     "IQ4_NL": _by_table, "MXFP4": _microscaled,
 }  # fmt: skip

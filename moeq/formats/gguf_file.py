@@ -1,7 +1,7 @@
 """GGUF files: written tensor by tensor through the ``gguf`` package, and read back by it.
 
-The package (0.19) does not know the type Q2_0 yet: its number and bytes are written all the same, and the reader here
-takes such a tensor as bytes and turns them into values itself.  Source: docs/gguf.md of ggml.
+The package (0.19) does not know the type Q2_0 yet, and has no values of Q1_0: their numbers and bytes are written all
+the same, and the reader here turns such bytes into values itself.  Source: docs/gguf.md of ggml.
 """
 
 import mmap
@@ -100,8 +100,8 @@ class StoredTensor:
     def values(self, index: int | None = None) -> Tensor:
         """Its values in float32, or those of one index of its first dimension."""
         rows = self.rows if index is None else self.rows[index]
-        if self.kind == "Q2_0":
-            return dequantize_q2_0(torch.from_numpy(np.array(rows)))
+        if self.kind in OWN:
+            return OWN[self.kind](torch.from_numpy(np.array(rows)))
         if self.kind == "I32":  # which the package dequantizes not
             return torch.from_numpy(np.array(rows, dtype=np.float32))
         number = gguf.GGMLQuantizationType(FILE_TYPES[self.kind].number)
@@ -136,6 +136,18 @@ def dequantize_q2_0(blocks: Tensor) -> Tensor:
     scale = parts[..., :2].contiguous().view(torch.float16).float()
     codes = torch.stack([parts[..., 2:] >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
     return ((codes.float() - 1) * scale).flatten(-2)
+
+
+def dequantize_q1_0(blocks: Tensor) -> Tensor:
+    """Values of Q1_0, [..., I], of its bytes, [..., 18 I / 128]: (2 q - 1) d."""
+    parts = blocks.unflatten(-1, (-1, 18))
+    scale = parts[..., :2].contiguous().view(torch.float16).float()
+    codes = torch.stack([parts[..., 2:] >> shift & 1 for shift in range(8)], -1).flatten(-2)
+    return ((2 * codes.float() - 1) * scale).flatten(-2)
+
+
+# Types that the package writes and reads as bytes, and does not dequantize.
+OWN: dict[str, Callable[[Tensor], Tensor]] = {"Q1_0": dequantize_q1_0, "Q2_0": dequantize_q2_0}
 
 
 class _Reader(gguf.GGUFReader):

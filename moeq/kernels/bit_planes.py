@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MULTIPLE = 8  # of the out features
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # lowest bits first
+_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # lowest bits first
 
 
 def split_planes(code_IO: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -22,7 +22,7 @@ def split_planes(code_IO: Tensor, bits: int) -> tuple[Tensor, ...]:
 
     Args:
         code_IO: uint8, each in [0, 2^bits), O in multiples of 8.
-        bits: 2 to 8.
+        bits: 1 to 8.
 
     Returns:
         uint8 tensors, [I, O w / 8] for each width w of ``bits``.
@@ -43,7 +43,7 @@ def join_planes(planes: Sequence[Tensor], bits: int, out_IO: Tensor, work_IO: Te
 
     Args:
         planes: Some or all rows of each plane.
-        bits: 2 to 8.
+        bits: 1 to 8.
         out_IO: uint8, contiguous, written.
         work_IO: uint8 of the same shape, overwritten.
     """

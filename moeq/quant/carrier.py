@@ -1,7 +1,8 @@
 """Which storage type of a runtime's format holds a grid: exactly where one does, and at what size.
 
 A grid of b bits with integer zero points has levels (code - zero) * scale with code - zero between -(2^b - 1) and
-2^b - 1: all of them are levels of a symmetric grid of b + 1 bits.  So 2 and 3 bits fit any symmetric type of 4 bits,
+2^b - 1: all of them are levels of a symmetric grid of b + 1 bits.  Those of one bit, scale / 2 and -scale / 2, are
+the levels 1 and -1 of one of two bits with half the scale.  So 2 and 3 bits fit any symmetric type of 4 bits,
 and asymmetric 4 bits one of 5, with the same values.  A *carrier* is such a type.  "exact" asks for one that holds
 every value; "native" takes the type of the grid's own width where the format has one whose offset is real-valued, at
 the price of its rounding.
@@ -101,17 +102,22 @@ def _own_type(format_name: FormatName, grid: GridSpec, in_features: int) -> Carr
 
 def symmetric_bits(grid: GridSpec) -> int:
     """Width of the symmetric grid that has every level of a grid."""
-    return grid.bits if grid.symmetric else grid.bits + 1
+    return grid.bits if grid.symmetric and grid.bits > 1 else grid.bits + 1
 
 
 def recentre(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
     """The same values on a symmetric grid of ``bits`` bits: codes' = code - zero_point + 2^(bits - 1).
+
+    Of one bit codes are doubled and scales halved.
 
     Raises:
         ValueError: The values do not fit; at least ``symmetric_bits`` of the grid are needed.
     """
     if weight.kind != "uniform":
         raise ValueError(f"{weight.kind} is no grid of uniform groups, and has no symmetric one of {bits} bits")
+    if weight.bits == 1:
+        signs_OI, half_OG = 2 * weight.codes_OI, (weight.scale_OG.float() / 2).to(weight.scale_OG.dtype)
+        weight = replace(weight, codes_OI=signs_OI + 1, scale_OG=half_OG, bits=2)
     own = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else _spread(weight.zero_point_OG.short(), weight)
     codes_OI = weight.codes_OI.short() - own + 2 ** (bits - 1)
     if codes_OI.numel() and not (int(codes_OI.min()) >= 0 and int(codes_OI.max()) < 2**bits):
@@ -153,6 +159,8 @@ def _block(grid: GridSpec, in_features: int, sizes: tuple[int, ...]) -> int | No
 
 def _gguf(grid: GridSpec, in_features: int, mode: CarrierMode) -> Carrier | None:
     width = symmetric_bits(grid)
+    if grid.bits == 1 and _block(grid, in_features, (128,)):
+        return Carrier("Q1_0", 1, 128, "middle")
     if width == 2 and _block(grid, in_features, (64,)):
         return Carrier("Q2_0", 2, 64, "middle")
     if _block(grid, in_features, (32,)) is None:
@@ -167,14 +175,15 @@ def _compressed_tensors(grid: GridSpec, in_features: int, mode: CarrierMode) -> 
     if grid.group_size not in (None, 32, 64, 128):
         return None
     if mode == "native":
-        return Carrier(f"int{grid.bits}", grid.bits, grid.group_size, "middle" if grid.symmetric else "integer")
+        width = symmetric_bits(grid) if grid.symmetric else grid.bits
+        return Carrier(f"int{width}", width, grid.group_size, "middle" if grid.symmetric else "integer")
     bits = next((bits for bits in (4, 8) if symmetric_bits(grid) <= bits), None)
     return None if bits is None else Carrier(f"int{bits}", bits, grid.group_size, "middle")
 
 
 def _mlx(grid: GridSpec, in_features: int, mode: CarrierMode) -> Carrier | None:
     size = _block(grid, in_features, (32, 64, 128))
-    width = grid.bits if mode == "native" else symmetric_bits(grid)
+    width = max(2, grid.bits) if mode == "native" else symmetric_bits(grid)
     bits = next((bits for bits in (2, 3, 4, 5, 6, 8) if width <= bits), None)
     return None if size is None or bits is None else Carrier(f"affine{bits}", bits, size, "real")
 

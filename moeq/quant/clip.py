@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moeq.quant.grid import QParams
-from moeq.quant.ranges import full_range_scales, qparams_of_range
-from moeq.quant.spec import GridSpec
+from moeq.quant.ranges import full_range_scales, qparams_of_range, scales_of_signs
+from moeq.quant.spec import GridSpec, middle
 
 STEPS, SMALLEST = 20, 0.5
 
@@ -51,6 +51,8 @@ def clip_by_output_error(weight_EOI: Tensor, hessian_EII: Tensor, grid: GridSpec
 
 def _search(rows_GOS: Tensor, blocks_GSS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Best scale and zero point [G, O] over all shrink steps, and both signs of a full-range grid."""
+    if grid.bits == 1:
+        return _of_signs(rows_GOS, blocks_GSS, scale_dtype)
     low_GO, high_GO = rows_GOS.amin(2).clamp_(max=0.0), rows_GOS.amax(2).clamp_(min=0.0)
     best_GO, found = torch.full_like(low_GO, torch.inf), (low_GO, high_GO)
     for scale_GO, zero_GO in _candidates(low_GO, high_GO, grid, scale_dtype):
@@ -59,6 +61,16 @@ def _search(rows_GOS: Tensor, blocks_GSS: Tensor, grid: GridSpec, scale_dtype: t
         best_GO = torch.where(better_GO, error_GO, best_GO)
         found = torch.where(better_GO, scale_GO, found[0]), torch.where(better_GO, zero_GO, found[1])
     return found
+
+
+def _of_signs(rows_GOS: Tensor, blocks_GSS: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, O] of one bit, whose codes are signs whatever the scale: least squares."""
+    level_GOS = torch.where(rows_GOS > 0, 0.5, -0.5)
+    push_GOS = torch.bmm(level_GOS, blocks_GSS)
+    wanted_GO = (push_GOS * rows_GOS).sum(2) / (push_GOS * level_GOS).sum(2)
+    scale_GO = torch.where(wanted_GO > 0, wanted_GO, 2.0 * rows_GOS.abs().mean(2))  # also without input: 0 / 0
+    scale_GO = scales_of_signs(scale_GO, scale_dtype)
+    return scale_GO, torch.full_like(scale_GO, middle(1))
 
 
 def _candidates(

@@ -18,7 +18,7 @@ column is reached, from the weights as the columns before it have left them.
 
 Two-level and table grids (``moeq.quant.kinds``) are always committed beforehand. On two-level ones the sweep rounds the
 weights plus the offsets of their groups. Their scales, and those of full-range grids, are fitted to the codes once more
-(``two_level_refit``, ``scale_refit``).
+(``two_level_refit``, ``scale_refit``), as are those of one bit.
 
 Dead columns (zero Hessian diagonal: that input was never anything but 0) get the diagonal 1, which decouples them, so
 each of their weights is rounded to its nearest level.  The published code zeroes them instead; but a column that was
@@ -66,8 +66,8 @@ def gptq_solve(
             widths; else those of large weights are computed in bfloat16, right to about four digits.
         qparams: ``choose_qparams(weight_EOI, grid, scale_dtype)`` where it is known already, as when one weight is
             solved on several Hessians; they are kept.  A two-level grid is otherwise chosen by the Hessian's diagonal,
-            and its integers, like the scales of tables and full-range grids, are fitted to the codes.  Groups that are
-            chosen on the way (without act-order) have none beforehand.
+            and its integers, like the scales of tables, full-range grids and one bit, are fitted to the codes.  Groups
+            that are chosen on the way (without act-order) have none beforehand.
 
     Raises:
         ValueError: The group size does not divide the in features, the shapes of weight and Hessian disagree, or
@@ -135,7 +135,7 @@ def _solve_together(
         assert qparams is not None
         columns = _static_columns(qparams, factors, grid, together)
         codes_EOI, error_E = sweep(weight_IO, factors, columns, solve.column_block)
-        if chosen and grid.kind != "uniform" and grid.clip_search:
+        if chosen and (grid.kind != "uniform" or grid.bits == 1) and grid.clip_search:
             qparams = _refit_each(weight_EOI, hessian_EII, codes_EOI, qparams, grid, factors, error_E)
     else:
         assert grid.group_size is not None

@@ -6,7 +6,8 @@ Asymmetric: scale = (max - min) / (2^bits - 1) over the group's range, which is 
 round(-min / scale).  Symmetric: all levels -2^(bits-1) .. 2^(bits-1)-1 with scale = max|w| / (2^(bits-1) - 1) and the
 fixed zero point 2^(bits-1), so that both ends of the range are levels and the lowest level serves clipped values.
 Full-range symmetric: the same levels, with a scale of either sign.  The largest weight gets code 0, scale = -weight /
-2^(bits-1), so that no level is spare (AutoRound's ``full_range_sym``; Q4_0 of llama.cpp).
+2^(bits-1), so that no level is spare (AutoRound's ``full_range_sym``; Q4_0 of llama.cpp).  One bit: a weight becomes
+its sign times scale / 2, which is the mean magnitude of its group (XNOR-Net, Rastegari et al., 2016, eq. 6).
 
 Ranges that are searched instead: ``moeq.quant.ranges``.
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moeq.quant.kinds import TABLES, TableKind
 from moeq.quant.ranges import scales_of_groups
-from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales
+from moeq.quant.spec import GridSpec, QuantizedWeight, SuperScales, middle
 from moeq.quant.tables import level_values, nearest_codes, table_scales
 from moeq.quant.two_level import add_offset, divisor, group_offset, group_scale
 from moeq.quant.two_level_search import choose_two_level
@@ -35,7 +36,7 @@ class QParams:
 
     Attributes:
         scale_EOG: Finite and normal, in its storage dtype; positive, unless the grid is full-range or a table;
-            0 for groups of zeros on a table.
+            0 for groups of zeros on a table, or of one bit.
         zero_point_EOG: uint8, or None for a symmetric grid.
         super_scales: Of a two-level grid, on which the two above are integers (``QuantizedWeight``); else None.
     """
@@ -112,6 +113,8 @@ def quantize(weight_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
     ratio_EOGS = qparams.shift(weight_EOI.float()).reshape(shape_EOGS) / qparams.divisors().unsqueeze(-1)
     if grid.table is not None:
         return nearest_codes(ratio_EOGS, grid.table).to(torch.uint8).view(weight_EOI.shape)
+    if grid.bits == 1:
+        return (ratio_EOGS > 0).to(torch.uint8).view(weight_EOI.shape)
     levels_EOGS = ratio_EOGS.round_()
     levels_EOGS += broadcast_zero(qparams.zero_point_EOG, grid.bits, qparams.super_scales)
     return levels_EOGS.clamp_(0, 2**grid.bits - 1).to(torch.uint8).view(weight_EOI.shape)
@@ -151,7 +154,7 @@ def real_values(codes_EOI: Tensor, qparams: QParams, grid: GridSpec) -> Tensor:
 def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
     """The level of code 0 of each group, minus the zero point: float32 [E, O, G]."""
     if qparams.zero_point_EOG is None:
-        return torch.full_like(qparams.scale_EOG, -(2 ** (grid.bits - 1)), dtype=torch.float32)
+        return torch.full_like(qparams.scale_EOG, -middle(grid.bits), dtype=torch.float32)
     if qparams.super_scales is not None:
         return torch.zeros_like(qparams.scale_EOG, dtype=torch.float32)
     return -qparams.zero_point_EOG.float()
@@ -160,5 +163,5 @@ def lowest_level(qparams: QParams, grid: GridSpec) -> Tensor:
 def broadcast_zero(zero_point: Tensor | None, bits: int, super_scales: SuperScales | None) -> Tensor | float:
     """Zero points [..., G, 1] to broadcast over a group; a symmetric grid has a constant, one with offsets none."""
     if zero_point is None:
-        return float(2 ** (bits - 1))
+        return middle(bits)
     return zero_point.float().unsqueeze(-1) if super_scales is None else 0.0

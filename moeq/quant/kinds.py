@@ -96,6 +96,8 @@ class TableKind:
     symmetric: bool = True  # no zero points
 
 
+# The two levels of one bit, in scales: a sweep looks the nearer one up, as there is no whole number between them.
+SIGNS = TableKind((-0.5, 0.5), scale_bits=16, bits=1)
 _E2M1 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
 TABLES: dict[str, TableKind] = {
     "iq4_nl": TableKind((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), scale_bits=16),

@@ -108,9 +108,9 @@ def level_offset(weight: QuantizedWeight, solved_OI: Tensor) -> Tensor:
     supers, scale_OG = weight.super_scales, weight.scale_OG.float()
     if supers is not None:
         solved_OI = add_offset(solved_OI, weight.zero_point_OG, supers)
-        scale_OG = divisor(group_scale(weight.scale_OG, supers))
+        scale_OG = group_scale(weight.scale_OG, supers)
     zero_point = broadcast_zero(weight.zero_point_OG, weight.bits, supers)
-    exact_OGS = solved_OI.view(*scale_OG.shape, -1) / scale_OG.unsqueeze(-1) + zero_point
+    exact_OGS = solved_OI.view(*scale_OG.shape, -1) / divisor(scale_OG).unsqueeze(-1) + zero_point
     offset_OI = exact_OGS.view(solved_OI.shape) - weight.codes_OI.float()
     return offset_OI.clamp_(-NEAR_EDGE, NEAR_EDGE).half()
 

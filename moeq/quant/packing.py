@@ -25,7 +25,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8, [..., I], each in [0, 2^bits); higher values would spill into their neighbours.
-        bits: 2 to 8.
+        bits: 1 to 8.
 
     Returns:
         int32, [..., ceil(I bits / 32)].
@@ -52,7 +52,7 @@ def unpack(packed: Tensor, bits: int, num: int) -> Tensor:
 
     Args:
         packed: int32, [..., W] with W = ceil(num bits / 32).
-        bits: 2 to 8.
+        bits: 1 to 8.
         num: I, codes per row.
 
     Returns:

@@ -10,6 +10,9 @@ On a full-range grid the range from end to end comes first, the largest weight o
 of the symmetric grid with this sign, and with the other one.  The scales of one sign are those of the other for the
 negated weights.
 
+One bit has no range to search: least squares are at twice the mean magnitude of the group.  No level of it is 0, so
+that a group of zeros has the scale 0.
+
 Shapes: N groups, S in features per group.
 """
 
@@ -18,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moeq.quant.spec import GridSpec
+from moeq.quant.spec import GridSpec, middle
 
 CLIP_NORM = 2.4
 CLIP_STEPS = 80
@@ -28,6 +31,8 @@ CLIP_CHECK = 16  # candidates between two looks at which groups are done
 
 def scales_of_groups(rows_NS: Tensor, grid: GridSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N], float32 with values of their storage dtypes, of some groups (float32 [N, S])."""
+    if grid.bits == 1:
+        return scales_of_signs(2.0 * rows_NS.abs().mean(1), scale_dtype), rows_NS.new_full((len(rows_NS),), middle(1))
     low_N, high_N = rows_NS.amin(1).clamp_(max=0.0), rows_NS.amax(1).clamp_(min=0.0)  # aminmax is 10 x slower
     if grid.kind == "full_range":
         return _of_either_sign(rows_NS, low_N, high_N, grid, scale_dtype)
@@ -49,6 +54,11 @@ def stored_scale(scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """Positive scales as they are stored, in float32: normal numbers; 1 where there is nothing to scale."""
     limits = torch.finfo(dtype)
     return scale_N.clamp(limits.tiny, limits.max).to(dtype).float().masked_fill_(scale_N == 0, 1.0)
+
+
+def scales_of_signs(scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales of one bit as they are stored, in float32; 0 stays 0."""
+    return torch.where(scale_N == 0, 0.0, stored_scale(scale_N, dtype))
 
 
 def _of_either_sign(

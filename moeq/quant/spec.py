@@ -1,10 +1,10 @@
 """Frozen dataclasses that the numerical core takes and returns: grids, quantized weights, fallbacks and others.
 
 A quantized weight is ``real = scale * (code - zero_point)`` with integer codes in ``[0, 2^bits)``, computed in float32.
-Symmetric grids have the fixed zero point ``2^(bits - 1)``, which is not stored; on full-range ones, which are stored
-alike, a scale may be negative.  Scales are held in the dtype in which they are stored, rounded before any weight is
-quantized, so that what is evaluated is what is exported.  Two-level grids (``moeq.quant.kinds``) have integer scales
-and minima, and what these are multiples of beside them.
+Symmetric grids have a fixed zero point (``middle``), which is not stored; on full-range ones, which are stored alike, a
+scale may be negative.  A grid of one bit has two levels of equal size and opposite sign.  Scales are held in the dtype
+in which they are stored, rounded before any weight is quantized, so that what is evaluated is what is exported.
+Two-level grids (``moeq.quant.kinds``) have integer scales and minima, and what these are multiples of beside them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from moeq.quant.kinds import NAMED, SUPER_BLOCK, TABLES, TWO_LEVEL, Kind, StoredKind, TableKind, TwoLevelKind
 
-MIN_BITS, MAX_BITS = 2, 8
+MIN_BITS, MAX_BITS = 1, 8
+
+
+def middle(bits: int) -> float:
+    """Zero point of a symmetric grid, 2^(bits - 1); with two levels it lies between them."""
+    return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class GridSpec:
     """The integer grid of one weight.
 
     Attributes:
-        bits: Bits per code, 2 to 8.
+        bits: Bits per code, 1 to 8.
         group_size: Consecutive in-features that share a scale; None is one group per output channel.
         symmetric: Fixed zero point in the middle of the grid, no zero point stored.
         clip_search: Shrink the range of each group to the one with the least error in the 2.4-norm; on a two-level
@@ -52,6 +57,10 @@ class GridSpec:
             raise ValueError("a grid of kind full_range has no zero points; set symmetric, or choose uniform")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits ({self.bits}) must be between {MIN_BITS} and {MAX_BITS}; choose 3 or 4")
+        if self.bits == 1 and not (self.symmetric and self.kind == "uniform"):
+            raise ValueError(
+                "bits (1) leave two levels, plus and minus the scale's half; set symmetric: true and grid: uniform"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size ({self.group_size}) must be positive, or null for one group per channel")
 
@@ -196,7 +205,7 @@ class QuantizedWeight:
         codes_OI: uint8, each in [0, 2^bits).
         scale_OG: Storage dtype, positive, but on a full-range grid; G = 1 or I / group_size.  On a two-level grid int8,
             the integer scales.
-        zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (zero point 2^(bits - 1)).  On a two-level
+        zero_point_OG: uint8 in [0, 2^bits), or None for a symmetric grid (``middle``).  On a two-level
             grid int8, the integer minima.
         bits: Bits per code.
         group_size: In-features per scale, or None for one group per row.

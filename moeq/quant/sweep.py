@@ -27,7 +27,7 @@ from torch import Tensor
 from moeq.kernels.onednn import add_product_
 from moeq.quant.factor import Feedback
 from moeq.quant.grid import choose_qparams, lowest_level
-from moeq.quant.kinds import TableKind
+from moeq.quant.kinds import SIGNS, TableKind
 from moeq.quant.spec import GridSpec
 from moeq.quant.tables import level_values, nearest_codes
 
@@ -55,6 +55,11 @@ class Columns:
     grid: GridSpec
     moving: int
     scale_dtype: torch.dtype
+
+    @property
+    def table(self) -> TableKind | None:
+        """Levels that are no whole numbers apart from each other and zero: those of a table, and of one bit."""
+        return SIGNS if self.grid.bits == 1 else self.grid.table
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def sweep(weight_IO: Tensor, factors: Sequence[Feedback], columns: Columns, colu
         high_BO = _add_to_rows(low_BO, 2**columns.grid.bits - 1)
         block = _Block(target_BO, weight_BO, delta_BO, torch.empty_like(target_BO), scale_BO, low_BO, high_BO)
         _round_block(block, feedback_II[..., start:stop, start:stop], columns)
-        table = columns.grid.table
+        table = columns.table
         places_BO = block.level - low_BO if table is None else nearest_codes(block.level, table)
         codes_IO[..., start:stop, :] = places_BO.to(torch.uint8)
         # target - rounded is the residual; the damping's share of the error is taken out again.
@@ -132,7 +137,7 @@ def _round_block(block: _Block, feedback_BB: Tensor, columns: Columns) -> None:
     if columns.moving:
         _choose_group(block, feedback_BB, columns)
     num_columns = block.target.shape[-2]
-    round_step, step = _choose_loop(block.target, columns.grid.table)
+    round_step, step = _choose_loop(block.target, columns.table)
     for start in range(0, num_columns, step):
         stop = min(start + step, num_columns)
         part = block.columns(start, stop)

@@ -204,7 +204,7 @@ def test_a_width_that_no_grid_has_names_the_weight(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["weights"]["model.layers.0.self_attn.k_proj"]["bits"] = 9
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: bits \(9\) must be between 2 and 8"):
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: bits \(9\) must be between 1 and 8"):
         decide(AllocationSpec(plan=str(path)), WEIGHTS, GRID)
 
 

@@ -66,7 +66,7 @@ def test_kinds_are_names_without_indices_and_patterns_of_all_of_them() -> None:
         (lambda: [Pattern("*", keep=True)], "keep all 8 weights, which leaves nothing to quantize"),
         (lambda: [Pattern("*.q_proj")], "'.*q_proj' says nothing; give bits, group_size or both, or keep: true"),
         (lambda: [Pattern("*", bits=4, keep=True)], "says both that weights are kept and how"),
-        (lambda: [Pattern("*", bits=16)], r"bits \(16\) must be between 2 and 8; keep: true leaves"),
+        (lambda: [Pattern("*", bits=16)], r"bits \(16\) must be between 1 and 8; keep: true leaves"),
         (lambda: [Pattern("*", group_size=-1)], r"group_size \(-1\) must be positive, or 0"),
     ],
 )

@@ -105,7 +105,7 @@ def test_unknown_and_missing_weights_are_named() -> None:
     [
         ("{", "not an allocation"),
         ('{"version": 99, "weights": {}}', r"version \(99\) must be 1"),
-        ('{"version": 1, "weights": {"a": {"bits": 1}}}', r"bits \(1\) must be between 2 and 8"),
+        ('{"version": 1, "weights": {"a": {"bits": 9}}}', r"bits \(9\) must be between 1 and 8"),
         ('{"version": 1, "weights": {"a": {"bit": 4}}}', "unexpected keyword"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeq.quant.spec import QuantizedWeight
 
 # Bits, group size, symmetric: every width that files use, groups and whole rows, with and without zero points.
-GRIDS = ((3, 8, False), (4, None, True), (2, 16, False), (8, None, False), (3, 32, True))
+GRIDS = ((3, 8, False), (4, None, True), (2, 16, False), (8, None, False), (3, 32, True), (1, 16, True))
 E2M1 = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
 ROUTERS = (
     "lm_head", "gate", "router", "shared_expert_gate", "proj", "per_layer_input_gate", "per_layer_projection",
@@ -25,6 +25,9 @@ def round_weight(weight_OI: Tensor, bits: int, group_size: int | None, symmetric
     rows, columns = weight_OI.shape
     groups_OGg = weight_OI.float().view(rows, -1, group_size or columns)
     levels = 2**bits - 1
+    if bits == 1:
+        scale_OG = (2 * groups_OGg.abs().mean(-1)).clamp_min(1e-5).to(weight_OI.dtype)
+        return QuantizedWeight((weight_OI > 0).to(torch.uint8), scale_OG, None, 1, group_size)
     if symmetric:
         sign_OG = torch.where(groups_OGg.amax(-1) > -groups_OGg.amin(-1), -1.0, 1.0)
         scale_OG = (sign_OG * (groups_OGg.abs().amax(-1) * 2 / levels).clamp_min(1e-5)).to(weight_OI.dtype)
@@ -62,7 +65,8 @@ def real_weight(weight: QuantizedWeight) -> Tensor:
     for group, columns in enumerate(
         torch.arange(weight.codes_OI.shape[1]).split(weight.group_size or weight.codes_OI.shape[1])
     ):
-        zero = 2 ** (weight.bits - 1) if weight.zero_point_OG is None else weight.zero_point_OG[:, group, None].float()
+        middle = 0.5 if weight.bits == 1 else 2 ** (weight.bits - 1)
+        zero = middle if weight.zero_point_OG is None else weight.zero_point_OG[:, group, None].float()
         codes = weight.codes_OI[:, columns]
         levels = codes.float() - zero if weight.table is None else torch.tensor(E2M1)[codes.long()]
         real[:, columns] = levels * weight.scale_OG[:, group, None].float()

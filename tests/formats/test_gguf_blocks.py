@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeq.checkpoint.packed_weight import PackedFormat
 from moeq.formats.gguf_blocks import FILE_TYPES, plain, plain_type, quantized_type, rounding_bound, to_bytes
-from moeq.formats.gguf_file import dequantize_q2_0
+from moeq.formats.gguf_file import OWN
 from moeq.quant.spec import QuantizedWeight
 from tests.export.rounding import real_weight
 
@@ -31,6 +31,11 @@ def random_weight(bits: int, group_size: int | None, *, symmetric: bool, columns
 
 def half(raw: bytes) -> float:
     return float(struct.unpack("<e", raw)[0])
+
+
+def reference_q1_0(raw: bytes) -> list[float]:
+    d = half(raw[:2])
+    return [d if raw[2 + i // 8] >> (i % 8) & 1 else -d for i in range(128)]
 
 
 def reference_q2_0(raw: bytes) -> list[float]:
@@ -69,8 +74,8 @@ def reference_q8_0(raw: bytes) -> list[float]:
 
 
 REFERENCES: dict[str, Callable[[bytes], list[float]]] = {
-    "Q2_0": reference_q2_0, "Q4_0": reference_q4_0, "Q4_1": reference_q4_1, "Q5_0": reference_q5_0,
-    "Q5_1": reference_q5_1, "Q8_0": reference_q8_0,
+    "Q1_0": reference_q1_0, "Q2_0": reference_q2_0, "Q4_0": reference_q4_0, "Q4_1": reference_q4_1,
+    "Q5_0": reference_q5_0, "Q5_1": reference_q5_1, "Q8_0": reference_q8_0,
 }  # fmt: skip
 
 
@@ -85,6 +90,7 @@ def read(kind: str, raw: np.ndarray) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "bits", "group_size", "symmetric"),
     [
+        ("Q1_0", 1, 128, True), ("Q1_0", 1, None, True), ("Q2_0", 1, 64, True), ("Q4_0", 1, 32, True),
         ("Q2_0", 2, 64, True), ("Q2_0", 2, None, True), ("Q4_0", 4, 32, True), ("Q4_0", 3, 64, False),
         ("Q4_0", 3, 128, True), ("Q4_0", 2, 32, True), ("Q4_0", 2, 32, False), ("Q5_0", 4, 32, False),
         ("Q5_0", 5, None, True), ("Q8_0", 8, 64, True), ("Q8_0", 7, 32, False), ("Q8_0", 6, 32, True),
@@ -99,8 +105,8 @@ def test_a_grid_has_its_type_and_the_type_every_value(
     assert raw.shape == (ROWS, FILE_TYPES[kind].row_bytes(128))
     expected = real_weight(weight)
     assert torch.equal(read(kind, raw).bfloat16(), expected)
-    if kind == "Q2_0":
-        assert torch.equal(dequantize_q2_0(torch.from_numpy(raw)).bfloat16(), expected)
+    if kind in OWN:
+        assert torch.equal(OWN[kind](torch.from_numpy(raw)).bfloat16(), expected)
     else:
         theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
         assert torch.equal(torch.from_numpy(theirs).bfloat16(), expected)

@@ -231,6 +231,7 @@ def test_what_stays_in_bfloat16_is_computed(family: str, options: Values, tmp_pa
 @pytest.mark.parametrize(
     ("grid", "carrier", "kind"),
     [
+        ((1, 128, True), "exact", "Q1_0"),
         ((2, 64, True), "exact", "Q2_0"),
         ((3, 32, False), "exact", "Q4_0"),
         pytest.param((4, 32, True), "exact", "Q4_0", marks=pytest.mark.slow),
@@ -243,7 +244,12 @@ def test_what_stays_in_bfloat16_is_computed(family: str, options: Values, tmp_pa
 def test_quantized_files_are_read_as_the_codes_that_were_solved(
     grid: Grid, carrier: str, kind: str, tmp_path: Path
 ) -> None:
-    options = {"moe_intermediate_size": 64, "num_hidden_layers": 1}
+    options = {
+        "moe_intermediate_size": 128,
+        "hidden_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_hidden_layers": 1,
+    }
     export, _ = write_packed("qwen2_moe", tmp_path, lambda name: grid, **options)
     report = convert(export, "gguf", tmp_path / "gguf", carrier=carrier)
     assert report.types[kind] == report.num_quantized

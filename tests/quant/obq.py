@@ -10,8 +10,8 @@ from moeq.quant.solution import Solution
 from moeq.quant.spec import GridSpec, SolveSpec
 
 GRIDS = [GridSpec(3, None, True, False), GridSpec(4, 16, False, True), GridSpec(2, 24, False, False),
-         GridSpec(3, 16, True, False, "full_range")]  # fmt: skip
-GRID_NAMES = ["channel", "group16", "group24", "full_range"]
+         GridSpec(3, 16, True, False, "full_range"), GridSpec(1, 16, True, False)]  # fmt: skip
+GRID_NAMES = ["channel", "group16", "group24", "full_range", "one_bit"]
 SOLVES = [SolveSpec(0.01, True, 40), SolveSpec(0.01, False, 40)]
 
 
@@ -54,10 +54,13 @@ def reference_obq(weight_OI: Tensor, hessian_II: Tensor, grid: GridSpec, solve: 
             part_OS = source_OI[:, group * group_size : (group + 1) * group_size]
             qparams = choose_qparams(part_OS.float().unsqueeze(0), per_group, torch.bfloat16)
             zero = qparams.zero_point_EOG
-            zero_O = torch.tensor(2.0 ** (grid.bits - 1)) if zero is None else zero[0, :, 0].double()
+            middle = 0.5 if grid.bits == 1 else 2.0 ** (grid.bits - 1)
+            zero_O = torch.tensor(middle) if zero is None else zero[0, :, 0].double()
             parameters[group] = (qparams.scale_EOG[0, :, 0].double(), zero_O)
         scale_O, zero_O = parameters[group]
         code_O = (torch.round(weight_OI[:, column] / scale_O) + zero_O).clamp(0, 2**grid.bits - 1)
+        if grid.bits == 1:
+            code_O = (weight_OI[:, column] > 0).double()
         result_OI[:, column] = (code_O - zero_O) * scale_O
         error_O = (weight_OI[:, column] - result_OI[:, column]) / inverse_II[column, column]
         weight_OI -= torch.outer(error_O, inverse_II[column])

@@ -57,6 +57,21 @@ def test_the_error_of_every_group_is_the_least_of_a_loop_over_steps(
     assert len(set(chosen)) > 3, "the example has to need clipping"
 
 
+def test_the_scale_of_one_bit_is_the_best_of_many() -> None:
+    grid = GridSpec(1, 8, symmetric=True)
+    scale_EOG = clip_by_output_error(WEIGHT_EOI, HESSIAN_EII, grid, torch.float32).scale_EOG
+    for e, o, g in ((0, 0, 0), (1, 4, 3), (0, 2, 1)):
+        part = slice(8 * g, 8 * g + 8)
+        x_TS, group_S = INPUTS_ETI[e][:, part], WEIGHT_EOI[e, o, part]
+        signs_S = torch.tensor([0.5 if w > 0 else -0.5 for w in group_S])
+        scales = torch.linspace(0.01, 4 * float(group_S.abs().max()), 4001)
+        errors = [float((x_TS @ (signs_S * scale - group_S)).square().sum()) for scale in scales]
+        best = float(scales[errors.index(min(errors))])
+        assert float(scale_EOG[e, o, g]) == pytest.approx(best, abs=2 * float(scales[1] - scales[0]))
+    empty = clip_by_output_error(WEIGHT_EOI, torch.zeros_like(HESSIAN_EII), grid, torch.float32)
+    assert torch.equal(empty.scale_EOG, choose_qparams(WEIGHT_EOI, grid, torch.float32).scale_EOG)
+
+
 def test_groups_without_inputs_keep_their_min_max_range() -> None:
     grid = GridSpec(3, 8)
     hessian_EII = HESSIAN_EII.clone()

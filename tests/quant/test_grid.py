@@ -1,5 +1,7 @@
 """Grids: round trips, ranges, storage of scales, clip search."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,26 @@ def test_round_trip_error_is_at_most_half_a_scale(bits: int, symmetric: bool, gr
     # An asymmetric grid can lose another half level at its ends, to the rounding of the zero point.
     assert bool((error_EOI <= scale_EOI * (0.5001 if symmetric else 1.0001)).all())
     assert (qparams.zero_point_EOG is None) == symmetric
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_one_bit_keeps_signs_and_the_mean_magnitude_of_a_group(group_size: int | None) -> None:
+    weight_EOI = weights()
+    weight_EOI[0, 0, :32] = 0.0
+    real_EOI = round_trip(weight_EOI, GridSpec(1, group_size, symmetric=True), torch.float32)
+    for row_I, real_I in zip(weight_EOI.flatten(0, 1), real_EOI.flatten(0, 1), strict=True):
+        for start in range(0, 32, group_size or 32):
+            part_S = row_I[start : start + (group_size or 32)]
+            size = float(part_S.abs().double().mean())
+            expected = [size if w > 0 else -size for w in part_S]
+            if size:
+                assert real_I[start : start + len(part_S)].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True, "kind": "full_range"}])
+def test_one_bit_with_zero_points_or_scales_of_either_sign_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"bits \(1\) leave two levels.*set symmetric: true and grid: uniform"):
+        GridSpec(1, 64, **settings)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -42,7 +42,7 @@ def weights(seed: int = 0) -> Tensor:
 
 GRIDS = [
     GridSpec(3, 16, symmetric=False), GridSpec(2, None, symmetric=False), GridSpec(4, 8, symmetric=True),
-    GridSpec(2, 8, symmetric=True, kind="full_range"),
+    GridSpec(2, 8, symmetric=True, kind="full_range"), GridSpec(1, 8, symmetric=True),
 ]  # fmt: skip
 
 
@@ -128,7 +128,8 @@ def test_a_soft_level_is_the_mean_of_the_codes_around_it_and_so_is_its_gradient(
     latent.level_EOGS.data.clamp_(-0.49, 2**grid.bits - 0.51)
     u = latent.level_EOGS.detach().double().requires_grad_()
     level_EOGS = reference_soft_level(u, softness, 2**grid.bits - 1)
-    offset = 2 ** (grid.bits - 1) if latent.zero_point_EOG is None else latent.zero_point_EOG.unsqueeze(-1)
+    middle = 0.5 if grid.bits == 1 else 2 ** (grid.bits - 1)
+    offset = middle if latent.zero_point_EOG is None else latent.zero_point_EOG.unsqueeze(-1)
     wanted_EOI = ((level_EOGS - offset) * latent.scale_EOG.unsqueeze(-1)).flatten(2)
     pull_EOI = torch.randn(wanted_EOI.shape, generator=generator)
     (wanted_EOI * pull_EOI).sum().backward()

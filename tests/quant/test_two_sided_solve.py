@@ -16,7 +16,7 @@ from moeq.quant.two_sided_solve import TwoSidedSpec, two_sided_solution
 E, O, I = 3, 24, 32  # noqa: E741
 GRIDS = (
     GridSpec(3, 16), GridSpec(2, None), GridSpec(3, 16, symmetric=True),
-    GridSpec(2, 16, symmetric=True, kind="full_range"),
+    GridSpec(2, 16, symmetric=True, kind="full_range"), GridSpec(1, 16, symmetric=True),
 )  # fmt: skip
 
 
