@@ -91,9 +91,7 @@ class Wish:
             like = GridSpec(like.bits, UNIFORM_BESIDE_TWO_LEVEL, True, like.clip_search, "full_range")
         bits = like.bits if self.bits is None else self.bits
         group_size = like.group_size if self.group_size is None else self.group_size or None
-        if bits == 1:
-            return GridSpec(1, group_size, symmetric=True, clip_search=like.clip_search)
-        return replace(like, bits=bits, group_size=group_size)
+        return replace(like, group_size=group_size).with_bits(bits)
 
 
 def match_patterns(patterns: Sequence[Pattern], names: Collection[str]) -> dict[str, Wish]:

@@ -9,7 +9,7 @@ Published averages (QuantMoE-Bench, MC-MoE, GEMQ) are code bits; files and memor
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import total_ordering
 from pathlib import Path
@@ -73,8 +73,8 @@ class Choice:
         """The grid of this choice; symmetric or full-range, unless its kind or one bit says, and clipped as another."""
         if self.kind != "uniform":
             return GridSpec.of_kind(self.kind, clip_search=like.clip_search)
-        kind = "uniform" if like.is_named or self.bits == 1 else like.kind
-        return GridSpec(self.bits, self.group_size, like.symmetric or self.bits == 1, like.clip_search, kind)
+        kind = "uniform" if like.is_named else like.kind
+        return GridSpec(like.bits, self.group_size, like.symmetric, like.clip_search, kind).with_bits(self.bits)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of so many weights divide into its groups, or super-blocks."""
@@ -135,7 +135,7 @@ def uniform_plan(
         ValueError: Group sizes do not divide the in-features of some weights, all of which are named.
     """
     overrides, said = bits_by_kind or {}, wishes or {}
-    by_kind = {w.name: replace(grid, bits=overrides.get(w.kind, grid.bits)) for w in weights}
+    by_kind = {w.name: grid.with_bits(overrides.get(w.kind, grid.bits)) for w in weights}
     kept = {name for name, wish in said.items() if wish.keep}
     plan = {
         name: said[name].grid(usual) if name in said else usual for name, usual in by_kind.items() if name not in kept

@@ -8,7 +8,7 @@ report counts: a weight that two rules select was given by the first that raised
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moeq.allocation.evidence import Evidence
@@ -85,7 +85,7 @@ def apply_rules(
         free = selected - set(fixed)
         raised = [w.name for w in weights if w.name in free and plan[w.name].bits < rule.bits]
         before = plan_cost(plan, weights)
-        plan |= {name: replace(plan[name], bits=rule.bits) for name in raised}
+        plan |= {name: plan[name].with_bits(rule.bits) for name in raised}
         ordered = tuple(w.name for w in weights if w.name in selected)
         effects.append(RuleEffect(rule.label, ordered, tuple(raised), before, plan_cost(plan, weights)))
     return plan, effects

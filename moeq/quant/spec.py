@@ -72,6 +72,10 @@ class GridSpec:
         known = NAMED[kind]
         return cls(known.bits, known.group_size, known.symmetric, clip_search, kind)
 
+    def with_bits(self, bits: int) -> "GridSpec":
+        """The uniform grid of another width; one bit has no zero points, and no scales of either sign."""
+        return replace(self, bits=1, symmetric=True, kind="uniform") if bits == 1 else replace(self, bits=bits)
+
     @property
     def two_level(self) -> TwoLevelKind | None:
         """What the kind says of two levels of scales; None where there is one."""

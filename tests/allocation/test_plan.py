@@ -83,6 +83,18 @@ def test_full_range_grids_stay_so_through_choices_patterns_and_json(tmp_path: Pa
         uniform_plan(WEIGHTS, replace(grid, group_size=48))
 
 
+@pytest.mark.parametrize("like", [GridSpec(4, 64), GridSpec(4, 64, symmetric=True, kind="full_range")], ids=str)
+def test_one_bit_has_no_zero_points_whatever_the_other_widths_have(like: GridSpec, tmp_path: Path) -> None:
+    signs = GridSpec(1, 64, symmetric=True)
+    assert Choice.from_label("1g64").grid(like) == Wish(bits=1).grid(like) == signs
+    assert Choice(2, 64).grid(like) == replace(like, bits=2)
+    plan = uniform_plan(WEIGHTS, like, {"attention": 1}, {WEIGHTS[2].name: Wish(bits=1)})
+    assert [plan[w.name] for w in WEIGHTS] == [signs, like, signs]
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(plan_to_json(plan, plan_cost(plan, WEIGHTS))))
+    assert plan_from_json(path) == plan
+
+
 def test_group_size_that_does_not_fit_names_the_weight_and_the_choices() -> None:
     with pytest.raises(
         ValueError,

@@ -69,6 +69,19 @@ def test_planes_and_squeezed_nibbles_take_the_bytes_of_the_file(
     assert form.of(rounded(grid)).nbytes == SHAPE[0] * (SHAPE[1] * grid[0] + overhead) // 8
 
 
+@pytest.mark.parametrize("group_size", [32, None])
+def test_one_bit_has_planes_alone_which_hold_it_in_the_bytes_of_its_file(group_size: int | None) -> None:
+    weight, grid = rounded((1, group_size, True)), PackedFormat(1, group_size, symmetric=True)
+    form = PlaneForm.of(weight)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(form.weight(dtype).mT, real_weight(weight).to(dtype))
+    assert torch.equal(form.quantized().codes_OI, weight.codes_OI)
+    assert torch.equal(form.quantized().scale_OG, weight.scale_OG)
+    assert form.nbytes == SHAPE[0] * (SHAPE[1] + grid.spec.overhead_bits(SHAPE[1])) // 8
+    assert why_no_planes(grid, SHAPE) is None
+    assert why_no_nibbles(grid, SHAPE, torch.bfloat16, torch.bfloat16) == "levels that are no whole numbers"
+
+
 @needs_nibbles
 @pytest.mark.parametrize("grid", GRIDS)
 def test_few_rows_by_4_bits_agree_with_the_reference_up_to_the_roundings_of_bfloat16(

@@ -90,7 +90,7 @@ def test_from_pretrained_keeps_weights_packed(export: Path) -> None:
     assert isinstance(model.model.layers[0].self_attn.k_proj, PackedLinear)
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert {layer.weight_packed.dtype for layer in packed} == {torch.int32}
-    assert {layer.grid.bits for layer in packed} == {2, 3, 4, 8}
+    assert {layer.grid.bits for layer in packed} == {1, 2, 3, 4, 8}
     assert not any(parameter.requires_grad for layer in packed for parameter in layer.parameters())
 
 

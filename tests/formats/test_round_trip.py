@@ -180,8 +180,7 @@ def test_every_format_holds_every_family_at_mixed_widths(family: str, tmp_path: 
     check_formats(made, family, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 3, 4, 8))])
 def test_every_format_holds_one_width_of_all_weights(bits: int, tmp_path: Path) -> None:
     made = write_tiny_packed("mixtral", tmp_path, lambda name: (bits, 32, True))
     check_formats(made, "mixtral", tmp_path)
