@@ -79,7 +79,8 @@ def solved_costs(
             if plain_EII is not None and gradient_EO is not None:
                 row_EO = row_energies(delta_EOI, plain_EII)
                 for leaf, rows in _leaf_rows(site):
-                    _enter(tables["fisher"], site, leaf, choice, fisher_costs(row_EO, gradient_EO, rows))
+                    costs_E = fisher_costs(row_EO, gradient_EO, rows, choice.bits)
+                    _enter(tables["fisher"], site, leaf, choice, costs_E)
     return tables
 
 

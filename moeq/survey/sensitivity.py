@@ -12,7 +12,8 @@ adds up over the experts of a layer; adding layers says that equal relative erro
 ``fisher`` is in nats per token everywhere: the second-order term of KL(original || quantized).  z is the linear's
 output, y a token drawn from the model's own prediction, so E[(d log p / d z)(d log p / d z)^T] is the curvature of the
 KL.  Outputs are taken as uncorrelated with each other, gradients as independent of inputs, and errors of different
-tokens and weights as uncorrelated.
+tokens and weights as uncorrelated.  Errors of one bit are too large for a second-order term: they count ``ONE_BIT``
+times.
 
 Shapes: E experts, O out features, I in features.
 """
@@ -25,6 +26,8 @@ from moeq.quant.grid import dequantize
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec, SolveSpec
 
+# Of 1, 1.3, 1.6, 2, 3, 4 and 6: with 3 and 4 plans of 2, 2.5 and 3 bits diverged least (benchmarks/LOG.md).
+ONE_BIT = 4.0
 POOL_TOKENS = 32.0  # average tokens that are added to the gradients of every expert: rare experts have noisy ones
 
 
@@ -79,15 +82,16 @@ def mean_square_gradients(sum_EO: Tensor, num_tokens_E: Tensor) -> Tensor:
     return (sum_EO + POOL_TOKENS * pool) / (num_tokens_E + POOL_TOKENS).unsqueeze(1)
 
 
-def fisher_costs(row_energy_EO: Tensor, gradient_EO: Tensor, rows: slice) -> Tensor:
+def fisher_costs(row_energy_EO: Tensor, gradient_EO: Tensor, rows: slice, bits: int) -> Tensor:
     """Nats per token for some rows (one linear of a stack), float64 [E].
 
     Args:
         row_energy_EO: ``row_energies`` of the error, with ``token_hessians``.
         gradient_EO: G.
         rows: Rows of the linear.
+        bits: Of the codes.
     """
-    return 0.5 * (gradient_EO[:, rows] * row_energy_EO[:, rows]).sum(1)
+    return (0.5 if bits > 1 else 0.5 * ONE_BIT) * (gradient_EO[:, rows] * row_energy_EO[:, rows]).sum(1)
 
 
 def hessian_costs(row_energy_EO: Tensor, output_energy_EO: Tensor, rows: slice) -> Tensor:

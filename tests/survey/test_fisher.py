@@ -125,7 +125,7 @@ def test_the_fisher_cost_of_a_small_change_of_one_weight_predicts_the_kl_diverge
         hessians = token_hessians(states[site.name].sum_EII, states[site.name].num_tokens_E, ids.numel())
         state = gradients[site.name]
         gradient = mean_square_gradients(state.sum_EO, state.num_tokens_E)
-        cost = fisher_costs(row_energies(delta, hessians), gradient, slice(None))
+        cost = fisher_costs(row_energies(delta, hessians), gradient, slice(None), 2)
         predicted.append(float(cost[expert]))
         measured.append(measured_kl(model, adapter, ids, site, delta))
     ratio = torch.tensor(measured) / torch.tensor(predicted)

@@ -32,8 +32,10 @@ def test_costs_equal_an_explicit_sum_over_tokens() -> None:
         sum(float(0.5 * (gradient[e] * (delta[e] @ x).square())[4:].sum()) for x in inputs[e]) / num_tokens
         for e in range(2)
     ]
-    costs = fisher_costs(row_energies(delta, hessians), gradient, slice(4, 6))
+    costs = fisher_costs(row_energies(delta, hessians), gradient, slice(4, 6), 2)
     assert costs.tolist() == pytest.approx(expected, rel=1e-4)
+    costs = fisher_costs(row_energies(delta, hessians), gradient, slice(4, 6), 1)
+    assert costs.tolist() == pytest.approx([4 * each for each in expected], rel=1e-4)
 
 
 def test_an_expert_without_tokens_counts_as_one_average_token() -> None:

@@ -34,7 +34,6 @@ def test_uniform_recipes_exist_at_whole_bits_and_rounding_to_nearest_once() -> N
     assert not [case for case in cases if RECIPES[case.recipe].uniform and case.bits % 1]
     assert len([case for case in cases if case.recipe == "RTN"]) == 3  # at 2, 3 and 4 bits, of one seed
     assert len([case for case in cases if case.recipe == "moeq, best"]) == 3 * len(BUDGETS)
-    assert {case.bits for case in cases if case.recipe == "moeq, best on a quarter of the tokens"} == {2.0, 2.5}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -46,17 +45,6 @@ def test_a_case_is_a_configuration_with_its_own_model_budget_seed_and_folder(rec
     steps = {step["class_path"]: step.get("init_args", {}) for step in config["trainer"]["callbacks"]}
     assert steps["BitAllocation"].get("budget", config["model"]["bits"]) == 3
     assert not steps.keys() & set(RECIPES[recipe].without)
-
-
-def test_a_recipe_may_replace_the_settings_of_a_step(tmp_path: Path) -> None:
-    found = {}
-    for recipe in ("moeq, best", "moeq, best on a quarter of the tokens"):
-        config = configuration(Case(0, "folder", 2.5, recipe), tmp_path, tmp_path)
-        steps = {step["class_path"]: step.get("init_args", {}) for step in config["trainer"]["callbacks"]}
-        found[recipe] = (config["data"]["init_args"]["num_sequences"], steps["LearnedRounding"])
-    assert found["moeq, best"][0] == 4 * found["moeq, best on a quarter of the tokens"][0]
-    assert found["moeq, best"][1]["softness"] > 0
-    assert found["moeq, best on a quarter of the tokens"][1] == {}
 
 
 def test_a_best_recipe_exists_for_every_budget(tmp_path: Path) -> None:
