@@ -110,7 +110,7 @@ class GridSpec:
             return f"{self.kind.upper()} ({self.bits} bits by a table of levels, groups of {self.group_size})"
         symmetry = ", full-range symmetric" if self.kind == "full_range" else ", symmetric" if self.symmetric else ""
         groups = "a group per channel" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {groups}{symmetry}"
+        return f"{self.bits} bit{'s' if self.bits > 1 else ''}, {groups}{symmetry}"
 
     def num_groups(self, in_features: int) -> int:
         """Groups of a row of ``in_features`` weights; raises ValueError where the group size does not divide it."""

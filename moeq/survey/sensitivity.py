@@ -26,8 +26,8 @@ from moeq.quant.grid import dequantize
 from moeq.quant.rtn import round_to_nearest
 from moeq.quant.spec import GridSpec, SolveSpec
 
-# Of 1, 1.3, 1.6, 2, 3, 4 and 6: with 3 and 4 plans of 2, 2.5 and 3 bits diverged least (benchmarks/LOG.md).
-ONE_BIT = 4.0
+# Plans diverge least with 3 or 4 as they are solved, with 1 or 2 once their rounding is learned (benchmarks/LOG.md).
+ONE_BIT = 2.0
 POOL_TOKENS = 32.0  # average tokens that are added to the gradients of every expert: rare experts have noisy ones
 
 

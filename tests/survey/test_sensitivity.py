@@ -35,7 +35,7 @@ def test_costs_equal_an_explicit_sum_over_tokens() -> None:
     costs = fisher_costs(row_energies(delta, hessians), gradient, slice(4, 6), 2)
     assert costs.tolist() == pytest.approx(expected, rel=1e-4)
     costs = fisher_costs(row_energies(delta, hessians), gradient, slice(4, 6), 1)
-    assert costs.tolist() == pytest.approx([4 * each for each in expected], rel=1e-4)
+    assert costs.tolist() == pytest.approx([2 * each for each in expected], rel=1e-4)
 
 
 def test_an_expert_without_tokens_counts_as_one_average_token() -> None:
