@@ -60,6 +60,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
             "--model.group_size=24",
             r"group_size \(24\) must divide in_features; it does not divide 64 of .*; choose one",
         ),
+        ("--model.bits=1", r"bits \(1\) leave two levels.*set symmetric: true and grid: uniform"),
         ("--model.bits=9", r"bits \(9\) must be between 1 and 8"),
         ("--model.damping=0", r"damping \(0.0\) must lie between 0 and 1"),
         ("--model.affinity_power=-1", r"affinity_power \(-1.0\) must not be negative"),

@@ -42,7 +42,7 @@ def half_quadratic(weight_EOI: Tensor, grid: GridSpec, scale_dtype: torch.dtype,
     if not 0.0 < norm <= 1.0:
         raise ValueError(f"norm ({norm}) must be above 0 and at most 1; the usual value is 0.7")
     if grid.is_named or grid.bits == 1:
-        raise ValueError(f"HQQ moves integer zero points, which {grid.label} lacks; choose RTN or GPTQ for it")
+        raise ValueError(f"HQQ moves whole zero points, which {grid.label} lacks; choose RTN or GPTQ for it")
     start = choose_qparams(weight_EOI, grid, scale_dtype)
     solved = [
         _solve(weight_EOI[e].float().view(*start.scale_EOG.shape[1:], -1), start.experts(slice(e, e + 1)), grid, norm)
