@@ -1,7 +1,6 @@
 """Rounding to nearest on ranges that ignore what fits badly (HQQ): no calibration data."""
 
 from torch import Tensor
-from typing_extensions import override
 
 from moeq.callback import SolveStep
 from moeq.fit.solve import Solver, Unit
@@ -18,15 +17,10 @@ class HQQ(SolveStep):
         norm: Exponent of the error that is minimised, above 0 and at most 1.
     """
 
+    fewest_bits = 2  # the zero point of one bit is no whole number
+
     def __init__(self, norm: float = 0.7) -> None:
         self.norm = norm
-
-    @override
-    def check(self, module: MoEQuantModule) -> None:
-        """Refuse one bit, too, whose zero point is no whole number."""
-        super().check(module)
-        if (name := next((name for name, grid in module.run.plan.items() if grid.bits == 1), None)) is not None:
-            raise ValueError(f"HQQ needs 2 bits at least, and {name} is to have 1; use RTN or GPTQ, or more bits")
 
     def solver(self, module: MoEQuantModule) -> Solver:
         def solve(unit: Unit, weight_EOI: Tensor) -> Solution:

@@ -61,12 +61,14 @@ class SolveStep(Step):
     Attributes:
         needs_hessians: Whether the solver reads ``run.hessians``.
         solves_named: Whether the solver takes two-level and table grids (``moeq.quant.kinds``).
+        fewest_bits: That the solver takes.
         takes_factors: Whether the solver reads ``run.factors``.
     """
 
     needs_hessians: ClassVar[bool] = False
     solves_named: ClassVar[bool] = False
     takes_factors: ClassVar[bool] = False
+    fewest_bits: ClassVar[int] = 1
 
     @abstractmethod
     def solver(self, module: MoEQuantModule) -> Solver:
@@ -87,7 +89,7 @@ class SolveStep(Step):
 
     @override
     def check(self, module: MoEQuantModule) -> None:
-        """Refuse two-level and table grids where the solver does not take them."""
+        """Refuse two-level and table grids, and few bits, where the solver does not take them."""
         named = {name: grid for name, grid in module.run.plan.items() if grid.is_named}
         if named and not self.solves_named:
             name, grid = next(iter(named.items()))
@@ -95,6 +97,12 @@ class SolveStep(Step):
                 f"{type(self).__name__} solves uniform groups alone, and {name} is to have {grid.kind}; use RTN or "
                 "GPTQ, or grid: uniform"
             )
+        for name, grid in module.run.plan.items():
+            if grid.bits < self.fewest_bits:
+                raise ValueError(
+                    f"{type(self).__name__} needs {self.fewest_bits} bits at least, and {name} is to have {grid.bits}; "
+                    "use RTN or GPTQ, or more bits"
+                )
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
