@@ -37,6 +37,7 @@ from moeq.tuning.originals import record_originals
 from moeq.tuning.tune_model import Tuning
 from moeq.tuning.tuning_spec import TuningSpec
 
+BITS, GROUP, BATCH = 3, 64, 8
 STARTS = ("GPTQ", "learned rounding")
 AS_SOLVED = "as solved"
 SCALES = {"level_rate": 0.0, "norm_rate": 0.0, "router_rate": 0.0}
@@ -62,6 +63,7 @@ class Case:
     seed: int
     start: str
     arm: str
+    num_steps: int
 
 
 class Collected(Step):
@@ -148,9 +150,8 @@ class TuningStudy(Study[Case]):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--bits", type=int, default=3)
-        parser.add_argument("--num-steps", type=int, default=64, help="multiple of 4; a sixteenth more is held out")
-        parser.add_argument("--batch-size", type=int, default=8, help=f"sequences of {LENGTH} tokens of a step")
+        steps = f"of {BATCH} sequences of {LENGTH} tokens; a sixteenth more is held out"
+        parser.add_argument("--num-steps", type=int, default=64, help=steps)
         parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, metavar="START")
         parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
         parser.add_argument("--sets", type=Path, default=Path("runs/calibration_data"), help="sampled sets")
@@ -161,13 +162,12 @@ class TuningStudy(Study[Case]):
 
     def cases(self) -> list[Case]:
         o = self.options
-        return [Case(seed, start, arm) for seed in o.seeds for start in o.starts for arm in o.arms]
+        return [Case(seed, start, arm, o.num_steps) for seed in o.seeds for start in o.starts for arm in o.arms]
 
     def spec(self, arm: str) -> TuningSpec:
         """Settings of an arm."""
-        o = self.options
-        num_batches = o.num_steps + max(1, o.num_steps // 16)
-        settings = {"num_sequences": num_batches * o.batch_size, "length": LENGTH, "batch_size": o.batch_size}
+        num_batches = self.options.num_steps + max(1, self.options.num_steps // 16)
+        settings = {"num_sequences": num_batches * BATCH, "length": LENGTH, "batch_size": BATCH}
         return TuningSpec(**settings, recompute=False, **ARMS[arm])
 
     def solved(self, seed: int, start: str) -> Solved:
@@ -177,7 +177,7 @@ class TuningStudy(Study[Case]):
             collected = Collected()
             learned = [LearnedRounding()] if start == STARTS[1] else []
             steps = [BitAllocation(), HessianCalibration(), CachedGridGPTQ(), *learned, collected]
-            settings: dict[str, Any] = {"bits": self.options.bits, "group_size": 64, "affinity_power": 1.0}
+            settings: dict[str, Any] = {"bits": BITS, "group_size": GROUP, "affinity_power": 1.0}
             module = fit(ids_NL, steps, name=MODEL, damping=0.1, **settings)
             self._solved = (seed, start), Solved(module, collected.blocks)
         return self._solved[1]
@@ -185,7 +185,7 @@ class TuningStudy(Study[Case]):
     def originals(self, seed: int) -> Path:
         """Folder of what the original says of the sequences of a seed, made when it is first needed."""
         spec = self.spec(AS_SOLVED)
-        folder: Path = self.options.folder / f"originals-{spec.num_batches}-{spec.batch_size}-{seed}"
+        folder: Path = self.options.folder / f"originals-{spec.num_batches}-{seed}"
         if not folder.is_dir():
             ids_NL = calibration_set(self.yardstick, "plain", spec.num_sequences, seed, self.options.sets)
             order_N = torch.randperm(len(ids_NL), generator=torch.Generator().manual_seed(seed))
@@ -200,7 +200,7 @@ class TuningStudy(Study[Case]):
         solved = self.solved(case.seed, case.start)
         solved.restore()
         found = {} if case.arm == AS_SOLVED else tuned(solved, self.spec(case.arm), originals)
-        return {"bits": self.options.bits, **found, "domains": self.yardstick.row(solved.module.model)}
+        return {**found, "domains": self.yardstick.row(solved.module.model)}
 
     def report(self, rows: Sequence[Row]) -> str:
         known = {(row["seed"], row["start"]): mean_kl(row) for row in rows if row["arm"] == AS_SOLVED}

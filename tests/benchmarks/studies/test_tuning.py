@@ -83,11 +83,11 @@ def test_an_arm_leaves_its_best_state_in_the_model_and_the_next_one_begins_anew(
 
 
 def test_all_arms_learn_from_as_many_steps() -> None:
-    study = TuningStudy(Namespace(seeds=[0, 1], starts=list(STARTS), arms=list(ARMS), num_steps=64, batch_size=8))
+    study = TuningStudy(Namespace(seeds=[0, 1], starts=list(STARTS), arms=list(ARMS), num_steps=64))
     assert {study.spec(arm).num_steps(1) for arm in ARMS} == {64}
     assert len({study.spec(arm) for arm in ARMS if arm != AS_SOLVED}) == len(ARMS) - 1
     cases = study.cases()
-    assert cases[: len(ARMS)] == [Case(0, STARTS[0], arm) for arm in ARMS]
+    assert cases[: len(ARMS)] == [Case(0, STARTS[0], arm, 64) for arm in ARMS]
     assert len(cases) == 4 * len(ARMS)
 
 
