@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -18,7 +17,7 @@ from callbacks.learned_rounding import LearnedRounding
 from moeq.allocation.patterns import Pattern
 from moeq.export.moeq_format import read_quantized
 from moeq.module import MoEQuantModule
-from tests.fit.test_damaged_blocks import Own
+from tests.own_fit import fit_own
 from tests.two_level import save_wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -26,13 +25,7 @@ SIGNS = (Pattern("*.experts.*.gate_proj", bits=1, group_size=128), Pattern("*.se
 
 
 def fit(steps: list[Callback], model: Path, folder: Path) -> MoEQuantModule:
-    module = MoEQuantModule(str(model), bits=3, group_size=32)
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=-1, callbacks=steps, default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Own())
-    return module
+    return fit_own(steps, model, folder, bits=3, group_size=32)
 
 
 def test_weights_of_one_bit_are_solved_learned_exported_and_opened_with_the_same_values(tmp_path: Path) -> None:

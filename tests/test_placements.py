@@ -6,7 +6,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L
 import pytest
 from lightning.pytorch import Callback
 
@@ -24,7 +23,7 @@ from callbacks.rtn import RTN
 from callbacks.survey import Survey
 from moeq.checkpoint.loading import model_bytes, working_bytes
 from moeq.module import MoEQuantModule
-from tests.fit.test_damaged_blocks import Own
+from tests.own_fit import fit_own
 from tests.same_bytes import assert_no_block_stayed, assert_same_bytes, written
 from tests.tiny import save_tiny
 
@@ -36,13 +35,7 @@ Steps = list[Callback]
 
 
 def fit(steps: Steps, model: Path, folder: Path, placement: str, **options: object) -> MoEQuantModule:
-    module = MoEQuantModule(str(model), bits=3, group_size=16, placement=placement, **options)  # type: ignore[arg-type]
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=-1, callbacks=steps, default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Own())
-    return module
+    return fit_own(steps, model, folder, bits=3, group_size=16, placement=placement, **options)
 
 
 STEPS: dict[str, Callable[[], Steps]] = {

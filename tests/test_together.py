@@ -6,7 +6,6 @@ Differences are ties: a last bit of a Hessian turns one, and the feedback carrie
 import sys
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from moeq.allocation.plan import Choice
 from moeq.module import MoEQuantModule
 from moeq.survey.survey_spec import SurveySpec
 from moeq.survey.surveyor import survey_model
-from tests.fit.test_damaged_blocks import Own
+from tests.own_fit import fit_own
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -31,14 +30,7 @@ def take_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(model: Path, folder: Path) -> MoEQuantModule:
-    module = MoEQuantModule(str(model), bits=3, group_size=16)
-    steps = [BitAllocation(), HessianCalibration(), GPTQ()]
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=-1, callbacks=steps, default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Own())
-    return module
+    return fit_own([BitAllocation(), HessianCalibration(), GPTQ()], model, folder, bits=3, group_size=16)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

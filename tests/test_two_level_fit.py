@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import gguf
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -24,7 +23,7 @@ from moeq.export.moeq_format import read_quantized
 from moeq.fit.fingerprint import run_fingerprint
 from moeq.module import MoEQuantModule
 from moeq.trainer_options import numeric_switches
-from tests.fit.test_damaged_blocks import Own
+from tests.own_fit import fit_own
 from tests.same_bytes import assert_same_bytes, written
 from tests.two_level import save_wide
 
@@ -33,13 +32,7 @@ NARROW = Pattern("*.experts.*.down_proj", bits=4)
 
 
 def fit(steps: list[Callback], model: Path, folder: Path, **options: object) -> MoEQuantModule:
-    module = MoEQuantModule(str(model), **{"grid": "q3_k", **options})  # type: ignore[arg-type]
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=-1, callbacks=steps, default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Own())
-    return module
+    return fit_own(steps, model, folder, **{"grid": "q3_k", **options})
 
 
 @pytest.mark.slow
