@@ -93,8 +93,8 @@ class OneBitLess(Study[Case]):
         "which the bundled original is more than two standard errors above chance on 1,000 documents: sums, sciq "
         "(57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, openbookqa, "
         "winogrande, copa, and boolq only below its larger class. Of the original Mixtral, 300 documents: sums "
-        "95.5%, sciq 43.7 +- 2.9%, lambada_openai 1.3 +- 0.7%, piqa 56.3 +- 2.9%. The best at 3.5 bits is of before "
-        "one bit was among the choices, which it is not at 4."
+        "95.5%, sciq 43.7 +- 2.9%, lambada_openai 1.3 +- 0.7%, piqa 56.3 +- 2.9%. The best has one bit among its "
+        "choices below 4 bits."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
 
