@@ -1,13 +1,32 @@
-"""A fit in this process on the small calibration data of the tests, without an export of its own or a progress bar."""
+"""A small datamodule that knows nothing of moeq, and a fit in this process on it, without a progress bar."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from moeq.module import MoEQuantModule
-from tests.fit.test_damaged_blocks import Own
+
+
+class Own(L.LightningDataModule):
+    """A datamodule that knows nothing of moeq.
+
+    Args:
+        seed: Of the ids.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        ids_NL = torch.randint(0, 264, (4, 24), generator=generator)
+        return DataLoader([{"input_ids": ids_L} for ids_L in ids_NL], batch_size=2)  # type: ignore[arg-type]
 
 
 def fit_own(steps: Sequence[Callback], model: Path, folder: Path, **settings: object) -> MoEQuantModule:

@@ -5,40 +5,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
 import yaml
-from torch.utils.data import DataLoader
 
 from moeq.fit.block_files import block_path
 from tests.tiny import save_tiny
 
-
-class Own(L.LightningDataModule):
-    """A datamodule that knows nothing of moeq.
-
-    Args:
-        seed: Of the ids.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.seed = seed
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(self.seed)
-        ids_NL = torch.randint(0, 264, (4, 24), generator=generator)
-        return DataLoader([{"input_ids": ids_L} for ids_L in ids_NL], batch_size=2)  # type: ignore[arg-type]
-
-
 STEPS = ["hessian_calibration.HessianCalibration", "gptq.GPTQ", "record.Record"]
 
 
-def write_config(path: Path, *before: Any, datamodule: str = "Own") -> Path:
+def write_config(path: Path, *before: Any) -> Path:
     content = yaml.safe_load(Path("configs/gptq_text_w3.yaml").read_text())
     content["trainer"]["callbacks"] = [*before, *({"class_path": f"callbacks.{step}"} for step in STEPS)]
-    content["data"] = {"class_path": f"tests.fit.test_damaged_blocks.{datamodule}"}
+    content["data"] = {"class_path": "tests.own_fit.Own"}
     path.write_text(yaml.safe_dump(content))
     return path
 
