@@ -89,11 +89,11 @@ class OneBitLess(Study[Case]):
         "verification included, on a machine with other work (which makes them up to twice as many); those of other "
         "quantizers as they report them, in part on a processor without bfloat16 products, where they take some ten "
         "times as many; + F where some took Kronecker factors, which are the same at every budget, "
-        "from a folder in which an earlier fit had kept them. Tasks, where they stand, are those of the catalog in "
-        "which the bundled original is more than two standard errors above chance on 1,000 documents: sums, sciq "
-        "(57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, openbookqa, "
-        "winogrande, copa, and boolq only below its larger class. Of the original Mixtral, 300 documents: sums "
-        "95.5%, sciq 43.7 +- 2.9%, lambada_openai 1.3 +- 0.7%, piqa 56.3 +- 2.9%. The best has one bit among its "
+        "from a folder in which an earlier fit had kept them. Tasks, of the seeds that ran them (often one), are those "
+        "of the catalog in which the bundled original is more than two standard errors above chance on 1,000 "
+        "documents: sums, sciq (57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, "
+        "openbookqa, winogrande, copa, and boolq only below its larger class. Of the original Mixtral, 300 documents: "
+        "sums 95.5%, sciq 43.7 +- 2.9%, lambada_openai 1.3 +- 0.7%, piqa 56.3 +- 2.9%. The best has one bit among its "
         "choices below 4 bits."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
