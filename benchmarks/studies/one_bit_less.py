@@ -28,7 +28,7 @@ from benchmarks.lab.provenance import ROOT
 from benchmarks.lab.study import MODEL, Study
 from benchmarks.lab.tables import Row
 from benchmarks.lab.yardstick import Yardstick
-from benchmarks.studies.one_bit_less_report import bars, table
+from benchmarks.studies.one_bit_less_report import BEST, BEST_BY_SIZE, bars, table
 from moeq.checkpoint.loading import load_model
 from moeq.report.results import read_results
 from moeq.survey.kronecker_preflight import KIND
@@ -45,6 +45,8 @@ class Recipe:
         uniform: Has one width for all weights, so that it exists at whole bits only; else a budget is allocated.
         without: Steps that are taken out.
         data, model: Settings that are changed.
+        group_size: Of all choices, where it is not that of the configuration; the budget then is the size of a plan in
+            groups of 64, with scales and zero points.
         seeded: Whether the data are drawn by a seed.
     """
 
@@ -53,6 +55,7 @@ class Recipe:
     without: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    group_size: int | None = None
     seeded: bool = True
 
 
@@ -64,7 +67,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "moeq, default": Recipe("moequant_w3.yaml"),
     "moeq, allocated": Recipe("moequant_allocated_w3.yaml", uniform=False),
-    "moeq, best": Recipe("moequant_best_w{bits}.yaml", uniform=False),
+    BEST: Recipe("moequant_best_w{bits}.yaml", uniform=False),
+    BEST_BY_SIZE: Recipe("moequant_best_w{bits}.yaml", uniform=False, group_size=128),
 }
 
 
@@ -84,7 +88,8 @@ class OneBitLess(Study[Case]):
     title = "One bit less"
     legend = (
         "KL to the original in nats a token, mean and worst of four domains (32 windows of 256 tokens), +- over "
-        "seeds; bits of codes on average over the quantized weights, and with scales and zero points; groups of 64. "
+        "seeds; bits of codes on average over the quantized weights, and with scales and zero points; groups of 64, "
+        "but where it says 128: these are as large as plans in groups of 64 with so many bits of codes. "
         "Processor seconds and peak of resident memory are of the whole fit command, its sampling, export and "
         "verification included, on a machine with other work (which makes them up to twice as many); those of other "
         "quantizers as they report them, in part on a processor without bfloat16 products, where they take some ten "
@@ -186,12 +191,30 @@ def configuration(case: Case, folder: Path, factors: Path) -> dict[str, Any]:
     if recipe.uniform:
         config["model"]["bits"] = int(case.bits)
     else:
-        next(step for step in steps if step["class_path"] == "BitAllocation")["init_args"]["budget"] = case.bits
+        change_budget(steps, case.bits, recipe.group_size)
     config["data"]["init_args"] |= {"seed": case.seed, **recipe.data}
     for step in steps:
         if step["class_path"] == "KroneckerFactors":
             step["init_args"] = {**step.get("init_args", {}), "seed": case.seed, "folder": str(factors.resolve())}
     return config
+
+
+def change_budget(steps: Sequence[dict[str, Any]], bits: float, group_size: int | None) -> None:
+    """Give the steps of an allocation a budget.
+
+    Args:
+        steps: Callbacks of a configuration.
+        bits: Of codes, on average.
+        group_size: Of all choices, which then take what as many bits take in groups of 64: scales have 16 bits, zero
+            points those of the codes.
+    """
+    init_args = {step["class_path"]: step.get("init_args", {}) for step in steps}
+    allocation = init_args["BitAllocation"]
+    allocation["budget"] = bits
+    if group_size is not None:
+        choices = [f"{width}g{group_size}" for width in allocation["choices"]]
+        allocation |= {"budget": bits + (16 + bits) / 64, "budget_unit": "average_bits", "choices": choices}
+        init_args["Survey"]["choices"] = choices
 
 
 def factors_cost(settings: Mapping[str, Any], folder: Path) -> Row:

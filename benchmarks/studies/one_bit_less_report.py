@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks.lab.tables import Row, cell, grouped, markdown, mean_kl, router_agreement, worst_kl
 
-BEST = "moeq, best"
+BEST, BEST_BY_SIZE = "moeq, best", "moeq, best, groups of 128"
 DATA = {"mixture": "the mixture of the evaluated domains", "corpus": "what the model wrote"}
 
 
@@ -41,21 +41,22 @@ def best_others(rows: Sequence[Row], data: str) -> dict[float, Other]:
 
 
 def bars(own: Sequence[Row], others: Sequence[Row]) -> str:
-    """Whether the best recipe at b - 1 bits diverges no more than the best other at b, on whatever data.
+    """Whether the best recipes at b - 1 bits diverge no more than the best other at b, on whatever data.
 
     Between two whole widths the bar is the geometric mean of those of its neighbours.
     """
     known = [best_others(others, data) for data in DATA]
     lowest = {bits: min(found[bits].kl for found in known if bits in found) for found in known for bits in found}
+    best = [row for row in own if row["recipe"] in (BEST, BEST_BY_SIZE)]
     lines = []
-    for bits, group in sorted(grouped([row for row in own if row["recipe"] == BEST], lambda row: row["bits"]).items()):
+    for (bits, recipe), group in sorted(grouped(best, lambda row: (row["bits"], row["recipe"])).items()):
         low, high = lowest.get(int(bits + 1)), lowest.get(-int(-(bits + 1) // 1))
         if low is None or high is None:
             continue
         bar, kl = (low * high) ** 0.5, fmean(map(mean_kl, group))
-        lines.append([f"{bits:g}", _kl(group), f"{bits + 1:g}", f"{bar:.4f}", f"{kl / bar:.2f}",
+        lines.append([f"{bits:g}", recipe, len(group), _kl(group), f"{bits + 1:g}", f"{bar:.4f}", f"{kl / bar:.2f}",
                       "yes" if kl <= bar else "no"])  # fmt: skip
-    head = ["bits", BEST, "bits of the best other", "KL", "ratio", "holds"]
+    head = ["bits", "recipe", "seeds", "mean KL", "bits of the best other", "KL", "ratio", "holds"]
     return f"### One bit less\n\n{markdown(head, lines)}" if lines else ""
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from benchmarks.studies.one_bit_less import BUDGETS, RECIPES, Case, OneBitLess, configuration
-from benchmarks.studies.one_bit_less_report import bars, best_others, table
+from benchmarks.studies.one_bit_less_report import BEST_BY_SIZE, bars, best_others, table
+from moeq.allocation.plan import Choice, plan_cost
+from moeq.quant.spec import GridSpec, WeightShape
 
 PARSER = OneBitLess.parser()
 
@@ -43,7 +45,8 @@ def test_a_case_is_a_configuration_with_its_own_model_budget_seed_and_folder(rec
     assert config["trainer"]["default_root_dir"] == str(tmp_path)
     assert config["data"]["init_args"]["seed"] == 7
     steps = {step["class_path"]: step.get("init_args", {}) for step in config["trainer"]["callbacks"]}
-    assert steps["BitAllocation"].get("budget", config["model"]["bits"]) == 3
+    if RECIPES[recipe].group_size is None:
+        assert steps["BitAllocation"].get("budget", config["model"]["bits"]) == 3
     assert not steps.keys() & set(RECIPES[recipe].without)
 
 
@@ -51,6 +54,17 @@ def test_a_best_recipe_exists_for_every_budget(tmp_path: Path) -> None:
     for bits in BUDGETS:
         steps = configuration(Case(0, "folder", bits, "moeq, best"), tmp_path, tmp_path)["trainer"]["callbacks"]
         assert next(step for step in steps if step["class_path"] == "BitAllocation")["init_args"]["budget"] == bits
+
+
+def test_groups_of_128_have_the_size_of_groups_of_64(tmp_path: Path) -> None:
+    weight = WeightShape("w", "routed", 128, 256, 0, "up_proj", 1)
+    as_large = plan_cost({"w": GridSpec(3, 64)}, [weight]).average_bits
+    steps = configuration(Case(0, "folder", 3.0, BEST_BY_SIZE), tmp_path, tmp_path)["trainer"]["callbacks"]
+    init_args = {step["class_path"]: step.get("init_args", {}) for step in steps}
+    assert init_args["BitAllocation"]["budget"] == pytest.approx(as_large)
+    assert init_args["BitAllocation"]["budget_unit"] == "average_bits"
+    assert init_args["Survey"]["choices"] == init_args["BitAllocation"]["choices"]
+    assert {Choice.from_label(label).group_size for label in init_args["Survey"]["choices"]} == {128}
 
 
 def test_the_best_other_is_the_one_of_least_divergence_on_its_data() -> None:
@@ -65,13 +79,15 @@ def test_the_bar_is_the_best_other_with_one_bit_more_and_in_between_the_mean_of_
         row("moeq, best", 2.0, 0.05),
         row("moeq, best", 2.5, 0.01),
         row("moeq, best", 3.0, 0.01),
+        row("moeq, best, groups of 128", 3.0, 0.008),
         row("RTN", 3.0, 1.0),
     ]
     lines = bars(own, others).strip().splitlines()[4:]
     assert lines == [
-        "| 2 | 0.0500 | 3 | 0.0400 | 1.25 | no |",
-        "| 2.5 | 0.0100 | 3.5 | 0.0200 | 0.50 | yes |",
-        "| 3 | 0.0100 | 4 | 0.0100 | 1.00 | yes |",
+        "| 2 | moeq, best | 1 | 0.0500 | 3 | 0.0400 | 1.25 | no |",
+        "| 2.5 | moeq, best | 1 | 0.0100 | 3.5 | 0.0200 | 0.50 | yes |",
+        "| 3 | moeq, best | 1 | 0.0100 | 4 | 0.0100 | 1.00 | yes |",
+        "| 3 | moeq, best, groups of 128 | 1 | 0.0080 | 4 | 0.0100 | 0.80 | yes |",
     ]
 
 
