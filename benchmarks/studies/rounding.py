@@ -29,8 +29,7 @@ from callbacks.learned_rounding import LearnedRounding
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "GPTQ": list,
     "straight-through, 0.01": lambda: [LearnedRounding(softness=0.0, level_rate=0.01)],
-    "soft, 0.01": lambda: [LearnedRounding(softness=0.33, level_rate=0.01)],
-    "soft, 0.03": lambda: [LearnedRounding(softness=0.33, level_rate=0.03)],
+    "soft": lambda: [LearnedRounding()],
     "GSQ": lambda: [GumbelRounding()],
     "GSQ, no noise": lambda: [GumbelRounding(GumbelSpec(noisy=False))],
 }
@@ -54,11 +53,11 @@ class Rounding(Study[Case]):
         "KL to the original in thousandths of a nat per token, mean over the domains and the worst, +- over seeds; "
         "router agreement in percent; seconds of one core for the whole fit. All arms start from the same GPTQ and "
         "take 100 steps of Adam on each block, one batch of 8 sequences each, where their name says nothing else. "
-        "straight-through: gradients pass the rounding unchanged; soft: the level is a mean of codes that ends on one; "
-        "both with their step size in levels. GSQ: its choice of levels, ours, written from the paper "
+        "straight-through: gradients pass the rounding unchanged, with this step size in levels; soft: the level is a "
+        "mean of codes that ends on one. GSQ: its choice of levels, ours, written from the paper "
         "(benchmarks/peers/gsq.py)."
     )
-    quick: ClassVar = {"seeds": [0], "bits": [2], "arms": ["GPTQ", "soft, 0.03"]}
+    quick: ClassVar = {"seeds": [0], "bits": [2], "arms": ["GPTQ", "soft"]}
     keeps = True
 
     @classmethod

@@ -9,15 +9,15 @@ gets
 with latent levels u and log-scales v.  On a two-level grid v moves the d of a super-block, and the integers and offsets
 stay.  The result is codes, scales and zero points as before, on the same grid, at no cost for who runs the model.
 
-Gradients pass the rounding unchanged (straight-through), or the choice of levels is soft: while a block is learned, the
-level of a weight is then a mean of the codes around u,
+The choice of levels is soft: while a block is learned, the level of a weight is a mean of the codes around u,
 
-    level = sum over codes k of p_k k,    p_k proportional to exp(-(u - k)^2 / (2 h)),
+    level = sum over codes k of p_k k,    p_k proportional to exp(-(u - k)^2 / (2 h)),    h = softness (1 - t)^3,
 
-whose *softness* h, in levels, falls linearly to nothing, so that what is soft at first ends on the codes.  This is the
+with t the share of the steps that are done, so that what is soft at first ends on the codes.  This is the
 relaxation of GSQ (Dadgarnia et al., 2026, arXiv 2604.18556) with one latent for each weight in place of one for each
-level, of which the three nearest count, and without its noise.  It changes several times as many codes, which is
-better at 2 bits, and not at 3 on 16k tokens (benchmarks/LOG.md).
+level, of which the three nearest count, and without its noise.  GSQ's sharpness over its temperature makes about this
+fall; with a linear one levels harden in the last steps, which no step is left to repair (benchmarks/LOG.md).  With a
+softness of 0 gradients pass the rounding unchanged (straight-through).
 
 Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
 given (the *offset*, cut to the code's cell).  Codes that GPTQ chose away from the nearest level compensate one another;
@@ -41,6 +41,7 @@ from moeq.quant.two_level import add_offset, divisor, group_offset, group_scale,
 
 NEAR_EDGE = 0.49  # just inside the cell of a code, which ends half a level from it
 START = 0.5
+HARDENING = 3  # power of the share of steps that are left, with which softness falls
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,16 @@ class LearnedSpec:
 
     Attributes:
         num_steps: Steps of Adam on each block, one batch each; step sizes fall linearly to zero.
-        level_rate: Step size of the latent codes, in levels.
+        level_rate: Step size of the latent codes, in levels; 0.01 where softness is 0.
         scale_rate: Step size of the logarithms of the scales.
-        softness: How soft the choice of levels is at the first step, in levels; it falls linearly to nothing.  At 2
-            bits 0.33, with a level_rate of 0.03, is better than 0 (benchmarks/LOG.md).
+        softness: How soft the choice of levels is at the first step, in levels.
         seed: Order of the batches.
     """
 
     num_steps: int = 100
-    level_rate: float = 0.01
+    level_rate: float = 0.03
     scale_rate: float = 1e-3
-    softness: float = 0.0
+    softness: float = 0.33
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,11 +67,9 @@ class LearnedSpec:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1; the usual value is 100 to 400")
         for name, rate in (("level_rate", self.level_rate), ("scale_rate", self.scale_rate)):
             if not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} ({rate}) must lie between 0 and 1; usual values are 0.01 and 0.001")
+                raise ValueError(f"{name} ({rate}) must lie between 0 and 1; usual values are 0.03 and 0.001")
         if not 0.0 <= self.softness <= 1.0:
-            raise ValueError(
-                f"softness ({self.softness}) must lie between 0 and 1; usual values are 0, and 0.33 at 2 bits"
-            )
+            raise ValueError(f"softness ({self.softness}) must lie between 0 and 1; the usual value is 0.33")
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,8 @@ def learn(
     for step in range(spec.num_steps):
         order = order or torch.randperm(num_batches, generator=generator).tolist()
         optimizer.zero_grad()
-        backward(order.pop(), partial(latent_weight, softness=spec.softness * (1.0 - step / spec.num_steps)))
+        softness = spec.softness * (1.0 - step / spec.num_steps) ** HARDENING
+        backward(order.pop(), partial(latent_weight, softness=softness))
         optimizer.step()
         schedule.step()
         for latent in latents:  # a level far outside of the grid would take many steps to come back

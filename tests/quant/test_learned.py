@@ -148,7 +148,7 @@ def test_what_is_soft_ends_on_the_codes() -> None:
     assert apart[0] > apart[1] > apart[2] > 0
 
 
-def test_softness_falls_linearly_to_nothing() -> None:
+def test_softness_falls_with_the_cube_of_the_steps_that_are_left() -> None:
     latent = opened(weights(), GRIDS[0])
     seen: list[Tensor] = []
 
@@ -157,7 +157,7 @@ def test_softness_falls_linearly_to_nothing() -> None:
         latent_weight(latent).sum().backward()
 
     learn([latent], backward, 2, LearnedSpec(num_steps=4, level_rate=0.0, scale_rate=0.0, softness=0.4))
-    for softness, found_EOI in zip((0.4, 0.3, 0.2, 0.1), seen, strict=True):
+    for softness, found_EOI in zip((0.4, 0.16875, 0.05, 0.00625), seen, strict=True):
         torch.testing.assert_close(found_EOI, latent_weight(latent, softness))
 
 
@@ -185,7 +185,7 @@ def test_learning_lowers_an_error_that_spans_two_linears() -> None:
 
 
 def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
-    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.03, 0.0, softness=0.33), LearnedSpec(60, 0.0, 0.002)):
+    for spec in (LearnedSpec(60, 0.02, 0.0, softness=0.0), LearnedSpec(60, 0.03, 0.0), LearnedSpec(60, 0.0, 0.002)):
         before, after = learned_error(spec)
         assert after < before
     before, after = learned_error(LearnedSpec(20, 0.0, 0.0))
