@@ -29,7 +29,7 @@ from callbacks.learned_rounding import LearnedRounding
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "GPTQ": list,
     "straight-through, 0.01": lambda: [LearnedRounding(softness=0.0, level_rate=0.01)],
-    "soft": lambda: [LearnedRounding()],
+    "soft": lambda: [LearnedRounding(softness=0.33, level_rate=0.03)],
     "GSQ": lambda: [GumbelRounding()],
     "GSQ, no noise": lambda: [GumbelRounding(GumbelSpec(noisy=False))],
 }

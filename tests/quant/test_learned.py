@@ -185,7 +185,7 @@ def test_learning_lowers_an_error_that_spans_two_linears() -> None:
 
 
 def test_each_rate_alone_lowers_it_and_none_leaves_it() -> None:
-    for spec in (LearnedSpec(60, 0.02, 0.0, softness=0.0), LearnedSpec(60, 0.03, 0.0), LearnedSpec(60, 0.0, 0.002)):
+    for spec in (LearnedSpec(60, 0.02, 0.0), LearnedSpec(60, 0.03, 0.0, softness=0.33), LearnedSpec(60, 0.0, 0.002)):
         before, after = learned_error(spec)
         assert after < before
     before, after = learned_error(LearnedSpec(20, 0.0, 0.0))
