@@ -18,7 +18,7 @@ with t the share of the steps that are done, so that what is soft at first ends 
 relaxation of GSQ (Dadgarnia et al., 2026, arXiv 2604.18556) with one latent for each weight in place of one for each
 level, of which the three nearest count, and without its noise.  GSQ's sharpness over its temperature makes about this
 fall; with a linear one levels harden in the last steps, which no step is left to repair.  It changes several times as
-many codes, which is better at 2 bits behind GPTQ, as good at 3, and worse at 3 behind two Hessians (benchmarks/LOG.md).
+many codes, which is better at 2 bits, no better at 3 and 4, and worse at 3 behind two Hessians (benchmarks/LOG.md).
 
 Start.  u begins half way between the code that the solve chose and the place w / s + zero_point of the weight it was
 given (the *offset*, cut to the code's cell).  Codes that GPTQ chose away from the nearest level compensate one another;
