@@ -19,6 +19,7 @@ from benchmarks.studies.one_bit_less import OneBitLess
 from benchmarks.studies.peers import Peers
 from benchmarks.studies.quantizers import Quantizers
 from benchmarks.studies.rounding import Rounding
+from benchmarks.studies.tuning import TuningStudy
 from benchmarks.studies.writers import Writers
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks/results"
@@ -46,6 +47,7 @@ def read(stem: str) -> tuple[dict, str]:
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (LearnedCosts, "learned_costs", {}),
         (Rounding, "rounding", {}),
+        (TuningStudy, "tuning", {}),
         (OneBitLess, "one_bit_less", {"peers": [RESULTS / "peers.json", RESULTS / "peers_mixtral.json"]}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
         (Writers, "writers_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
