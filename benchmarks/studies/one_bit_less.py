@@ -99,7 +99,7 @@ class OneBitLess(Study[Case]):
         "documents: sums, sciq (57.1 +- 1.6%), lambada_openai (5.2 +- 0.7%), piqa (53.8 +- 1.6%); not arc, hellaswag, "
         "openbookqa, winogrande, copa, and boolq only below its larger class. Of the original Mixtral, 300 documents: "
         "sums 95.5%, sciq 43.7 +- 2.9%, lambada_openai 1.3 +- 0.7%, piqa 56.3 +- 2.9%. The best has one bit among its "
-        "choices below 4 bits."
+        "choices below 4 bits; its rows below 3 bits are of soft levels that hardened linearly (LOG.md, 2026-12-01)."
     )
     quick: ClassVar = {"seeds": [0], "budgets": [3.0], "recipes": ["RTN", "moeq, default"]}
 
@@ -200,13 +200,13 @@ def configuration(case: Case, folder: Path, factors: Path) -> dict[str, Any]:
 
 
 def change_budget(steps: Sequence[dict[str, Any]], bits: float, group_size: int | None) -> None:
-    """Give the steps of an allocation a budget.
+    """Give the steps of an allocation a budget, in place.
 
     Args:
         steps: Callbacks of a configuration.
         bits: Of codes, on average.
-        group_size: Of all choices, which then take what as many bits take in groups of 64: scales have 16 bits, zero
-            points those of the codes.
+        group_size: None keeps the groups of the configuration.  Else that of all choices, and the budget is what so
+            many bits take in groups of 64, each with a scale of 16 bits and a zero point as wide as a code.
     """
     init_args = {step["class_path"]: step.get("init_args", {}) for step in steps}
     allocation = init_args["BitAllocation"]

@@ -53,8 +53,8 @@ class LearnedSpec:
         num_steps: Steps of Adam on each block, one batch each; step sizes fall linearly to zero.
         level_rate: Step size of the latent codes, in levels.
         scale_rate: Step size of the logarithms of the scales.
-        softness: How soft the choice of levels is at the first step, in levels.  At 2 bits 0.33, with a level_rate of
-            0.03, is better than 0.
+        softness: How soft the choice of levels is at the first step, in levels; it falls to nothing.  At 2 bits 0.33,
+            with a level_rate of 0.03, is better than 0.
         seed: Order of the batches.
     """
 
