@@ -1,13 +1,13 @@
 """Quantize the bundled Mixture-of-Experts model in several ways and print one table.
 
     python -m benchmarks.quickstart
-    python -m benchmarks.quickstart --json benchmarks/results/quickstart.json    # what README shows
-    python -m benchmarks.quickstart --all                                        # two rows more, of other samplers
+    python -m benchmarks.quickstart --all --json benchmarks/results/quickstart.json    # what README shows
 
 Rows: the original, and at each bit width round-to-nearest (RTN) and MoEQuant (EBSS calibration data, AGQ); at the
 lowest width also GPTQ calibrated on prose; at 3 bits with the bits divided among the weights by the global allocator, 3
-on average, and on top of that with routers refitted and rounding learned.  Every row is a ``main.py fit`` followed by a
-``main.py validate`` of its export, and can be repeated with the command that is printed.
+on average.  With ``--all`` also every step that moeq has, on top of that (longer than all other rows together), EBSS as
+in the paper, and GPTQ on prose at every width.  Every row is a ``main.py fit`` followed by a ``main.py validate`` of
+its export, and can be repeated with the command that is printed.
 """
 
 import argparse
@@ -44,6 +44,15 @@ MOEQUANT = Recipe("MoEQuant", "configs/moequant_w3.yaml")
 MOEQUANT_PAPER = Recipe("MoEQuant (paper EBSS)", "configs/moequant_w3.yaml", ("--data.mode", "paper"))
 ALLOCATED = Recipe("MoEQuant, allocated", "configs/moequant_allocated_w3.yaml")
 BEST = Recipe("MoEQuant, all steps", "configs/moequant_best_w3.yaml")
+
+
+def recipes(bits: int, *, lowest: bool, everything: bool) -> list[Recipe]:
+    """Rows of one width, in order; ``lowest``: of those asked for."""
+    found = [RTN, *([GPTQ_PROSE] if lowest or everything else []), MOEQUANT]
+    found += [MOEQUANT_PAPER] if lowest and everything else []
+    # Their configurations state their own budget.
+    found += [ALLOCATED, *([BEST] if everything else [])] if bits == 3 else []
+    return found
 
 
 def run(command: Sequence[str]) -> None:
@@ -83,19 +92,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4], help="bit widths")
     parser.add_argument("--fit", nargs="*", default=[], metavar="OPTION", help="options for every fit, as --data.x=1")
     parser.add_argument(
-        "--all", action="store_true", help="also EBSS as in the paper, and GPTQ on prose at every width"
+        "--all", action="store_true", help="also all steps, EBSS as in the paper, and GPTQ on prose at every width"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well, and .md beside it")
     options = parser.parse_args(args)
     start = time.perf_counter()
     rows = [validate("assets/reference-moe", "original", options.folder / "original")]
     for bits in options.bits:
-        lowest = bits == min(options.bits)
-        recipes = [RTN, *([GPTQ_PROSE] if lowest or options.all else []), MOEQUANT]
-        recipes += [MOEQUANT_PAPER] if lowest and options.all else []
-        # Their configurations state their own budget.
-        recipes += [ALLOCATED, BEST] if bits == 3 else []
-        rows += [fit_and_validate(recipe, bits, options.folder, options.fit) for recipe in recipes]
+        chosen = recipes(bits, lowest=bits == min(options.bits), everything=options.all)
+        rows += [fit_and_validate(recipe, bits, options.folder, options.fit) for recipe in chosen]
         write_results(rows, options.folder)
     minutes = (time.perf_counter() - start) / 60
     if options.json is not None:
@@ -103,6 +108,8 @@ def main(args: Sequence[str] | None = None) -> None:
         origin = f"`{command(__name__, args)}` at {provenance(device)}, {minutes:.1f} minutes"
         write(options.json, rows, origin)
     print(f"\n{markdown_table(rows)}\nWritten to {options.folder / 'results.json'} in {60 * minutes:.0f} s")
+    if not options.all:
+        print("--all adds the row of all steps (about ten minutes of two cores) and those of other samplers.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The table of README.md: a part of ``results/quickstart.json``, between two markers.
 
-python -m benchmarks.quickstart --json benchmarks/results/quickstart.json
+python -m benchmarks.quickstart --all --json benchmarks/results/quickstart.json
 python -m benchmarks.lab.readme
 """
 
@@ -33,7 +33,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """
     of = {(row["method"], row["bits"]): row for row in rows}
     if missing := [f"{method} at {bits} bits" for method, bits in SHOWN if (method, bits) not in of]:
-        raise ValueError(f"quickstart.json has no row for {', '.join(missing)}; run the quickstart with --bits 3 4")
+        raise ValueError(f"no row for {', '.join(missing)} in quickstart.json; run the quickstart with --all")
     return markdown(HEAD, [_cells(of[key]) for key in SHOWN])
 
 
