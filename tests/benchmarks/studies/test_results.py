@@ -16,9 +16,11 @@ from benchmarks.studies.gguf import Gguf
 from benchmarks.studies.learned_costs import LearnedCosts
 from benchmarks.studies.mlx import Mlx
 from benchmarks.studies.one_bit_less import OneBitLess
+from benchmarks.studies.outer_search import OuterSearch
 from benchmarks.studies.peers import Peers
 from benchmarks.studies.quantizers import Quantizers
 from benchmarks.studies.rounding import Rounding
+from benchmarks.studies.symmetric import Symmetric
 from benchmarks.studies.tuning import TuningStudy
 from benchmarks.studies.writers import Writers
 
@@ -46,7 +48,14 @@ def read(stem: str) -> tuple[dict, str]:
         (Mlx, "mlx", {"label": "reference", "folder": Path("runs")}),
         (Mlx, "mlx_mixtral", {"label": "Mixtral", "folder": Path("runs")}),
         (LearnedCosts, "learned_costs", {}),
+        (
+            OuterSearch,
+            "outer_search",
+            {"label": "reference", "folder": Path("runs"), "others": RESULTS / "allocation_reference.json"},
+        ),
+        (OuterSearch, "outer_search_mixtral", {"label": "Mixtral", "folder": Path("runs"), "others": None}),
         (Rounding, "rounding", {}),
+        (Symmetric, "symmetric", {}),
         (TuningStudy, "tuning", {}),
         (OneBitLess, "one_bit_less", {"peers": [RESULTS / "peers.json", RESULTS / "peers_mixtral.json"]}),
         (Writers, "writers_reference", {"label": "reference", "folder": Path("runs")}),
